@@ -1,0 +1,38 @@
+"""BertGeneration for TensorFlow and Keras 3: BERT checkpoints as text generators."""
+
+import keras as _keras
+
+if _keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "bertgen_tf needs Keras's TensorFlow backend, and Keras uses "
+        f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
+    )
+
+from bertgen_tf import hub
+from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.export import export_saved_model
+from bertgen_tf.generation import GenerateOutput
+from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder, EncoderDecoderModel
+from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.training import bucketed_dataset, default_optimizer
+from bertgen_tf.vocabulary import trim_vocabulary
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BertGenerationConfig",
+    "BertGenerationDecoder",
+    "BertGenerationEncoder",
+    "BertGenerationTokenizer",
+    "BertTokenizer",
+    "EncoderDecoderModel",
+    "GenerateOutput",
+    "GenerationConfig",
+    "Seq2SeqPreprocessor",
+    "bucketed_dataset",
+    "default_optimizer",
+    "export_saved_model",
+    "hub",
+    "trim_vocabulary",
+]

@@ -1,0 +1,112 @@
+"""SavedModels that TensorFlow Serving runs: text in, text out.
+
+**Wire contract.** Both signatures take `text`, string [batch] (a scalar counts as a batch of one),
+and give
+
+- `text`: string [batch], valid UTF-8, the best hypothesis;
+- `score`: float32 [batch], its log-probability divided by the length penalty.
+
+`serving_default` is a plain graph without any `Xla*` op, which a stock server runs;
+`generate_xla` is the same search compiled by XLA, for servers with XLA switched on
+(`--xla_cpu_compilation_enabled` or `--xla_gpu_compilation_enabled`) and for Python.
+
+Every string is answered: empty, too long (cut at the model's `max_source_length`), not UTF-8. The
+settings of generation are baked in. Loading needs the ops of tensorflow-text, which TensorFlow
+Serving has and `import tensorflow_text` brings to Python.
+"""
+
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import tensorflow as tf
+
+from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation import check_config, generation_function, hypotheses_to_text
+from bertgen_tf.models import EncoderDecoderModel
+
+
+def export_saved_model(
+    model: EncoderDecoderModel,
+    path: str | os.PathLike,
+    generation_config: GenerationConfig | None = None,
+    **options: Any,
+) -> str:
+    """Writes `model` as a SavedModel, which appears at `path` only when it is complete.
+
+    Args:
+        model: a model with a tokenizer.
+        path: `NAME/VERSION`, where VERSION is an integer and does not exist yet; TensorFlow Serving
+            serves the highest version in the folder NAME.
+        generation_config: settings of both signatures; by default the model's own.
+        **options: fields of `GenerationConfig` that replace those of the settings.
+
+    Returns:
+        the path.
+
+    Raises:
+        FileExistsError: the version exists already.
+        ValueError: the model has no tokenizer, the version is no integer, or the settings do not
+            fit the model.
+    """
+    path = pathlib.Path(path)
+    if model.tokenizer is None:
+        raise ValueError(
+            "model must have a tokenizer to be exported: the signatures take text. Pass tokenizer= "
+            "to EncoderDecoderModel."
+        )
+    if not path.name.isdecimal():
+        raise ValueError(
+            "path must end in an integer version, because TensorFlow Serving looks for nothing "
+            f'else, received {str(path)!r}. Use "{path}/1".'
+        )
+    if path.exists():
+        raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
+    config = generation_config or model.generation_config
+    config = config.replace(**options) if options else config
+    check_config(config, model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A server that polls the folder skips names that are no integers.
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        module = _ServingModule(model, config)
+        tf.saved_model.save(module, str(temporary), signatures=module.signatures())
+        os.chmod(temporary, 0o755)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return str(path)
+
+
+class _ServingModule(tf.Module):
+    """Holds what the signatures read: weights, vocabulary, functions."""
+
+    def __init__(self, model: EncoderDecoderModel, config: GenerationConfig):
+        super().__init__(name="bertgen_tf")
+        self.weights = [weight.value for weight in model.weights]
+        self.tokenizer = model.tokenizer
+        self.serve = _serving_function(model, config, jit_compile=False)
+        self.serve_xla = _serving_function(model, config, jit_compile=True)
+
+    def signatures(self) -> dict[str, Any]:
+        return {"serving_default": self.serve, "generate_xla": self.serve_xla}
+
+
+def _serving_function(model: EncoderDecoderModel, config: GenerationConfig, jit_compile: bool):
+    preprocessor = model.preprocessor
+    generate = generation_function(model, config, jit_compile)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
+    def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
+        # The server does not check shapes: a scalar may come.
+        inputs = preprocessor.generate_preprocess(tf.reshape(text, [-1]))
+        output = generate(inputs["input_ids"], inputs["attention_mask"])
+        return {
+            "text": hypotheses_to_text(preprocessor, output.sequences)[:, 0],
+            "score": output.scores[:, 0],
+        }
+
+    return serve

@@ -1,0 +1,595 @@
+"""BertGeneration encoder, decoder and their sequence-to-sequence model, as Keras 3 models.
+
+Source: Rothe, Narayan, Severyn 2020, "Leveraging Pre-trained Checkpoints for Sequence Generation
+Tasks". Where HuggingFace's classes differ from the TF Hub originals, this is what is done here:
+
+- activation: whatever `config.hidden_act` says; "gelu" is the exact one, as in both.
+- output bias: there is one, as in HuggingFace; the originals' is zero, which is also its start.
+- token types: type 0 is folded into the positions, which is exact; HuggingFace drops it.
+
+B batch, S source length, T target length, H hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from bertgen_tf import training
+from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.generation import Generator
+from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, padding_mask
+from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+
+SHARING = ("none", "word_embeddings", "all")
+TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
+
+
+@keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationEncoder")
+class BertGenerationEncoder(keras.Model):
+    """BERT without pooler and heads: `(input_ids, attention_mask=None) -> [B, S, H]`.
+
+    Args:
+        config: sizes and activation.
+    """
+
+    def __init__(self, config: BertGenerationConfig, name: str = "encoder", **kwargs: Any):
+        super().__init__(name=name, **kwargs)
+        self.config = config = config.replace(add_cross_attention=False)
+        self.embeddings = Embeddings(config, name="embeddings", dtype=self.dtype_policy)
+        self.blocks = [
+            TransformerBlock(config, name=f"layer_{i}", dtype=self.dtype_policy)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.build()
+
+    @classmethod
+    def from_hub(
+        cls, handle: str, *, num_layers: int | list[int] | None = None, verify: bool = True
+    ) -> "BertGenerationEncoder":
+        """Takes up the weights of a TF Hub BERT module; see `bertgen_tf.hub.load_encoder`."""
+        from bertgen_tf import hub
+
+        return hub.load_encoder(handle, num_layers=num_layers, verify=verify)
+
+    def build(self, input_shape: Any = None) -> None:
+        self.embeddings.build()
+        for block in self.blocks:
+            block.build()
+
+    def call(self, input_ids: Any, attention_mask: Any = None, training: bool | None = None) -> Any:
+        """Encodes a batch.
+
+        Args:
+            input_ids: int32 [B, S].
+            attention_mask: int32 [B, S], 1 on tokens and 0 on padding; None means no padding.
+
+        Returns:
+            [B, S, H] in the compute dtype of the dtype policy.
+        """
+        _check_length("input_ids", input_ids, self.config)
+        mask = None if attention_mask is None else padding_mask(attention_mask)
+        hidden = self.embeddings(input_ids, training=training)
+        for block in self.blocks:
+            hidden, _ = block(hidden, mask, training=training)
+        return hidden
+
+    def get_config(self) -> dict[str, Any]:
+        return _model_config(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
+        config = dict(config)
+        return cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+
+
+@keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationDecoder")
+class BertGenerationDecoder(keras.Model):
+    """Causal BERT with cross-attention and a language-model head tied to its word embeddings.
+
+    Args:
+        config: sizes and activation; with `add_cross_attention=False` it is a language model.
+        encoder: an encoder to share variables with.
+        sharing: what is read from `encoder`: "none", "word_embeddings" (the paper's BERT2BERT
+            counts one matrix for encoder, decoder and softmax) or "all" (BERTSHARE: everything
+            but cross-attention and the output bias).
+    """
+
+    def __init__(
+        self,
+        config: BertGenerationConfig,
+        encoder: BertGenerationEncoder | None = None,
+        sharing: str = "none",
+        name: str = "decoder",
+        **kwargs: Any,
+    ):
+        super().__init__(name=name, **kwargs)
+        if sharing not in SHARING:
+            raise ValueError(f"sharing must be one of {', '.join(SHARING)}, received {sharing!r}.")
+        if (encoder is None) != (sharing == "none"):
+            raise ValueError(
+                f"sharing={sharing!r} needs an encoder to share with and 'none' takes none, "
+                f"received encoder={encoder!r}."
+            )
+        if encoder is not None:
+            _check_shareable(config, encoder.config, sharing)
+        share_all = sharing == "all"
+        self.config = config
+        self.sharing = sharing
+        if share_all:
+            self.embeddings = encoder.embeddings
+        else:
+            self.embeddings = Embeddings(
+                config,
+                word_embeddings=encoder.embeddings.word_embeddings if encoder else None,
+                name="embeddings",
+                dtype=self.dtype_policy,
+            )
+        self.blocks = [
+            TransformerBlock(
+                config,
+                shared=encoder.blocks[i] if share_all else None,
+                name=f"layer_{i}",
+                dtype=self.dtype_policy,
+            )
+            for i in range(config.num_hidden_layers)
+        ]
+        self.build()
+
+    @classmethod
+    def from_hub(
+        cls,
+        handle: str,
+        *,
+        cross_attention: str = "random",
+        num_layers: int | list[int] | None = None,
+        verify: bool = True,
+    ) -> "BertGenerationDecoder":
+        """Takes up the weights of a TF Hub BERT module; see `bertgen_tf.hub.load_decoder`."""
+        from bertgen_tf import hub
+
+        return hub.load_decoder(
+            handle, cross_attention=cross_attention, num_layers=num_layers, verify=verify
+        )
+
+    def build(self, input_shape: Any = None) -> None:
+        if not self.embeddings.built:
+            self.embeddings.build()
+        for block in self.blocks:
+            block.build()
+        self.output_bias = self.add_weight(
+            (self.config.vocab_size,), initializer="zeros", name="output_bias"
+        )
+
+    def call(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        cache: dict[str, list] | None = None,
+        cache_index: Any = 0,
+        training: bool | None = None,
+    ) -> Any:
+        """The one forward pass, for training and for cached decoding.
+
+        Args:
+            input_ids: int32 [B, T]; with a cache, the T tokens from position `cache_index` on.
+            attention_mask: int32, 1 on tokens and 0 on padding: [B, T], or [B, length] with a cache
+                of that length. None means no padding.
+            encoder_hidden_states: [B, S, H]; not read when a cache is given.
+            encoder_attention_mask: int32 [B, S].
+            cache: what `init_cache` made or the last call returned. B may be a multiple of the
+                cache's batch in "cross": adjacent rows then share the keys of one example.
+            cache_index: int32 scalar, the position of the first token.
+
+        Returns:
+            float32 logits [B, T, V]; with a cache `(logits, cache)`.
+        """
+        _check_length("input_ids", input_ids, self.config)
+        length = ops.shape(input_ids)[1]
+        if cache is None:
+            mask = causal_mask(length, length)
+            memory = self._project(encoder_hidden_states)
+        else:
+            mask = causal_mask(length, ops.shape(cache["self"][0][0])[1], cache_index)
+            memory = cache["cross"]
+        if attention_mask is not None:
+            mask = ops.logical_and(mask, padding_mask(attention_mask))
+        # Not `memory_mask`, which Keras would fill in for an argument called `memory`.
+        cross_mask = (
+            None if encoder_attention_mask is None else padding_mask(encoder_attention_mask)
+        )
+        hidden = self.embeddings(input_ids, first_position=cache_index, training=training)
+        new_cache = []
+        for i, block in enumerate(self.blocks):
+            hidden, pair = block(
+                hidden,
+                mask,
+                memory=memory[i],
+                cross_mask=cross_mask,
+                cache=None if cache is None else cache["self"][i],
+                index=cache_index,
+                training=training,
+            )
+            new_cache.append(pair)
+        logits = self.embeddings.logits(hidden) + ops.cast(self.output_bias, "float32")
+        return logits if cache is None else (logits, {**cache, "self": new_cache})
+
+    def init_cache(self, rows: Any, max_length: int, encoder_hidden_states: Any = None) -> dict:
+        """An empty cache of `max_length` positions for `rows` rows.
+
+        Returns:
+            {"self": one pair of buffers [rows, max_length, A, D] a layer,
+             "cross": one pair [B, S, A, D] a layer, projected from `encoder_hidden_states`}.
+        """
+        heads = self.config.num_attention_heads
+        shape = (rows, max_length, heads, self.config.hidden_size // heads)
+        return {
+            "self": [
+                (ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype))
+                for _ in self.blocks
+            ],
+            "cross": self._project(encoder_hidden_states),
+        }
+
+    def _project(self, encoder_hidden_states: Any) -> list:
+        if (encoder_hidden_states is not None) != self.config.add_cross_attention:
+            needed = "needs" if self.config.add_cross_attention else "takes no"
+            raise ValueError(
+                f"A decoder with add_cross_attention={self.config.add_cross_attention} {needed} "
+                f"encoder_hidden_states, received {type(encoder_hidden_states).__name__}."
+            )
+        if encoder_hidden_states is None:
+            return [None] * len(self.blocks)
+        return [block.cross_attention.project(encoder_hidden_states) for block in self.blocks]
+
+    def get_config(self) -> dict[str, Any]:
+        return _model_config(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
+        config = dict(config)
+        return cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+
+
+@keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
+class EncoderDecoderModel(keras.Model):
+    """Encoder, decoder and tokenizer: trains with `fit`, answers with `generate`.
+
+    Called on `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)` (int32;
+    the masks may be left out) it gives float32 logits [B, T, V].
+
+    Args:
+        encoder, decoder: of one hidden size; the decoder with cross-attention.
+        tokenizer: turns text into ids and back; without one the model reads and gives ids only.
+        max_source_length, max_target_length: tokens that `fit` and `generate` read of a text, at
+            most; by default 128, or what the positions allow if that is less.
+        add_eos, add_bos: special tokens around source and target, see `Seq2SeqPreprocessor`; the
+            originals have none, models warm-started from BERT modules need them.
+        generation_config: the settings of `generate` where a call gives no others.
+    """
+
+    def __init__(
+        self,
+        encoder: BertGenerationEncoder,
+        decoder: BertGenerationDecoder,
+        tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
+        *,
+        max_source_length: int | None = None,
+        max_target_length: int | None = None,
+        add_eos: bool = False,
+        add_bos: bool = False,
+        generation_config: GenerationConfig | None = None,
+        name: str = "encoder_decoder",
+        **kwargs: Any,
+    ):
+        super().__init__(name=name, **kwargs)
+        _check_pair(encoder.config, decoder.config)
+        self.encoder = encoder
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.preprocessor = None
+        if tokenizer is not None:
+            _check_tokenizer(tokenizer, encoder.config, decoder.config)
+            self.preprocessor = Seq2SeqPreprocessor(
+                tokenizer,
+                max_source_length or min(128, encoder.config.max_position_embeddings),
+                max_target_length or min(128, decoder.config.max_position_embeddings),
+                add_eos=add_eos,
+                add_bos=add_bos,
+            )
+            _check_preprocessor(self.preprocessor, encoder.config, decoder.config)
+        self.generation_config = generation_config or GenerationConfig(
+            max_new_tokens=min(64, decoder.config.max_position_embeddings)
+        )
+        self._generator = Generator(self)
+        self.build()
+
+    @classmethod
+    def from_hub(
+        cls,
+        *,
+        encoder: str,
+        decoder: str | None = None,
+        share: bool = False,
+        cross_attention: str = "random",
+        num_layers: int | list[int] | None = None,
+        verify: bool = True,
+        **kwargs: Any,
+    ) -> "EncoderDecoderModel":
+        """Warm-starts from TF Hub BERT modules; see `bertgen_tf.hub.load_encoder_decoder`."""
+        from bertgen_tf import hub
+
+        return hub.load_encoder_decoder(
+            encoder,
+            decoder,
+            share=share,
+            cross_attention=cross_attention,
+            num_layers=num_layers,
+            verify=verify,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_preset(cls, folder: str) -> "EncoderDecoderModel":
+        """Reads what `save_to_preset` wrote; see `bertgen_tf.presets`."""
+        from bertgen_tf import presets
+
+        return presets.load(folder)
+
+    def save_to_preset(self, folder: str) -> None:
+        """Writes config, weights, tokenizer and settings; see `bertgen_tf.presets`."""
+        from bertgen_tf import presets
+
+        presets.save(self, folder)
+
+    def build(self, input_shape: Any = None) -> None:
+        self.built = True  # encoder and decoder build themselves
+
+    def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
+        memory = self.encoder(inputs["input_ids"], inputs.get("attention_mask"), training=training)
+        return self.decoder(
+            inputs["decoder_input_ids"],
+            inputs.get("decoder_attention_mask"),
+            encoder_hidden_states=memory,
+            encoder_attention_mask=inputs.get("attention_mask"),
+            training=training,
+        )
+
+    def compile(
+        self,
+        optimizer: Any = "auto",
+        loss: Any = "auto",
+        *,
+        weighted_metrics: Any = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.training`.
+
+        Args:
+            optimizer: by default AdamW of `training.default_optimizer()`.
+            loss: by default cross-entropy per real target token.
+            weighted_metrics: by default the share of target tokens predicted right.
+        """
+        super().compile(
+            optimizer=training.default_optimizer() if optimizer == "auto" else optimizer,
+            loss=training.default_loss() if loss == "auto" else loss,
+            weighted_metrics=(
+                training.default_metrics() if weighted_metrics == "auto" else weighted_metrics
+            ),
+            **kwargs,
+        )
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        *args: Any,
+        validation_data: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Keras's `fit`, which also takes text.
+
+        Args:
+            x: a `tf.data.Dataset` of (source, target) strings, batched or not; or a list of
+                sources, with `y` the list of targets; or anything preprocessed that Keras takes.
+            batch_size: for text that is not batched yet; 32 by default.
+            validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
+        """
+        x, y, batch_size = self._text_to_dataset(x, y, batch_size, shuffle=True)
+        if isinstance(validation_data, tuple | list) and len(validation_data) == 2:
+            validation_data = self._text_to_dataset(*validation_data, None)[:2]
+            if validation_data[1] is None:
+                validation_data = validation_data[0]
+        elif validation_data is not None:
+            validation_data = self._text_to_dataset(validation_data, None, None)[0]
+        if isinstance(x, tf.data.Dataset):
+            # Keras warns of its own default, because datasets are shuffled before.
+            kwargs.setdefault("shuffle", False)
+        return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+
+    def evaluate(
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keras's `evaluate`, which also takes text; see `fit`."""
+        return super().evaluate(*self._text_to_dataset(x, y, batch_size), *args, **kwargs)
+
+    def _text_to_dataset(self, x: Any, y: Any, batch_size: int | None, shuffle: bool = False):
+        """(x, y, batch_size) for Keras: text as a preprocessed dataset, all else unchanged."""
+        if _is_text(x) and _is_text(y):
+            if len(x) != len(y):
+                raise ValueError(
+                    f"x and y must hold as many sources as targets, received {len(x)} and {len(y)}."
+                )
+            dataset = tf.data.Dataset.from_tensor_slices((list(x), list(y)))
+            x = dataset.shuffle(len(y)) if shuffle else dataset
+            y = None
+        spec = x.element_spec if isinstance(x, tf.data.Dataset) else None
+        is_text_pair = (
+            isinstance(spec, tuple)
+            and len(spec) == 2
+            and all(getattr(part, "dtype", None) == tf.string for part in spec)
+        )
+        if not is_text_pair:
+            return x, y, batch_size
+        if self.preprocessor is None:
+            raise ValueError(
+                "A dataset of text needs a tokenizer, and this model has none. Pass tokenizer= to "
+                "EncoderDecoderModel, or preprocess the dataset."
+            )
+        if spec[0].shape.rank == 0:
+            x = x.batch(batch_size or 32)
+        x = x.map(self.preprocessor, num_parallel_calls=tf.data.AUTOTUNE)
+        return x.prefetch(tf.data.AUTOTUNE), None, None
+
+    def generate(
+        self,
+        inputs: Any,
+        generation_config: GenerationConfig | None = None,
+        *,
+        jit_compile: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Generates text from text, or ids from ids.
+
+        Args:
+            inputs: a string, a list of strings, or `dict(input_ids, attention_mask)`, int32 [B, S].
+            generation_config: settings; by default the model's own.
+            jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
+                False runs the same loop as a plain graph.
+            **options: fields of `GenerationConfig` that replace those of the settings.
+
+        Returns:
+            For a string, the best hypothesis as str; for a list of strings, a list of str; with
+            `num_return_sequences` above 1, a list of hypotheses, best first, in place of each str.
+            For ids a `GenerateOutput`.
+        """
+        return self._generator.generate(inputs, generation_config, jit_compile, options)
+
+    def get_config(self) -> dict[str, Any]:
+        config = {
+            "name": self.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "encoder": self.encoder.get_config(),
+            "decoder": self.decoder.get_config(),
+            "sharing": self.decoder.sharing,
+            "tokenizer": None,
+            "generation_config": self.generation_config.to_dict(),
+        }
+        if self.tokenizer is not None:
+            config["tokenizer"] = {
+                "class_name": type(self.tokenizer).__name__,
+                "config": self.tokenizer.get_config(),
+            }
+            config.update(self.preprocessor.get_config())
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
+        config = dict(config)
+        encoder = BertGenerationEncoder.from_config(config.pop("encoder"))
+        sharing = config.pop("sharing")
+        decoder_config = {**config.pop("decoder"), "sharing": sharing}
+        if sharing != "none":
+            decoder_config["encoder"] = encoder
+        decoder = BertGenerationDecoder.from_config(decoder_config)
+        tokenizer = config.pop("tokenizer")
+        if tokenizer is not None:
+            tokenizer = TOKENIZERS[tokenizer["class_name"]].from_config(tokenizer["config"])
+        generation_config = GenerationConfig.from_dict(config.pop("generation_config"))
+        return cls(encoder, decoder, tokenizer, generation_config=generation_config, **config)
+
+
+def _model_config(model: keras.Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "dtype": keras.dtype_policies.serialize(model.dtype_policy),
+        "config": model.config.to_dict(),
+    }
+
+
+def _check_length(argument: str, ids: Any, config: BertGenerationConfig) -> None:
+    # Out of range, XLA reads the last position again without a word.
+    length = ids.shape[1]
+    if length is not None and length > config.max_position_embeddings:
+        raise ValueError(
+            f"{argument} must not be longer than max_position_embeddings "
+            f"({config.max_position_embeddings}), received {length} tokens. Truncate the text."
+        )
+
+
+def _check_shareable(
+    config: BertGenerationConfig, encoder: BertGenerationConfig, sharing: str
+) -> None:
+    names = ["vocab_size", "hidden_size"]
+    if sharing == "all":
+        names += [
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+            "max_position_embeddings",
+            "layer_norm_eps",
+        ]
+    differing = [
+        f"{name} ({getattr(encoder, name)} and {getattr(config, name)})"
+        for name in names
+        if getattr(encoder, name) != getattr(config, name)
+    ]
+    if differing:
+        raise ValueError(
+            f"sharing={sharing!r} needs an encoder and a decoder that agree, but they differ in "
+            f"{', '.join(differing)}."
+        )
+
+
+def _check_pair(encoder: BertGenerationConfig, decoder: BertGenerationConfig) -> None:
+    if not decoder.add_cross_attention:
+        raise ValueError(
+            "decoder must have cross-attention, received one with add_cross_attention=False. "
+            "Build it from config.replace(add_cross_attention=True)."
+        )
+    if encoder.hidden_size != decoder.hidden_size:
+        raise ValueError(
+            "encoder and decoder must have the same hidden_size, received "
+            f"{encoder.hidden_size} and {decoder.hidden_size}."
+        )
+
+
+def _check_tokenizer(
+    tokenizer: Any, encoder: BertGenerationConfig, decoder: BertGenerationConfig
+) -> None:
+    for side, config in (("encoder", encoder), ("decoder", decoder)):
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"tokenizer must not have more pieces than the {side}'s vocab_size "
+                f"({config.vocab_size}), received {tokenizer.vocab_size}. Use its own tokenizer."
+            )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) != getattr(decoder, name):
+            raise ValueError(
+                f"{name} of tokenizer and decoder must be the same, received "
+                f"{getattr(tokenizer, name)} and {getattr(decoder, name)}. "
+                "Set the decoder's config from the tokenizer."
+            )
+
+
+def _check_preprocessor(
+    preprocessor: Any, encoder: BertGenerationConfig, decoder: BertGenerationConfig
+) -> None:
+    for name, config in (("max_source_length", encoder), ("max_target_length", decoder)):
+        if getattr(preprocessor, name) > config.max_position_embeddings:
+            raise ValueError(
+                f"{name} must not exceed max_position_embeddings "
+                f"({config.max_position_embeddings}), received {getattr(preprocessor, name)}."
+            )
+
+
+def _is_text(values: Any) -> bool:
+    if isinstance(values, list | tuple):
+        return len(values) > 0 and all(isinstance(value, str | bytes) for value in values)
+    return getattr(getattr(values, "dtype", None), "kind", None) in ("U", "S")

@@ -1,0 +1,229 @@
+"""Text pairs to training batches, sources to ids, ids to text: in the graph, over a tokenizer."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, Ids
+
+Batch = tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]
+
+
+def _check_length(name: str, value: Any, least: int) -> Any:
+    if tf.is_tensor(value):  # a scalar that is only known when the graph runs
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be an integer; received {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}; received {value}.")
+    return int(value)
+
+
+class Seq2SeqPreprocessor(tf.Module):
+    """Turns text into what an encoder-decoder trains on and generates from.
+
+    The target ids t1 ... tn become `decoder_input_ids` [bos, t1 ... tn] and labels [t1 ... tn,
+    eos]: the shift between the two is made here and nowhere else. No other special tokens are
+    added, as in the BertGeneration originals, unless `add_bos` or `add_eos` says so. A BERT
+    encoder, however, always saw [CLS] text [SEP]: its position 0 is shaped for [CLS] and hides
+    any other token there, on both sides. Both options give it what it knows; they are what
+    HuggingFace's BERT2BERT models train with. An empty source is a row of padding.
+
+    Args:
+        tokenizer: gives the ids, and those of pad, bos and eos.
+        max_source_length: longer sources are cut, at least 1.
+        max_target_length: longer targets are cut so that bos, or eos, still fits, at least 2.
+        add_eos: end each source with eos, also when it was cut.
+        add_bos: begin each source and each target with bos. The target's is a label, too: the
+            decoder reads [bos, bos, t1 ... tn] and first learns to say bos.
+
+    Raises:
+        TypeError, ValueError: a length is no integer or too small.
+    """
+
+    def __init__(
+        self,
+        tokenizer: BertGenerationTokenizer | BertTokenizer,
+        max_source_length: int = 128,
+        max_target_length: int = 128,
+        add_eos: bool = False,
+        add_bos: bool = False,
+    ):
+        super().__init__(name="seq2seq_preprocessor")
+        for name, value in (("add_eos", add_eos), ("add_bos", add_bos)):
+            if not isinstance(value, bool):
+                raise TypeError(f"`{name}` must be True or False; received {value!r}.")
+        self.tokenizer = tokenizer
+        least = max(1, add_bos + add_eos)
+        self.max_source_length = _check_length("max_source_length", max_source_length, least)
+        self.max_target_length = _check_length("max_target_length", max_target_length, 2)
+        self.add_eos = add_eos
+        self.add_bos = add_bos
+
+    def __call__(self, source: Any, target: Any) -> Batch:
+        """Encodes pairs, padded to the maximal lengths, so that every batch has one static shape.
+
+        Args:
+            source: string scalar or vector [batch].
+            target: the same shape.
+
+        Returns:
+            `(x, y, sample_weight)` as `pack`, of lengths `max_source_length` and
+            `max_target_length`.
+        """
+        return self.pack(
+            self.encode_source(source),
+            self.encode_target(target),
+            self.max_source_length,
+            self.max_target_length,
+        )
+
+    def encode_source(self, text: Any) -> Ids:
+        """Ids of sources, cut to `max_source_length` with bos and eos, if they are added.
+
+        Args:
+            text: string scalar or vector [batch].
+
+        Returns:
+            int32 [length] for a scalar, ragged int32 [batch, None] for a vector.
+        """
+        ids = _cut(self.tokenizer(text), self.max_source_length - self.add_bos - self.add_eos)
+        ids = self._begin(ids)
+        return _add_column(ids, self.tokenizer.eos_token_id, at_end=True) if self.add_eos else ids
+
+    def encode_target(self, text: Any) -> Ids:
+        """Ids of targets, without the eos and what the decoder starts from.
+
+        They are cut to `max_target_length - 1`, with the bos of `add_bos`.
+
+        Args:
+            text: string scalar or vector [batch].
+
+        Returns:
+            int32 [length] for a scalar, ragged int32 [batch, None] for a vector.
+        """
+        return self._begin(_cut(self.tokenizer(text), self.max_target_length - 1 - self.add_bos))
+
+    def pack(
+        self,
+        source_ids: Ids,
+        target_ids: Ids,
+        source_length: int | tf.Tensor | None = None,
+        target_length: int | tf.Tensor | None = None,
+    ) -> Batch:
+        """Builds a training batch from ids.
+
+        Batches padded to their own longest row, instead of the maximum, come from
+
+            encoded = pairs.map(lambda s, t: (p.encode_source(s), p.encode_target(t)))
+            batches = encoded.ragged_batch(32).map(p.pack)
+
+        Args:
+            source_ids: int32 [length], or ragged [batch, None], as `encode_source` gives them.
+            target_ids: the same, as `encode_target` gives them: without bos and eos.
+            source_length: S, to which sources are padded or cut (an eos at their end included);
+                None is the longest of the batch, at least 1.
+            target_length: T, to which targets are padded or cut, always with the eos; None is the
+                longest with its eos. Either length may be an int32 scalar tensor.
+
+        Returns:
+            `(x, y, sample_weight)`, with a leading batch dimension if the ids have one. x is a
+            dict of int32 `input_ids` [S], `attention_mask` [S] (1 on tokens, 0 on padding),
+            `decoder_input_ids` [T], `decoder_attention_mask` [T] (1 on bos and tokens); y is int32
+            [T], the labels; sample_weight is float32 [T]: 1 on labels, the eos included, 0 on
+            padding.
+        """
+        if source_length is not None and not tf.is_tensor(source_length):
+            source_length = _check_length("source_length", source_length, 1)
+        if target_length is not None:
+            if not tf.is_tensor(target_length):
+                target_length = _check_length("target_length", target_length, 2)
+            target_ids = _cut(target_ids, target_length - 1)
+        single = source_ids.shape.rank == 1
+        if source_ids.shape.rank != target_ids.shape.rank:
+            raise ValueError(
+                "`source_ids` and `target_ids` must both be one row or both a batch; "
+                f"received shapes {source_ids.shape} and {target_ids.shape}."
+            )
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        input_ids, attention_mask = self._pad(_rows(source_ids), source_length)
+        target_ids = _rows(target_ids)
+        decoder_input_ids, decoder_mask = self._pad(
+            _add_column(target_ids, bos, at_end=False), target_length
+        )
+        labels, _ = self._pad(_add_column(target_ids, eos, at_end=True), target_length)
+        batch = (
+            {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "decoder_input_ids": decoder_input_ids,
+                "decoder_attention_mask": decoder_mask,
+            },
+            labels,
+            tf.cast(decoder_mask, tf.float32),
+        )
+        return tf.nest.map_structure(lambda tensor: tensor[0], batch) if single else batch
+
+    def generate_preprocess(self, texts: Any) -> dict[str, tf.Tensor]:
+        """Encodes sources for generation, padded to the longest of the batch.
+
+        Args:
+            texts: string vector [batch]; the batch may be empty.
+
+        Returns:
+            int32 `input_ids` and `attention_mask` [batch, longest], longest in [1,
+            max_source_length].
+        """
+        ids = self.encode_source(texts)
+        if ids.shape.rank != 2:
+            raise ValueError("`texts` must be a vector of strings; put a single string in a list.")
+        input_ids, attention_mask = self._pad(ids, None)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def generate_postprocess(self, ids: Any) -> tf.Tensor:
+        """Turns generated ids, [batch, length] or [length], into text: `tokenizer.detokenize`."""
+        return self.tokenizer.detokenize(ids)
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON-serialisable arguments of the constructor, except the tokenizer."""
+        return {
+            "max_source_length": self.max_source_length,
+            "max_target_length": self.max_target_length,
+            "add_eos": self.add_eos,
+            "add_bos": self.add_bos,
+        }
+
+    def _begin(self, ids: Ids) -> Ids:
+        return _add_column(ids, self.tokenizer.bos_token_id, at_end=False) if self.add_bos else ids
+
+    def _pad(self, ids: tf.RaggedTensor, length: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """Dense ids and mask, int32 [batch, length]."""
+        size = tf.maximum(ids.bounding_shape(axis=1), 1) if length is None else length
+        dense = ids.to_tensor(self.tokenizer.pad_token_id, shape=tf.stack([-1, size]))
+        mask = tf.sequence_mask(ids.row_lengths(), size, dtype=tf.int32)
+        shape = [ids.shape[0], None if tf.is_tensor(length) else length]
+        return tf.ensure_shape(dense, shape), tf.ensure_shape(mask, shape)
+
+
+def _rows(ids: Ids) -> tf.RaggedTensor:
+    if ids.shape.rank == 1:
+        return tf.RaggedTensor.from_tensor(ids[tf.newaxis])
+    if not isinstance(ids, tf.RaggedTensor):
+        raise TypeError(
+            "A batch of ids must be a RaggedTensor, since dense rows do not tell ids from padding; "
+            f"received a dense one of shape {ids.shape}. Batch with `Dataset.ragged_batch`."
+        )
+    return ids
+
+
+def _cut(ids: Ids, length: int | tf.Tensor) -> Ids:
+    return ids[:length] if ids.shape.rank == 1 else ids[:, :length]
+
+
+def _add_column(ids: Ids, token: int, *, at_end: bool) -> Ids:
+    if ids.shape.rank == 1:
+        column = tf.constant([token], ids.dtype)
+    else:
+        column = tf.fill([ids.nrows(), 1], tf.constant(token, ids.dtype))
+    return tf.concat([ids, column] if at_end else [column, ids], axis=-1)

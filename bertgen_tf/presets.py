@@ -1,0 +1,147 @@
+"""Our own folder format for a whole model.
+
+| file | what it holds |
+| --- | --- |
+| config.json | sizes, settings of generation and tokenizer |
+| model.weights.h5 | the weights, in Keras's format |
+| vocab.txt or spiece.model | the tokenizer's vocabulary |
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+import h5py
+
+from bertgen_tf.models import EncoderDecoderModel
+from bertgen_tf.weights import first_line
+
+FORMAT = "bertgen_tf preset"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.weights.h5"
+# Tokenizer -> its vocabulary's file, and the field of its config that takes the file's path.
+VOCABULARIES = {
+    "BertTokenizer": ("vocab.txt", "vocabulary"),
+    "BertGenerationTokenizer": ("spiece.model", "proto"),
+}
+
+
+def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
+    """Writes `model` to `folder`, which must not exist, be empty, or hold an older preset only.
+
+    The folder appears, or is replaced, only when everything is written. Optimizer and metrics are
+    not part of it: Keras's `model.save` keeps them.
+    """
+    folder = pathlib.Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"folder must be a folder, but {folder} is a file.")
+    if folder.exists() and any(folder.iterdir()) and not _is_preset(folder):
+        raise FileExistsError(
+            f"folder must be new, empty or a preset of ours to replace, but {folder} holds other "
+            "files. Choose another folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        config = model.get_config()
+        if model.tokenizer is not None:
+            # The vocabulary has a file of its own, in the format that its field takes.
+            name, field = VOCABULARIES[config["tokenizer"]["class_name"]]
+            model.tokenizer.save_vocabulary(temporary)
+            config["tokenizer"]["config"][field] = name
+        with open(temporary / CONFIG_FILE, "w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, "model": config}, file, indent=2)
+            file.write("\n")
+        # The same weights without the optimizer's, which Keras would write too.
+        bare = EncoderDecoderModel(model.encoder, model.decoder)
+        bare.save_weights(temporary / WEIGHTS_FILE)
+        os.chmod(temporary, 0o755)
+        old = temporary.with_name(f"{temporary.name}-old")
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load(folder: str | os.PathLike) -> EncoderDecoderModel:
+    """Reads a model that `save` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: it is no preset, or a file of it is damaged.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
+    config = _read_config(folder)
+    try:
+        needed = [WEIGHTS_FILE]
+        if config["tokenizer"] is not None:
+            # Our own names: a preset from elsewhere must not make us read other files.
+            name, field = VOCABULARIES[config["tokenizer"]["class_name"]]
+            config["tokenizer"]["config"][field] = str(folder / name)
+            needed.append(name)
+        for name in needed:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder} should hold {name}, but does not: copy it again."
+                )
+        model = EncoderDecoderModel.from_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder} should hold the settings and the vocabulary of a model, but building it "
+            f"failed: {first_line(error)}"
+        ) from error
+    path = folder / WEIGHTS_FILE
+    try:
+        model.load_weights(path)
+        stored = _count_tensors(path)
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} should hold the weights of the model in {CONFIG_FILE}, but reading it failed: "
+            f"{first_line(error)}"
+        ) from error
+    # Keras does not mind what is left over, such as further layers.
+    if stored != len(model.weights):
+        raise ValueError(
+            f"{path} should hold the weights of the model in {CONFIG_FILE}, which are "
+            f"{len(model.weights)} tensors, but holds {stored}."
+        )
+    return model
+
+
+def _count_tensors(path: pathlib.Path) -> int:
+    names: list[str] = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+        )
+    return sum("seed_generator" not in name for name in names)
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if content["format"] == FORMAT and isinstance(content["model"], dict):
+            return content["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(
+        f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
+        f"or is not that of a {FORMAT}."
+    )
+
+
+def _is_preset(folder: pathlib.Path) -> bool:
+    """Whether the folder holds a preset and nothing else, which replacing it would delete."""
+    ours = {CONFIG_FILE, WEIGHTS_FILE, *(name for name, _ in VOCABULARIES.values())}
+    try:
+        return bool(_read_config(folder)) and ours.issuperset(os.listdir(folder))
+    except ValueError:
+        return False

@@ -1,0 +1,120 @@
+"""Moves weights between naming schemes: every variable assigned once, every tensor accounted for.
+
+A rule table says what each source tensor becomes. Nothing is assigned before everything fits, so a
+model is never half loaded, and all problems come in one error.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    r"""What the source tensors whose whole name matches a pattern become.
+
+    Args:
+        source: regular expression for the whole name.
+        target: name of the variable, with `\1` for groups; None for tensors that are not needed.
+        transform: applied to the tensor.
+    """
+
+    source: str
+    target: str | None
+    transform: Callable[[np.ndarray], np.ndarray] = lambda tensor: tensor
+
+
+class WeightsError(ValueError):
+    """The source's tensors and the model's variables do not fit each other."""
+
+
+def named_variables(layer: keras.Layer, prefix: str = "") -> dict[str, Any]:
+    """The weights of a layer by structural name, such as `layer_0/self_attention/query/kernel`.
+
+    A variable that is shared appears under each of its names. Random states are left out.
+    """
+    own = {v.name: v for v in (*layer._trainable_variables, *layer._non_trainable_variables)}
+    named = {prefix + name: variable for name, variable in own.items()}
+    for child in layer._flatten_layers(include_self=False, recursive=False):
+        named.update(named_variables(child, f"{prefix}{child.name}/"))
+    return named
+
+
+def assign(
+    variables: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    rules: Sequence[Rule],
+    *,
+    source: str,
+    new: str = r"(?!)",
+) -> None:
+    """Assigns every tensor to its variable, or raises one `WeightsError` that lists what is wrong.
+
+    Args:
+        variables: what `named_variables` gives.
+        tensors: arrays, or anything `np.asarray` reads, by name.
+        rules: the first rule that matches a name decides.
+        source: where the tensors come from, for the error.
+        new: regular expression for names of variables that may stay as initialised.
+    """
+    problems: list[str] = []
+    assignments: dict[str, np.ndarray] = {}
+    unknown = []
+    for name, tensor in tensors.items():
+        rule = next((rule for rule in rules if re.fullmatch(rule.source, name)), None)
+        if rule is None:
+            unknown.append(name)
+            continue
+        if rule.target is None:
+            continue
+        target = re.fullmatch(rule.source, name).expand(rule.target)
+        if target not in variables:
+            problems.append(f"{name} would become {target}, which the model does not have")
+        elif target in assignments:
+            problems.append(f"{name} would become {target}, which is assigned already")
+        else:
+            value = rule.transform(np.asarray(tensor))
+            if tuple(value.shape) != tuple(variables[target].shape):
+                problems.append(
+                    f"{name} has shape {value.shape}, but {target} has "
+                    f"{tuple(variables[target].shape)}"
+                )
+            assignments[target] = value
+    if unknown:
+        problems.append(f"no rule for {_listed(unknown)}")
+    missing = [n for n in variables if n not in assignments and not re.fullmatch(new, n)]
+    if missing:
+        problems.append(f"nothing found for {_listed(missing)}")
+    if problems:
+        shown = problems[:20] + (
+            [f"and {len(problems) - 20} more problems"] if len(problems) > 20 else []
+        )
+        raise WeightsError(f"{source} does not fit the model: {'; '.join(shown)}.")
+    for name, value in assignments.items():
+        variables[name].assign(value)
+
+
+def copy(source: keras.Layer, target: keras.Layer) -> None:
+    """Assigns the weights of one layer to another of the same structure."""
+    assign(
+        named_variables(target),
+        named_variables(source),
+        [Rule("(.*)", r"\1")],
+        source=f"{type(source).__name__} {source.name!r}",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Another library's exception in one line, to be quoted in a message of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _listed(names: Iterable[str], most: int = 10) -> str:
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} names ({', '.join(names[:most])}{more})"

@@ -1,0 +1,140 @@
+"""What several test modules share: tiny models, of pairwise different dimensions."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import io
+import json
+import string
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import sentencepiece
+from make_hub_module import make_hub_module, variable_sources
+from safetensors.numpy import save_file
+
+import bertgen_tf as bg
+
+SHARED = Path(__file__).resolve().parent.parent / ".." / "shared"
+
+WORDS = "the a man woman bird house old young saw found and but who sang left".split()
+PIECES = (
+    ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    + list(".,;'-!?")
+    + list(string.ascii_lowercase)
+    + [f"##{letter}" for letter in string.ascii_lowercase]
+    + WORDS[:1]
+    + WORDS[2:]
+    + ["##ing", "##s"][:1]
+)
+CORPUS = [
+    "the old man saw a house, and the bird sang.",
+    "a young woman found birds but left!",
+    "who sang?",
+]
+HUB_CONFIG = {
+    "model_type": "bert",
+    "vocab_size": len(PIECES),
+    "hidden_size": 12,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 4,
+    "intermediate_size": 20,
+    "max_position_embeddings": 26,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+}
+
+
+def write_checkpoint(folder: Path, pieces=PIECES, seed: int = 0, **changes) -> Path:
+    """A BERT encoder with random weights, as a HuggingFace folder."""
+    config = {**HUB_CONFIG, **changes}
+    rng = np.random.default_rng(seed)
+    hidden = config["hidden_size"]
+    tensors = {}
+    for source, shape in variable_sources(config).values():
+        if len(shape) == 3 or (len(shape) == 2 and source.endswith(".bias")):
+            shape = (hidden, hidden) if source.endswith("weight") else (hidden,)
+        elif len(shape) == 2 and "embeddings" not in source:
+            shape = shape[::-1]  # PyTorch's layout: [out, in]
+        centre = 1.0 if "LayerNorm.weight" in source else 0.0
+        tensors[source] = rng.normal(centre, 0.4, shape).astype(np.float32)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hub_module(tmp_path_factory) -> str:
+    """The folder of a tiny TF Hub BERT encoder."""
+    folder = tmp_path_factory.mktemp("hub")
+    make_hub_module(write_checkpoint(folder / "checkpoint"), folder / "module")
+    return str(folder / "module")
+
+
+def make_model(
+    sharing: str = "none",
+    seed: int = 1,
+    make_tokenizer=lambda: bg.BertTokenizer(list(PIECES)),
+    **kwargs,
+) -> bg.EncoderDecoderModel:
+    """A random model whose weights are large enough to disagree about tokens."""
+    keras.utils.set_random_seed(seed)
+    tokenizer = make_tokenizer()
+    encoder_config = bg.BertGenerationConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        intermediate_size=20,
+        max_position_embeddings=26,
+        initializer_range=0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    decoder_config = encoder_config.replace(add_cross_attention=True)
+    if sharing != "all":
+        decoder_config = decoder_config.replace(
+            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=22
+        )
+    encoder = bg.BertGenerationEncoder(encoder_config)
+    decoder = bg.BertGenerationDecoder(
+        decoder_config, encoder=None if sharing == "none" else encoder, sharing=sharing
+    )
+    for variable in (*encoder.weights, *decoder.weights):
+        if variable.name in ("bias", "beta", "output_bias"):  # zeros hide mistakes
+            variable.assign(np.random.default_rng(seed).normal(0, 0.3, variable.shape))
+    return bg.EncoderDecoderModel(encoder, decoder, tokenizer, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def spiece() -> bytes:
+    """A tiny SentencePiece model, with special ids where nobody would guess them."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*CORPUS, " ".join(WORDS), "an owl, a fox; quick!"] * 4),
+        model_writer=model,
+        vocab_size=47,
+        pad_id=3,
+        unk_id=1,
+        bos_id=0,
+        eos_id=2,
+        pad_piece="<pad>",
+        user_defined_symbols=["<::::>"],
+        minloglevel=2,
+        num_threads=1,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def model() -> bg.EncoderDecoderModel:
+    """Read-only: tests that train or change a model make their own."""
+    return make_model()

@@ -1,0 +1,221 @@
+"""compile() and fit(): text in, masked loss, defaults, every callback, precision, compilation."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import PIECES, make_model
+
+import bertgen_tf as bg
+from bertgen_tf import training
+
+PAIRS = [
+    ("the man saw a bird", "a bird saw the man"),
+    ("old house", "house old."),
+    ("and the woman left", "left, the woman"),
+    ("the bird sang, who found the young man", "the bird sang. the bird found the young man."),
+    ("", "old"),
+]
+SOURCES, TARGETS = (list(side) for side in zip(*PAIRS, strict=True))
+
+
+def dataset():
+    return tf.data.Dataset.from_tensor_slices((SOURCES, TARGETS))
+
+
+@pytest.fixture
+def model():
+    """Dropout would hide differences of the loss."""
+    model = make_model("all", max_source_length=14, max_target_length=12)
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0
+    return model
+
+
+def test_loss_and_accuracy_count_real_tokens_only(model):
+    model.compile()
+    loss, accuracy = model.evaluate(dataset().batch(5), verbose=0)
+    x, labels, weight = model.preprocessor(SOURCES, TARGETS)
+    log_probs = tf.nn.log_softmax(model(x)).numpy()
+    losses, hits = [], []
+    for row, row_labels in zip(log_probs, labels.numpy(), strict=True):
+        for probs, label in zip(row, row_labels, strict=True):
+            if label != 0:  # padding
+                losses.append(-probs[label])
+                hits.append(probs.argmax() == label)
+    assert len(losses) == weight.numpy().sum()
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert accuracy == pytest.approx(np.mean(hits), abs=1e-6)
+
+
+def test_fit_takes_text_in_every_form(model):
+    model.compile(optimizer=keras.optimizers.SGD(0.0))
+    expected = model.evaluate(dataset().batch(5), verbose=0)
+
+    def check(*args, **kwargs):
+        history = model.fit(*args, verbose=0, **kwargs).history
+        assert history["loss"][0] == pytest.approx(expected[0], rel=1e-5)
+        return history
+
+    check(dataset().batch(5))
+    check(dataset())
+    check(SOURCES, TARGETS)
+    check(np.array(SOURCES), np.array(TARGETS), batch_size=5)
+    preprocessed = dataset().batch(5).map(model.preprocessor)
+    check(preprocessed)
+    x, y, weight = next(iter(preprocessed))
+    check(x, y, sample_weight=weight, batch_size=5)
+    for validation in (dataset(), (SOURCES, TARGETS), preprocessed, (x, y, weight)):
+        history = check(dataset().batch(5), validation_data=validation)
+        assert history["val_loss"][0] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_every_weight_trains_with_the_defaults():
+    model = make_model(max_source_length=14, max_target_length=12)
+    before = [np.array(w) for w in model.trainable_weights]
+    model.compile()
+    assert model.jit_compile
+    history = model.fit(dataset(), epochs=30, batch_size=4, verbose=0).history
+    for weight, old in zip(model.trainable_weights, before, strict=True):
+        assert np.abs(weight - old).max() > 0, weight.path
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    assert 0 <= history["accuracy"][0] < history["accuracy"][-1] <= 1
+
+
+def test_compiled_and_plain_training_agree():
+    losses = []
+    for jit_compile in (True, False):
+        model = make_model("word_embeddings", max_source_length=14, max_target_length=12)
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0
+        model.compile(optimizer=keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        losses.append(model.fit(dataset().batch(5), epochs=4, verbose=0).history["loss"])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_mixed_bfloat16():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = make_model("word_embeddings", max_source_length=14, max_target_length=12)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert all(w.dtype == "float32" for w in model.weights)
+    x, _, _ = model.preprocessor(SOURCES, TARGETS)
+    assert model(x).dtype == "float32"
+    hidden = model.encoder(x["input_ids"], x["attention_mask"])
+    assert hidden.dtype == "bfloat16"
+    full = make_model("word_embeddings", max_source_length=14, max_target_length=12)
+    difference = np.abs(model(x) - full(x))
+    assert 0 < difference.mean() < 0.2
+    model.compile(optimizer=keras.optimizers.AdamW(1e-2))
+    losses = model.fit(dataset().batch(5), epochs=10, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
+    output = model.generate(SOURCES[:2], max_new_tokens=5, num_beams=2)
+    assert all(isinstance(text, str) for text in output)
+    scores = model.generate({"input_ids": x["input_ids"][:1]}, max_new_tokens=5).scores
+    assert scores.dtype == np.float32
+    loaded = bg.EncoderDecoderModel.from_config(model.get_config())
+    assert loaded.encoder.compute_dtype == "bfloat16"
+
+
+def test_callbacks_work_unchanged(tmp_path):
+    model = make_model("all", max_source_length=14, max_target_length=12)
+    model.compile(optimizer=keras.optimizers.AdamW(1e-3))
+    seen = []
+    callbacks = [
+        keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
+        keras.callbacks.ModelCheckpoint(tmp_path / "last.weights.h5", save_weights_only=True),
+        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+        keras.callbacks.EarlyStopping(patience=1, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau(patience=1),
+        keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2),
+        keras.callbacks.TensorBoard(tmp_path / "logs", update_freq=1),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+        if model.optimizer.use_ema
+        else keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: seen.append(sorted(logs))
+        ),
+    ]
+    model.fit(dataset(), epochs=3, validation_data=dataset(), verbose=0, callbacks=callbacks)
+    assert {"accuracy", "loss", "val_accuracy", "val_loss"} <= set(seen[0])
+    x, _, _ = model.preprocessor(SOURCES, TARGETS)
+    best = keras.saving.load_model(tmp_path / "best.keras")
+    assert best(x).shape == (5, 12, len(PIECES))
+    # A loaded model goes on training with its optimizer's state.
+    assert int(best.optimizer.iterations) > 0
+    best.fit(dataset(), verbose=0)
+    assert (tmp_path / "last.weights.h5").exists()
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
+    assert list((tmp_path / "logs").rglob("events*"))
+
+
+def test_the_default_optimizer_survives_a_keras_file(tmp_path):
+    model = make_model("all", max_source_length=14, max_target_length=12)
+    model.compile(optimizer=bg.default_optimizer(1e-3, warmup_steps=2, total_steps=9))
+    model.fit(dataset(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.iterations) == 1
+    schedule = loaded.optimizer._learning_rate
+    assert schedule.get_config() == model.optimizer._learning_rate.get_config()
+
+
+def test_default_optimizer_decays_kernels_and_embeddings_only():
+    model = make_model()
+    optimizer = bg.default_optimizer()
+    optimizer.build(model.trainable_variables)
+    for variable in model.trainable_variables:
+        decays = optimizer._use_weight_decay(variable)
+        assert decays == (variable.name in ("kernel", "embeddings")), variable.path
+
+
+def test_linear_warmup():
+    schedule = training.LinearWarmup(0.5, warmup_steps=4, total_steps=10)
+    rates = [float(schedule(step)) for step in range(12)]
+    np.testing.assert_allclose(rates[:5], [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(np.diff(rates[4:11]), -0.5 / 6, rtol=1e-5)
+    assert rates[10] == rates[11] == 0
+    constant = training.LinearWarmup(0.5, warmup_steps=1)
+    assert float(constant(1)) == float(constant(10**6)) == 0.5
+    for arguments, message in (
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": 1.0, "warmup_steps": -1}, "warmup_steps must be at least 0"),
+        ({"learning_rate": 1.0, "warmup_steps": 5, "total_steps": 5}, "total_steps must be above"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            training.LinearWarmup(**arguments)
+
+
+def test_bucketed_dataset_loses_no_pair_and_has_few_shapes(model):
+    long = [("bird " * n, "man " * m) for n, m in ((3, 2), (20, 3), (2, 16), (17, 17), (40, 40))]
+    pairs = [*PAIRS, *long] * 4
+    model = make_model(max_source_length=25, max_target_length=20)
+    data = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*pairs, strict=True))))
+    batches = list(bg.bucketed_dataset(data, model.preprocessor, 6, shuffle=50, seed=3))
+    assert sum(len(y) for _, y, _ in batches) == len(pairs)
+    shapes = {(x["input_ids"].shape[1], y.shape[1]) for x, y, _ in batches}
+    assert shapes == {(16, 16), (25, 20)}
+    expected = model.preprocessor(*map(list, zip(*pairs, strict=True)))
+    tokens = sorted(tuple(row[row > 0]) for row in expected[1].numpy())
+    assert sorted(tuple(r[r > 0]) for _, y, _ in batches for r in y.numpy()) == tokens
+    for x, y, weight in batches:
+        assert all(v.shape[0] == len(y) == len(weight) for v in x.values())
+        np.testing.assert_array_equal(weight > 0, y > 0)
+    again = list(bg.bucketed_dataset(data, model.preprocessor, 6, shuffle=50, seed=3))
+    np.testing.assert_array_equal(again[0][1], batches[0][1])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        bg.bucketed_dataset(data, model.preprocessor, 0)
+
+
+def test_errors(model):
+    silent = bg.EncoderDecoderModel(model.encoder, model.decoder)
+    silent.compile()
+    with pytest.raises(ValueError, match="dataset of text needs a tokenizer"):
+        silent.fit(dataset(), verbose=0)
+    model.compile()
+    with pytest.raises(ValueError, match="as many sources as targets, received 5 and 4"):
+        model.fit(SOURCES, TARGETS[:4], verbose=0)

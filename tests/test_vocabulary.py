@@ -1,0 +1,165 @@
+import numpy as np
+import pytest
+import sentencepiece
+from conftest import CORPUS, PIECES, SHARED, make_model
+
+import bertgen_tf as bg
+from bertgen_tf.weights import named_variables
+
+
+def spiece_pieces(tokenizer, folder) -> list[str]:
+    """The vocabulary as the sentencepiece package reads it."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer.save_vocabulary(folder))
+    return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+
+
+def pieces_of(tokenizer, folder) -> list[str]:
+    if isinstance(tokenizer, bg.BertTokenizer):
+        return tokenizer.get_config()["vocabulary"]
+    return spiece_pieces(tokenizer, folder)
+
+
+def check_trimmed(model, trimmed, texts, tmp_path):
+    """Texts have the same pieces, and every logit of a piece that is left is the same."""
+    pieces = pieces_of(trimmed.tokenizer, tmp_path / "trimmed")
+    old_pieces = pieces_of(model.tokenizer, tmp_path / "old")
+    assert len(pieces) == trimmed.tokenizer.vocab_size < len(old_pieces)
+    kept = np.array([old_pieces.index(piece) for piece in pieces])
+    for name in ("pad", "bos", "eos", "unk"):
+        new, old = (getattr(m.tokenizer, f"{name}_token_id") for m in (trimmed, model))
+        assert pieces[new] == old_pieces[old]
+
+    x, y, weight = trimmed.preprocessor(texts, texts[::-1])
+    old_x, old_y, old_weight = model.preprocessor(texts, texts[::-1])
+    np.testing.assert_array_equal(weight, old_weight)
+    np.testing.assert_array_equal(kept[y], old_y)
+    for name in ("input_ids", "decoder_input_ids"):
+        np.testing.assert_array_equal(kept[x[name]], old_x[name])
+    logits, old_logits = trimmed(x).numpy(), model(old_x).numpy()
+    assert logits.shape[-1] == len(kept)
+    real = weight.numpy() == 1
+    np.testing.assert_allclose(logits[real], old_logits[..., kept][real], atol=1e-6, rtol=1e-6)
+    return kept
+
+
+def check_generates_the_same(model, trimmed, texts, kept, num_beams):
+    """The old model gets a bias by which it never says what the new one cannot."""
+    bias = model.decoder.output_bias.numpy()
+    quiet = np.full_like(bias, -1e9)
+    quiet[kept] = bias[kept]
+    model.decoder.output_bias.assign(quiet)
+    options = {"max_new_tokens": 7, "min_new_tokens": 3, "num_beams": num_beams}
+    expected = model.generate(texts, jit_compile=False, **options)
+    assert any(expected)
+    assert trimmed.generate(texts, jit_compile=False, **options) == expected
+    model.decoder.output_bias.assign(bias)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "num_beams"), [("none", 1), ("word_embeddings", 3), ("all", 1)]
+)
+def test_trimmed_to_texts(sharing, num_beams, tmp_path):
+    model = make_model(sharing, max_source_length=21, add_eos=True)
+    before = {name: v.numpy() for name, v in named_variables(model).items()}
+    trimmed = bg.trim_vocabulary(model, CORPUS)
+    kept = check_trimmed(model, trimmed, CORPUS, tmp_path)
+    # Exactly what the texts need and the special tokens.
+    needed = set(model.tokenizer(CORPUS).flat_values.numpy().tolist())
+    specials = {PIECES.index(piece) for piece in PIECES[:6] if piece != "[unused0]"}
+    assert set(kept.tolist()) == needed | specials
+    check_generates_the_same(model, trimmed, CORPUS, kept, num_beams)
+
+    matrices = 1 if sharing != "none" else 2
+    removed = model.tokenizer.vocab_size - len(kept)
+    assert model.count_params() - trimmed.count_params() == removed * (12 * matrices + 1)
+    assert trimmed.preprocessor.get_config() == model.preprocessor.get_config()
+    # The old model is untouched, and shares nothing with the new one.
+    assert model.tokenizer.vocab_size == len(PIECES)
+    for name, variable in named_variables(model).items():
+        np.testing.assert_array_equal(variable, before[name])
+    assert not {id(v) for v in model.weights} & {id(v) for v in trimmed.weights}
+    shared = (
+        trimmed.decoder.embeddings.word_embeddings is trimmed.encoder.embeddings.word_embeddings
+    )
+    assert shared == (sharing != "none")
+
+
+def test_trimmed_to_ids(model, tmp_path):
+    ids = model.tokenizer(CORPUS).flat_values.numpy()
+    trimmed = bg.trim_vocabulary(model, ids)
+    kept = check_trimmed(model, trimmed, CORPUS, tmp_path)
+    by_texts = bg.trim_vocabulary(model, iter(CORPUS))
+    assert by_texts.tokenizer.get_config() == trimmed.tokenizer.get_config()
+    again = bg.trim_vocabulary(model, kept.tolist())
+    assert again.tokenizer.get_config() == trimmed.tokenizer.get_config()
+
+
+def test_one_text_is_no_list_of_letters(model):
+    trimmed = bg.trim_vocabulary(model, "the bird")
+    vocabulary = trimmed.tokenizer.get_config()["vocabulary"]
+    assert vocabulary == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "bird"]
+
+
+def test_every_batch_of_a_large_corpus_counts(model):
+    texts = ["the"] * 2100
+    for at, word in ((0, "sang"), (1023, "bird"), (1024, "house"), (2047, "man"), (-1, "old")):
+        texts[at] = word
+    vocabulary = bg.trim_vocabulary(model, texts).tokenizer.get_config()["vocabulary"]
+    assert {"sang", "bird", "house", "man", "old"} < set(vocabulary)
+
+
+@pytest.mark.parametrize("sharing", ["none", "all"])
+def test_trimmed_with_sentencepiece(sharing, spiece, tmp_path):
+    model = make_model(sharing, make_tokenizer=lambda: bg.BertGenerationTokenizer(spiece))
+    trimmed = bg.trim_vocabulary(model, CORPUS[1:])
+    kept = check_trimmed(model, trimmed, CORPUS[1:], tmp_path)
+    check_generates_the_same(model, trimmed, CORPUS[1:], kept, num_beams=3)
+    assert "<::::>" in spiece_pieces(trimmed.tokenizer, tmp_path)
+
+
+def test_trimmed_with_a_larger_sentencepiece_model(tmp_path):
+    path = SHARED / "hub/spiece_1000.model"
+    if not path.exists():
+        pytest.skip("needs spiece_1000.model in ../shared/hub beside the repository")
+    model = make_model(make_tokenizer=lambda: bg.BertGenerationTokenizer(path))
+    trimmed = bg.trim_vocabulary(model, CORPUS)
+    check_trimmed(model, trimmed, CORPUS, tmp_path)
+    assert trimmed.tokenizer.vocab_size < 120
+
+
+def test_settings_go_along():
+    the, bird, house = (PIECES.index(word) for word in ("the", "bird", "house"))
+    settings = bg.GenerationConfig(
+        max_new_tokens=5, num_beams=2, length_penalty=0.5, suppress_tokens=(house, bird)
+    )
+    model = make_model(generation_config=settings)
+    trimmed = bg.trim_vocabulary(model, [the, bird])
+    assert trimmed.generation_config == settings.replace(
+        suppress_tokens=trimmed.tokenizer(["bird"]).flat_values.numpy().tolist()
+    )
+    assert model.generation_config == settings
+
+
+def test_a_trimmed_model_trains_and_is_saved(model, tmp_path):
+    trimmed = bg.trim_vocabulary(model, CORPUS)
+    trimmed.compile(jit_compile=False, run_eagerly=True)
+    trimmed.fit(CORPUS, CORPUS, verbose=0)
+    trimmed.save_to_preset(tmp_path / "preset")
+    x, _, _ = trimmed.preprocessor(CORPUS, CORPUS)
+    loaded = bg.EncoderDecoderModel.from_preset(tmp_path / "preset")
+    np.testing.assert_array_equal(loaded(x), trimmed(x))
+
+
+@pytest.mark.parametrize("keep", [[], [len(PIECES)], [-1], [1.5], ["a", 3], [b"a"], [None]])
+def test_what_is_neither_texts_nor_ids_is_refused(keep, model):
+    message = (
+        rf"keep must be texts \(str\), or ids \(int\) below .*\({len(PIECES)}\), and not empty"
+    )
+    with pytest.raises(ValueError, match=message):
+        bg.trim_vocabulary(model, keep)
+
+
+def test_a_model_without_a_tokenizer_is_refused(model):
+    bare = bg.EncoderDecoderModel(model.encoder, model.decoder)
+    with pytest.raises(ValueError, match="model must have a tokenizer"):
+        bg.trim_vocabulary(bare, CORPUS)
