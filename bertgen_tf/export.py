@@ -51,19 +51,13 @@ def export_saved_model(
         ValueError: the model has no tokenizer, the version is no integer, or the settings do not
             fit the model.
     """
-    path = pathlib.Path(path)
     if model.tokenizer is None:
         raise ValueError(
             "model must have a tokenizer to be exported: the signatures take text. Pass tokenizer= "
             "to EncoderDecoderModel."
         )
-    if not path.name.isdecimal():
-        raise ValueError(
-            "path must end in an integer version, because TensorFlow Serving looks for nothing "
-            f'else, received {str(path)!r}. Use "{path}/1".'
-        )
-    if path.exists():
-        raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
+    check_version_path(path)
+    path = pathlib.Path(path)
     config = generation_config or model.generation_config
     config = config.replace(**options) if options else config
     check_config(config, model)
@@ -79,6 +73,23 @@ def export_saved_model(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return str(path)
+
+
+def check_version_path(path: str | os.PathLike) -> None:
+    """Raises unless `path` is a new version, `NAME/VERSION`.
+
+    Raises:
+        FileExistsError: the version exists already.
+        ValueError: the version is no integer.
+    """
+    path = pathlib.Path(path)
+    if not path.name.isdecimal():
+        raise ValueError(
+            "path must end in an integer version, because TensorFlow Serving looks for nothing "
+            f'else, received {str(path)!r}. Use "{path}/1".'
+        )
+    if path.exists():
+        raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
 
 
 class _ServingModule(tf.Module):

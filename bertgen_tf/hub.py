@@ -162,8 +162,8 @@ def load_encoder_decoder(
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
             decoder and softmax where both are of the same module.
         cross_attention, num_layers, verify: as for `load_decoder`.
-        **kwargs: passed on to `EncoderDecoderModel`. `add_bos` and `add_eos` are True unless given:
-            text stands between [CLS] and [SEP], as when the module was trained.
+        **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
+            unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """
     _check_cross_attention(cross_attention)
     same = decoder is None or _is_same(encoder, decoder)
@@ -187,11 +187,10 @@ def load_encoder_decoder(
         decoder_stack = _build_decoder(
             _build_encoder(other, num_layers, verify), "none", cross_attention
         )
+    mask_first = module.tokenizer.mask_token_id is not None
+    special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
     return EncoderDecoderModel(
-        encoder_stack,
-        decoder_stack,
-        module.tokenizer,
-        **{"add_bos": True, "add_eos": True, **kwargs},
+        encoder_stack, decoder_stack, module.tokenizer, **{**special_tokens, **kwargs}
     )
 
 

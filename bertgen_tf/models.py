@@ -267,8 +267,8 @@ class EncoderDecoderModel(keras.Model):
         tokenizer: turns text into ids and back; without one the model reads and gives ids only.
         max_source_length, max_target_length: tokens that `fit` and `generate` read of a text, at
             most; by default 128, or what the positions allow if that is less.
-        add_eos, add_bos: special tokens around source and target, see `Seq2SeqPreprocessor`; the
-            originals have none, models warm-started from BERT modules need them.
+        add_eos, add_bos, mask_first: further special tokens of source and target, see
+            `Seq2SeqPreprocessor`; the originals have none, what `from_hub` warm-starts needs them.
         generation_config: the settings of `generate` where a call gives no others.
     """
 
@@ -282,6 +282,7 @@ class EncoderDecoderModel(keras.Model):
         max_target_length: int | None = None,
         add_eos: bool = False,
         add_bos: bool = False,
+        mask_first: bool = False,
         generation_config: GenerationConfig | None = None,
         name: str = "encoder_decoder",
         **kwargs: Any,
@@ -300,6 +301,7 @@ class EncoderDecoderModel(keras.Model):
                 max_target_length or min(128, decoder.config.max_position_embeddings),
                 add_eos=add_eos,
                 add_bos=add_bos,
+                mask_first=mask_first,
             )
             _check_preprocessor(self.preprocessor, encoder.config, decoder.config)
         self.generation_config = generation_config or GenerationConfig(
@@ -373,6 +375,8 @@ class EncoderDecoderModel(keras.Model):
             optimizer: by default AdamW of `training.default_optimizer()`.
             loss: by default cross-entropy per real target token.
             weighted_metrics: by default the share of target tokens predicted right.
+            **kwargs: among them `jit_compile`, "auto" by default: XLA where there is an
+                accelerator. On a CPU alone Keras trains without, which is faster there.
         """
         super().compile(
             optimizer=training.default_optimizer() if optimizer == "auto" else optimizer,
@@ -382,6 +386,11 @@ class EncoderDecoderModel(keras.Model):
             ),
             **kwargs,
         )
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        # Keras leaves this to models with a `compile` of their own.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
     def fit(
         self,

@@ -25,18 +25,25 @@ class Seq2SeqPreprocessor(tf.Module):
 
     The target ids t1 ... tn become `decoder_input_ids` [bos, t1 ... tn] and labels [t1 ... tn,
     eos]: the shift between the two is made here and nowhere else. No other special tokens are
-    added, as in the BertGeneration originals, unless `add_bos` or `add_eos` says so. A BERT
-    encoder, however, always saw [CLS] text [SEP]: its position 0 is shaped for [CLS] and hides
-    any other token there, on both sides. Both options give it what it knows; they are what
-    HuggingFace's BERT2BERT models train with. An empty source is a row of padding.
+    added, as in the BertGeneration originals, unless the last three options say so.
+
+    Models warm-started from BERT need all three. BERT always saw [CLS] text [SEP], and many BERTs
+    keep a huge activation at position 0 and on every [CLS], on which attention rests; after layer
+    normalisation nothing else is left there. So a source without [CLS] loses its first token, and
+    a decoder can hardly tell from its [CLS] which word comes first, even if there are two of them
+    (HuggingFace's BERT2BERT). From [MASK], where BERT always told words, it can.
+
+    An empty source is a row of padding, or of the special tokens alone.
 
     Args:
         tokenizer: gives the ids, and those of pad, bos and eos.
         max_source_length: longer sources are cut, at least 1.
         max_target_length: longer targets are cut so that bos, or eos, still fits, at least 2.
         add_eos: end each source with eos, also when it was cut.
-        add_bos: begin each source and each target with bos. The target's is a label, too: the
-            decoder reads [bos, bos, t1 ... tn] and first learns to say bos.
+        add_bos: begin each source with bos.
+        mask_first: begin each target with the mask token: the decoder reads [bos, mask, t1 ... tn]
+            and learns to say [mask, t1 ... tn, eos], of which `detokenize` shows t1 ... tn. The
+            mask token counts towards the lengths, of targets and of what is generated.
 
     Raises:
         TypeError, ValueError: a length is no integer or too small.
@@ -49,17 +56,22 @@ class Seq2SeqPreprocessor(tf.Module):
         max_target_length: int = 128,
         add_eos: bool = False,
         add_bos: bool = False,
+        mask_first: bool = False,
     ):
         super().__init__(name="seq2seq_preprocessor")
-        for name, value in (("add_eos", add_eos), ("add_bos", add_bos)):
+        options = {"add_eos": add_eos, "add_bos": add_bos, "mask_first": mask_first}
+        for name, value in options.items():
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be True or False; received {value!r}.")
+        if mask_first and tokenizer.mask_token_id is None:
+            raise ValueError("`mask_first` needs a tokenizer with a mask token; this one has none.")
         self.tokenizer = tokenizer
         least = max(1, add_bos + add_eos)
         self.max_source_length = _check_length("max_source_length", max_source_length, least)
         self.max_target_length = _check_length("max_target_length", max_target_length, 2)
         self.add_eos = add_eos
         self.add_bos = add_bos
+        self.mask_first = mask_first
 
     def __call__(self, source: Any, target: Any) -> Batch:
         """Encodes pairs, padded to the maximal lengths, so that every batch has one static shape.
@@ -89,13 +101,14 @@ class Seq2SeqPreprocessor(tf.Module):
             int32 [length] for a scalar, ragged int32 [batch, None] for a vector.
         """
         ids = _cut(self.tokenizer(text), self.max_source_length - self.add_bos - self.add_eos)
-        ids = self._begin(ids)
+        if self.add_bos:
+            ids = _add_column(ids, self.tokenizer.bos_token_id, at_end=False)
         return _add_column(ids, self.tokenizer.eos_token_id, at_end=True) if self.add_eos else ids
 
     def encode_target(self, text: Any) -> Ids:
-        """Ids of targets, without the eos and what the decoder starts from.
+        """Ids of targets, without bos and eos, cut to `max_target_length - 1`.
 
-        They are cut to `max_target_length - 1`, with the bos of `add_bos`.
+        The mask token of `mask_first` is among them.
 
         Args:
             text: string scalar or vector [batch].
@@ -103,7 +116,10 @@ class Seq2SeqPreprocessor(tf.Module):
         Returns:
             int32 [length] for a scalar, ragged int32 [batch, None] for a vector.
         """
-        return self._begin(_cut(self.tokenizer(text), self.max_target_length - 1 - self.add_bos))
+        ids = _cut(self.tokenizer(text), self.max_target_length - 1 - self.mask_first)
+        if self.mask_first:
+            ids = _add_column(ids, self.tokenizer.mask_token_id, at_end=False)
+        return ids
 
     def pack(
         self,
@@ -192,10 +208,8 @@ class Seq2SeqPreprocessor(tf.Module):
             "max_target_length": self.max_target_length,
             "add_eos": self.add_eos,
             "add_bos": self.add_bos,
+            "mask_first": self.mask_first,
         }
-
-    def _begin(self, ids: Ids) -> Ids:
-        return _add_column(ids, self.tokenizer.bos_token_id, at_end=False) if self.add_bos else ids
 
     def _pad(self, ids: tf.RaggedTensor, length: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Dense ids and mask, int32 [batch, length]."""

@@ -34,15 +34,12 @@ def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
 
     The folder appears, or is replaced, only when everything is written. Optimizer and metrics are
     not part of it: Keras's `model.save` keeps them.
+
+    Raises:
+        OSError: see `check_writable`.
     """
+    check_writable(folder)
     folder = pathlib.Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"folder must be a folder, but {folder} is a file.")
-    if folder.exists() and any(folder.iterdir()) and not _is_preset(folder):
-        raise FileExistsError(
-            f"folder must be new, empty or a preset of ours to replace, but {folder} holds other "
-            "files. Choose another folder."
-        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -69,6 +66,31 @@ def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
         raise
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """Raises where `save` would not or could not write, to know it before training.
+
+    Raises:
+        FileExistsError: there is a file, or a folder with other files than a preset's.
+        NotADirectoryError: it lies below a file.
+        PermissionError: the folder that it lies in cannot be written.
+    """
+    folder = pathlib.Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"folder must be a folder, but {folder} is a file.")
+    if folder.exists() and any(folder.iterdir()) and not _is_preset(folder):
+        raise FileExistsError(
+            f"folder must be new, empty or a preset of ours to replace, but {folder} holds other "
+            "files. Choose another folder."
+        )
+    parent = next(path for path in folder.parents if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"folder must lie in a folder, but {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"folder must lie in a folder that can be written, but {parent} cannot."
+        )
+
+
 def load(folder: str | os.PathLike) -> EncoderDecoderModel:
     """Reads a model that `save` wrote.
 
@@ -79,7 +101,7 @@ def load(folder: str | os.PathLike) -> EncoderDecoderModel:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
-    config = _read_config(folder)
+    config = read_config(folder)
     try:
         needed = [WEIGHTS_FILE]
         if config["tokenizer"] is not None:
@@ -116,16 +138,13 @@ def load(folder: str | os.PathLike) -> EncoderDecoderModel:
     return model
 
 
-def _count_tensors(path: pathlib.Path) -> int:
-    names: list[str] = []
-    with h5py.File(path) as file:
-        file.visititems(
-            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
-        )
-    return sum("seed_generator" not in name for name in names)
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The config of the model in `folder`, without its vocabulary.
 
-
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    Raises:
+        ValueError: it is no preset.
+    """
+    folder = pathlib.Path(folder)
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["format"] == FORMAT and isinstance(content["model"], dict):
@@ -138,10 +157,19 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     )
 
 
+def _count_tensors(path: pathlib.Path) -> int:
+    names: list[str] = []
+    with h5py.File(path) as file:
+        file.visititems(
+            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+        )
+    return sum("seed_generator" not in name for name in names)
+
+
 def _is_preset(folder: pathlib.Path) -> bool:
     """Whether the folder holds a preset and nothing else, which replacing it would delete."""
     ours = {CONFIG_FILE, WEIGHTS_FILE, *(name for name, _ in VOCABULARIES.values())}
     try:
-        return bool(_read_config(folder)) and ours.issuperset(os.listdir(folder))
+        return bool(read_config(folder)) and ours.issuperset(os.listdir(folder))
     except ValueError:
         return False

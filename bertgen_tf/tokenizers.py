@@ -168,6 +168,7 @@ class BertGenerationTokenizer(tf.Module):
     Attributes:
         pad_token_id, bos_token_id, eos_token_id, unk_token_id, vocab_size: int.
         sep_token_id: int or None.
+        mask_token_id: None, for the interface of `BertTokenizer`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -211,6 +212,7 @@ class BertGenerationTokenizer(tf.Module):
         self.eos_token_id: int = ids["eos"]
         self.unk_token_id: int = ids["unk"]
         self.sep_token_id: int | None = ids["sep"]
+        self.mask_token_id: int | None = None
         self.vocab_size: int = len(model.pieces)
         with tf.init_scope():
             self._tokenizer = tf_text.SentencepieceTokenizer(self._proto, out_type=tf.int32)
@@ -422,7 +424,7 @@ class BertTokenizer(tf.Module):
 
     Attributes:
         pad_token_id, bos_token_id, eos_token_id, unk_token_id, vocab_size: int.
-        sep_token_id: int or None.
+        sep_token_id, mask_token_id: int or None.
         lowercase: bool.
 
     Raises:
@@ -461,7 +463,7 @@ class BertTokenizer(tf.Module):
         self.bos_token_id: int = ids["bos"]
         self.eos_token_id: int = ids["eos"]
         self.sep_token_id: int | None = ids["sep"]
-        self._mask_token_id: int | None = ids["mask"]
+        self.mask_token_id: int | None = ids["mask"]
         self.vocab_size: int = len(pieces)
         self.lowercase = lowercase
         # Not a list: tf.Module would wrap it and walk through it at each export.
@@ -513,8 +515,8 @@ class BertTokenizer(tf.Module):
             string scalar or [batch], valid UTF-8. The unknown token stays visible.
         """
         hidden = [self.pad_token_id, self.bos_token_id]
-        if self._mask_token_id is not None:
-            hidden.append(self._mask_token_id)
+        if self.mask_token_id is not None:
+            hidden.append(self.mask_token_id)
         ids, row = _visible_ids(ids, self.eos_token_id, hidden, self.vocab_size)
         pieces = ids.with_flat_values(tf.gather(self._pieces, ids.flat_values))
         text = tf.strings.join([" ", tf.strings.reduce_join(pieces, axis=-1, separator=" ")])
@@ -568,7 +570,7 @@ class BertTokenizer(tf.Module):
             ValueError: an id is not in [0, vocab_size).
         """
         specials = [self.pad_token_id, self.unk_token_id, self.bos_token_id, self.eos_token_id]
-        specials += [i for i in (self.sep_token_id, self._mask_token_id) if i is not None]
+        specials += [i for i in (self.sep_token_id, self.mask_token_id) if i is not None]
         kept = _kept_ids(ids, specials, self.vocab_size)
         return type(self)(
             **{**self.get_config(), "vocabulary": self._vocabulary[kept].tolist()}

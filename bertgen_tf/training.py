@@ -46,6 +46,18 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+@keras.saving.register_keras_serializable("bertgen_tf", "BertAdamW")
+class BertAdamW(keras.optimizers.AdamW):
+    """AdamW without weight decay of biases and layer normalisation, also after it was reloaded.
+
+    Keras's own AdamW forgets in a file what it excludes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
+
+
 def default_optimizer(
     learning_rate: float = 1e-4,
     *,
@@ -61,14 +73,11 @@ def default_optimizer(
         total_steps: where the rate has fallen to 0; by default it stays at its highest value.
         weight_decay: decoupled, for kernels and embeddings only.
     """
-    optimizer = keras.optimizers.AdamW(
+    return BertAdamW(
         LinearWarmup(learning_rate, warmup_steps, total_steps),
         weight_decay=weight_decay,
         global_clipnorm=1.0,
     )
-    # Matched against the names of variables: biases and the scales of layer normalisation.
-    optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    return optimizer
 
 
 def default_loss() -> keras.losses.Loss:

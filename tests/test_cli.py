@@ -2,7 +2,6 @@ import dataclasses
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import tensorflow as tf
 from conftest import make_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli
+from bertgen_tf import cli, text_files
 
 SOURCES = [
     "the old man sang",
@@ -86,12 +85,9 @@ def test_finetune_generate_export(hub_module, tmp_path, capsys):
     assert model.encoder.config.vocab_size < 80  # of 87
     assert model.decoder.sharing == "all"
     assert model.generation_config.max_new_tokens == 14
-    assert model.preprocessor.get_config() == {
-        "max_source_length": 15,
-        "max_target_length": 14,
-        "add_bos": False,
-        "add_eos": True,  # hub's default
-    }
+    preprocessor = model.preprocessor
+    assert (preprocessor.max_source_length, preprocessor.max_target_length) == (15, 14)
+    assert (preprocessor.add_bos, preprocessor.add_eos) == (False, True)  # True by default
     untrained = bg.trim_vocabulary(
         bg.EncoderDecoderModel.from_hub(encoder=hub_module, num_layers=[0, 2], share=True),
         [text for pair in PAIRS for text in pair],
@@ -134,44 +130,12 @@ def test_finetune_generate_export(hub_module, tmp_path, capsys):
 # ------------------------------------------------------------------------------- start-up, help
 
 
-def run_alone(code: str, stdout=subprocess.PIPE, cwd=None) -> subprocess.CompletedProcess:
-    """Runs code on the command line's module alone, without the package's own imports."""
-    alone = (
-        "import sys, types; package = types.ModuleType('bertgen_tf'); "
-        f"package.__path__ = [{str(Path(cli.__file__).parent)!r}]; "
-        "sys.modules['bertgen_tf'] = package; from bertgen_tf import cli; "
-    )
-    return subprocess.run(
-        [sys.executable, "-c", alone + code],
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        timeout=60,
-    )
-
-
-def test_help_and_errors_need_no_tensorflow(tmp_path):
-    (tmp_path / "bad.tsv").write_text("no tab\n")
-    code = (
-        "codes = [cli.main(arguments) for arguments in (['--help'], ['finetune', '--help'], "
-        "['finetune', '--steps', 'x'], ['finetune', '--encoder', 'http://x/y', '--train', "
-        "'bad.tsv', '--output', 'new'], ['generate', '--preset', 'no'])]; "
-        "heavy = {'tensorflow', 'keras', 'numpy'} & set(sys.modules); print(codes, heavy)"
-    )
-    process = run_alone(code, cwd=tmp_path)
-    assert process.stderr.count("\n") == process.stderr.count("bertgen-tf: error: ") == 3
-    assert process.stdout.endswith("[0, 0, 2, 2, 2] set()\n")
-
-
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_reader_that_goes_away_is_no_traceback(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as gone:
-        code = "cli._export = lambda arguments: print('x'); "
-        code += "sys.exit(cli.main(['export', '--preset', 'x', '--output', 'y']))"
-        process = run_alone(code, stdout=gone)
-    assert (process.returncode, process.stderr) == (141, "")
+    with open(writer, "w") as gone:  # closing it would raise, if what is left were still written
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert cli.main(["--help"]) == 141
 
 
 def test_ctrl_c_is_no_traceback(preset, tmp_path, monkeypatch, capsys):
@@ -204,11 +168,11 @@ def test_help_names_every_option(command, capsys):
 def test_pairs_of_every_format(suffix, tmp_path):
     # U+2028 ends no line; nor do an empty side, a byte order mark or Windows' line ends.
     pairs = [("ü\u2028x", "y z"), ("", "b"), ("a", "")]
-    join = "\t".join if suffix.lower() in cli.TAB_SEPARATED else None
+    join = "\t".join if suffix.lower() in text_files.TAB_SEPARATED else None
     lines = [join(p) if join else json.dumps({"target": p[1], "source": p[0]}) for p in pairs]
     path = tmp_path / f"pairs{suffix}"
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
-    assert cli._read_pairs(str(path)) == pairs
+    assert text_files.read_pairs(str(path)) == pairs
 
 
 @pytest.mark.parametrize(
@@ -249,8 +213,6 @@ def test_pairs_that_are_none(name, content, message, tmp_path, capsys, no_librar
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--encoder", "no/such"], "no/such should be the folder of a TF Hub module"),
-        (["--encoder", "http://x/y", "--decoder", "nono"], "nono should be the folder of a TF Hub"),
         ([], "one of the arguments --encoder --preset is required"),
         (["--encoder", "http://x/y", "--preset", "z"], "not allowed with argument"),
         (
@@ -259,8 +221,8 @@ def test_pairs_that_are_none(name, content, message, tmp_path, capsys, no_librar
         ),
         (["--preset", "no/such"], "no/such should be a preset"),
         (["--preset", "."], ". should be a preset"),
-        (["--encoder", "http://x/y", "--output", "train.tsv"], "train.tsv is none"),
-        (["--encoder", "http://x/y", "--output", "train.tsv/below"], "train.tsv is none"),
+        (["--encoder", "http://x/y", "--output", "train.tsv"], "train.tsv is a file"),
+        (["--encoder", "http://x/y", "--output", "train.tsv/below"], "train.tsv is a file"),
         (["--encoder", "http://x/y", "--output", "full"], "full holds other files"),
         (["--preset", "PRESET", "--epochs", "0"], "argument --epochs: expected an integer of at"),
         (["--preset", "PRESET", "--learning-rate", "nan"], "--learning-rate: expected a number"),
@@ -269,6 +231,7 @@ def test_pairs_that_are_none(name, content, message, tmp_path, capsys, no_librar
         (["--preset", "PRESET", "--cross-attention", "x"], "--cross-attention: invalid choice"),
         (["--preset", "PRESET", "--num-layers", "1,x"], "expected integers with commas"),
         (["--preset", "PRESET", "--ste", "3"], "unrecognized arguments: --ste 3"),
+        (["--preset", "PRESET", "--seed", "4294967296"], "Seed must be between 0 and 2**32 - 1"),
     ],
 )
 def test_finetune_refuses_before_it_starts(
@@ -305,7 +268,12 @@ def test_finetune_settings_that_the_module_refuses(hub_module, tmp_path, capsys)
     assert "num_layers must be a number from 1 to 4" in fails(
         capsys, "finetune", *start, "--num-layers", "5"
     )
-    assert "should hold a TF Hub module" in fails(capsys, "finetune", *start, "--encoder", tmp_path)
+    for flag, handle, message in (
+        ("--encoder", tmp_path, "should hold a TF Hub module"),
+        ("--encoder", "no/such", "no/such should be the folder of a TF Hub module"),
+        ("--decoder", "no/such", "no/such should be the folder of a TF Hub module"),
+    ):
+        assert message in fails(capsys, "finetune", *start, flag, handle)
 
 
 @pytest.mark.parametrize("error", [TypeError("x"), ValueError("x"), RuntimeError("x")])
@@ -430,7 +398,7 @@ def test_generation_flags(echo, preset, tmp_path):
     for name, value in values.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flags += ["--" + name.replace("_", "-"), text]
-    paths = ["--input", str(tmp_path / "in.txt"), "--output", os.devnull]
+    paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "o"), "--overwrite"]
     assert cli.main(["generate", "--preset", preset, *paths, *flags, "--no-xla"]) == 0
     assert echo[-1] == (1, bg.GenerationConfig(**values), False)
     assert cli.main(["generate", "--preset", preset, *paths, "--early-stopping", "true"]) == 0
@@ -472,29 +440,39 @@ def test_an_interrupted_run_keeps_its_lines_and_the_older_file(
     assert output.read_text() == "a 0 !\n" * 40
 
 
-def test_progress_on_a_terminal(monkeypatch, capsys):
+def test_progress_on_a_terminal(echo, preset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    show = cli._progress(4, "file")
-    show(0)
-    show(2)
-    show(4)
+    (tmp_path / "in.txt").write_text("a\n" * 64)
+    run = ["generate", "--preset", preset, "--input", str(tmp_path / "in.txt")]
+    assert cli.main([*run, "--output", str(tmp_path / "out.txt")]) == 0
     err = capsys.readouterr().err
-    assert "\r[" + "=" * 15 + "." * 15 + "] 2/4 texts" in err
-    assert err.endswith("\n")
+    for done in (0, 32, 64):
+        assert f"\r{done} of 64 texts, " in err
+    assert err.endswith(" a second\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    cli._progress(4, "-")(2)
+    assert cli.main(run) == 0
     assert capsys.readouterr().err == ""  # it would stand between the outputs
+
+
+def test_a_pipe_is_read_once(echo, preset, capsys):
+    reader, writer = os.pipe()
+    os.write(writer, b"a\nb\n")
+    os.close(writer)
+    assert cli.main(["generate", "--preset", preset, "--input", f"/dev/fd/{reader}"]) == 0
+    os.close(reader)
+    assert capsys.readouterr().out == "a 0 !\nb 0 !\n"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--preset", "no/such"], "no/such should be a preset"),
-        (["--input", "no.txt"], "--input: there is no file no.txt"),
+        (["--input", "no.txt"], "no.txt: No such file or directory"),
         (["--input", "."], ".: Is a directory"),
         (["--input", "bad.txt"], "bad.txt, line 2: expected UTF-8, but byte 1 of the line (0xff)"),
         (["--input", "bad.jsonl"], 'bad.jsonl, line 2: expected {"source": "..."}, found \'\''),
-        (["--output", "."], "--output must be a file, but . is a folder"),
+        (["--output", "."], "--output must be a file, or - for standard output, but . is none"),
+        (["--output", os.devnull, "--overwrite"], f"but {os.devnull} is none"),
         (["--output", "no/file"], "--output must lie in a folder that can be written, but no is"),
         (["--output", "bad.txt"], "bad.txt exists; --overwrite replaces it"),
         (["--num-beams", "0"], "num_beams must be an integer of at least 1, received 0"),
@@ -554,7 +532,7 @@ def test_settings_and_presets_that_do_not_fit(preset, tmp_path, capsys):
     [
         (
             ["--output", "models/x"],
-            "must end in an integer version, received models/x; use models/",
+            "else, received 'models/x'. Use \"models/x/1\".",
         ),
         (["--output", "models/2"], "must be a new version, but models/2 exists"),
         (["--preset", "models"], "models should be a preset"),

@@ -8,9 +8,9 @@ from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertTokenizer
 
 # Special ids in no usual order; pad is not 0.
-PIECES = ["a", "[SEP]", "b", "[CLS]", "[UNK]", "[PAD]", "c", "d", ".", "e"]
+PIECES = ["a", "[SEP]", "b", "[CLS]", "[UNK]", "[PAD]", "c", "d", ".", "e", "[MASK]"]
 EOS, BOS, UNK, PAD = 1, 3, 4, 5
-A, B, C, D, DOT, E = 0, 2, 6, 7, 8, 9
+A, B, C, D, DOT, E, MASK = 0, 2, 6, 7, 8, 9, 10
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +82,21 @@ def test_add_eos_survives_the_cut(tokenizer, text, expected):
     assert preprocessor.encode_source(text).dtype == tf.int32
 
 
-def test_add_bos_frames_both_sides_as_bert_was_trained(tokenizer):
-    preprocessor = Seq2SeqPreprocessor(tokenizer, 6, 5, add_eos=True, add_bos=True)
+def test_what_models_warm_started_from_bert_read(tokenizer):
+    options = {"add_eos": True, "add_bos": True, "mask_first": True}
+    preprocessor = Seq2SeqPreprocessor(tokenizer, 6, 5, **options)
     x, y, weight = values(preprocessor("a b", "c d"))
     assert x["input_ids"] == [BOS, A, B, EOS, PAD, PAD]
-    assert x["decoder_input_ids"] == [BOS, BOS, C, D, PAD]
-    assert y == [BOS, C, D, EOS, PAD] and weight == [1, 1, 1, 1, 0]
+    assert x["decoder_input_ids"] == [BOS, MASK, C, D, PAD]
+    assert y == [MASK, C, D, EOS, PAD] and weight == [1, 1, 1, 1, 0]
+    # Cut, both sides keep their special tokens.
+    x, y, weight = values(preprocessor("a b c d e", "a b c d e"))
+    assert x["input_ids"] == [BOS, A, B, C, D, EOS]
+    assert x["decoder_input_ids"] == [BOS, MASK, A, B, C]
+    assert y == [MASK, A, B, C, EOS]
     ids = preprocessor.generate_preprocess(["a b"])["input_ids"]
     assert values(ids) == [[BOS, A, B, EOS]]
-    assert preprocessor.generate_postprocess(y).numpy() == b"c d"
+    assert preprocessor.generate_postprocess(y).numpy() == b"a b c"
 
 
 def test_in_datasets_shapes_are_static(preprocessor):
@@ -160,9 +166,10 @@ def test_generate_postprocess(preprocessor):
     ),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_any_text(tokenizer, pairs, add_eos, add_bos):
-    preprocessor = Seq2SeqPreprocessor(tokenizer, 6, 5, add_eos, add_bos)
+def test_any_text(tokenizer, pairs, add_eos, add_bos, mask_first):
+    preprocessor = Seq2SeqPreprocessor(tokenizer, 6, 5, add_eos, add_bos, mask_first)
     sources, targets = (
         [text.encode("utf-8") if isinstance(text, str) else text for text in side]
         for side in zip(*pairs, strict=True)
@@ -170,8 +177,7 @@ def test_any_text(tokenizer, pairs, add_eos, add_bos):
     x, y, weight = tf.nest.map_structure(np.array, preprocessor(sources, targets))
     source_ids, target_ids = tokenizer(sources).to_list(), tokenizer(targets).to_list()
     for row in range(len(pairs)):
-        begin = [BOS] * add_bos
-        labels = begin + target_ids[row][: 4 - add_bos] + [EOS]
+        labels = [MASK] * mask_first + target_ids[row][: 4 - mask_first] + [EOS]
         real = weight[row] == 1
         assert y[row][real].tolist() == labels
         assert (y[row][~real] == PAD).all() and (weight[row][~real] == 0).all()
@@ -180,7 +186,7 @@ def test_any_text(tokenizer, pairs, add_eos, add_bos):
         )
         assert (x["decoder_attention_mask"][row] == real).all()
         kept = x["attention_mask"][row] == 1
-        expected = begin + source_ids[row][: 6 - add_bos - add_eos] + [EOS] * add_eos
+        expected = [BOS] * add_bos + source_ids[row][: 6 - add_bos - add_eos] + [EOS] * add_eos
         assert x["input_ids"][row][kept].tolist() == expected
         assert (np.diff(kept.astype(int)) <= 0).all()
         assert (x["input_ids"][row][~kept] == PAD).all()
@@ -199,7 +205,8 @@ def test_a_module_that_holds_a_preprocessor_can_be_saved(preprocessor, tmp_path)
 
 
 def test_config(tokenizer):
-    config = {"max_source_length": 9, "max_target_length": 8, "add_eos": True, "add_bos": True}
+    config = {"max_source_length": 9, "max_target_length": 8}
+    config |= {"add_eos": True, "add_bos": True, "mask_first": True}
     assert Seq2SeqPreprocessor(tokenizer, **config).get_config() == config
     assert Seq2SeqPreprocessor(tokenizer, np.int64(9)).get_config()["max_source_length"] == 9
     assert type(Seq2SeqPreprocessor(tokenizer, np.int64(9)).max_source_length) is int
@@ -222,6 +229,7 @@ def test_config(tokenizer):
         ({"max_target_length": True}, TypeError, "`max_target_length` must be an integer"),
         ({"add_eos": 1}, TypeError, "`add_eos` must be True or False; received 1"),
         ({"add_bos": None}, TypeError, "`add_bos` must be True or False; received None"),
+        ({"mask_first": 0}, TypeError, "`mask_first` must be True or False; received 0"),
         (
             {"max_source_length": 1, "add_eos": True, "add_bos": True},
             ValueError,
@@ -244,3 +252,8 @@ def test_wrong_ids(preprocessor):
         preprocessor.pack(rows, rows, 3, 1)
     with pytest.raises(ValueError, match="`source_length` must be at least 1; received 0"):
         preprocessor.pack(rows, rows, 0, 3)
+
+
+def test_mask_first_needs_a_mask_token():
+    with pytest.raises(ValueError, match="needs a tokenizer with a mask token"):
+        Seq2SeqPreprocessor(BertTokenizer(PIECES[:-1]), mask_first=True)

@@ -183,6 +183,15 @@ def test_other_files_are_never_replaced(model, preset, tmp_path):
         assert sorted(path for path in folder.rglob("*")) == before
     with pytest.raises(FileExistsError, match="must be a folder, but .*config.json is a file"):
         model.save_to_preset(foreign / "config.json")
+    with pytest.raises(NotADirectoryError, match="must lie in a folder, but .*config.json is a f"):
+        model.save_to_preset(foreign / "config.json/below/it")
+
+
+def test_a_folder_that_cannot_be_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may all
+    with pytest.raises(PermissionError, match=f"can be written, but {tmp_path} cannot"):
+        model.save_to_preset(tmp_path / "new/preset")
+    assert not os.listdir(tmp_path)
 
 
 def test_empty_current_and_linked_folders(model, preset, tmp_path, monkeypatch):

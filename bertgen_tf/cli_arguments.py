@@ -1,0 +1,295 @@
+"""The arguments of the command line, and their help."""
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from bertgen_tf.config import BEAM_SCORERS, GenerationConfig
+
+PROGRAM = "bertgen-tf"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One-line errors, no abbreviated options, descriptions as they are written."""
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; `command` of what it parses is finetune, generate or export."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "
+        "texts,\ngenerate text with it, export it for TensorFlow Serving.",
+        epilog=f"`{PROGRAM} COMMAND --help` explains a command and shows an example.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_finetune(commands)
+    _add_generate(commands)
+    _add_export(commands)
+    return parser
+
+
+def _add_finetune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "finetune",
+        help="train a model on pairs of texts",
+        description="Trains an encoder-decoder on pairs of texts, and saves it as a preset folder.",
+        epilog="""\
+files of pairs, in UTF-8, one pair a line:
+  .tsv, .txt     source<TAB>target
+  .jsonl, .json  {"source": "...", "target": "..."}
+
+example:
+  bertgen-tf finetune --encoder path/to/bert_module --share --cross-attention self_attention \\
+      --train train.tsv --validation validation.tsv --epochs 3 --output my_model""",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--train", required=True, metavar="FILE", help="pairs to train on")
+    data.add_argument("--validation", metavar="FILE", help="pairs that only measure")
+    data.add_argument(
+        "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
+    )
+
+    start = parser.add_argument_group("the model to start from")
+    source = start.add_mutually_exclusive_group(required=True)
+    source.add_argument("--encoder", metavar="HANDLE", help="TF Hub BERT module: a folder or a URL")
+    source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
+    start.add_argument(
+        "--decoder", metavar="HANDLE", help="another module for the decoder (default: --encoder's)"
+    )
+    start.add_argument(
+        "--share",
+        action="store_true",
+        default=None,
+        help="one set of weights for encoder and decoder (the paper's BERTSHARE), which makes a "
+        "smaller model (default: only the word embeddings are shared)",
+    )
+    start.add_argument(
+        "--cross-attention",
+        choices=("random", "self_attention"),
+        help="how the weights that BERT does not have begin: random, or a copy of each layer's "
+        "self-attention, which learns to copy from the source much sooner (default: random)",
+    )
+    start.add_argument(
+        "--num-layers",
+        type=_layers,
+        metavar="N",
+        help="keep the first N, or those of a list counted from 0, such as 0,2,4 (default: all)",
+    )
+    start.add_argument(
+        "--trim-vocabulary",
+        action="store_true",
+        help="keep only the word pieces that the texts of --train and --validation need: a smaller "
+        "and faster model, which knows no other words",
+    )
+
+    texts = parser.add_argument_group(
+        "texts",
+        "By default as the preset has it. With --encoder: 128 tokens, or what the model allows if "
+        "that is\nless, and the special tokens that BERT was trained with.",
+    )
+    lengths = {"type": _at_least(1), "metavar": "TOKENS"}
+    texts.add_argument("--max-source-length", **lengths, help="longer sources are cut")
+    texts.add_argument(
+        "--max-target-length",
+        **lengths,
+        help="longer targets are cut; also the default length of what is generated",
+    )
+    either = {"action": argparse.BooleanOptionalAction}
+    texts.add_argument(
+        "--add-bos", **either, help="begin each source and target with the start token"
+    )
+    texts.add_argument("--add-eos", **either, help="end each source with the end token")
+
+    training = parser.add_argument_group("training")
+    count, count_or_zero = ({"type": _at_least(n), "metavar": "N"} for n in (1, 0))
+    training.add_argument(
+        "--epochs", **count, default=3, help="passes over the pairs (default: %(default)s)"
+    )
+    training.add_argument(
+        "--steps", **count, help="batches, instead of --epochs; then validates once, at the end"
+    )
+    training.add_argument(
+        "--batch-size",
+        **count,
+        default=32,
+        help="pairs of a batch (default: %(default)s); fewer need less memory",
+    )
+    training.add_argument(
+        "--learning-rate",
+        type=_positive_number,
+        default=1e-4,
+        metavar="X",
+        help="its highest value, from which it falls to 0 (default: %(default)s)",
+    )
+    training.add_argument(
+        "--warmup-steps",
+        **count_or_zero,
+        help="steps in which the learning rate rises (default: a tenth of all)",
+    )
+    training.add_argument(
+        "--seed",
+        **count_or_zero,
+        default=0,
+        help="of new weights, shuffling and dropout (default: %(default)s)",
+    )
+    training.add_argument(
+        "--mixed-precision",
+        action="store_true",
+        help="compute in bfloat16 while training: faster on GPUs, slower on most CPUs",
+    )
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="generate a text for each line of a file",
+        description="Generates a text for each line of the input, in its order.",
+        epilog="""\
+files, in UTF-8:
+  .jsonl, .json  in: {"source": "..."} a line, out: {"source": "...", "output": "..."}, where
+                 "output" is a list if --num-return-sequences is above 1
+  .tsv           in: the first column of each line
+  others         in: one text a line; out: one text a line, tabs between several
+
+example:
+  bertgen-tf generate --preset my_model --input sources.txt --output outputs.txt --num-beams 4""",
+    )
+    _add_preset(parser)
+    parser.add_argument(
+        "--input", default="-", metavar="FILE", help="texts (default: -, standard input)"
+    )
+    parser.add_argument(
+        "--output",
+        default="-",
+        metavar="FILE",
+        help="a new file, called FILE.partial until it is complete (default: -, standard output)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    parser.add_argument(
+        "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
+    )
+    _add_generation_config(parser)
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="export a model for TensorFlow Serving",
+        description="Writes a preset as a SavedModel, text in and text out, that TensorFlow Serving"
+        " runs.\nThe settings of generation are baked in.",
+        epilog="""\
+example:
+  bertgen-tf export --preset my_model --output saved_models/my_model/1 --num-beams 4""",
+    )
+    _add_preset(parser)
+    parser.add_argument(
+        "--output",
+        required=True,
+        metavar="NAME/VERSION",
+        help="a new folder, called by an integer, such as saved_models/my_model/1",
+    )
+    # The signatures give the best hypothesis only.
+    _add_generation_config(parser, leave_out="num_return_sequences")
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", required=True, metavar="FOLDER", help="a model that finetune saved"
+    )
+
+
+def _add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "") -> None:
+    """A flag for each field of `GenerationConfig`; those not given keep the preset's value."""
+    helps = {
+        "max_new_tokens": "the most tokens to generate, the end token included",
+        "min_new_tokens": "no end before so many tokens",
+        "num_beams": "width of the beam search; 1 is greedy search",
+        "num_return_sequences": "outputs of each text, best first; at most --num-beams",
+        "beam_scorer": "how beam search compares lengths and stops: as HuggingFace does, or as "
+        "Google's NMT, which the TF Hub originals use",
+        "length_penalty": "exponent of the length by which huggingface divides scores: higher "
+        "makes longer texts",
+        "early_stopping": "when huggingface's beam search ends: with the first --num-beams "
+        "complete texts (true), when better ones are unlikely (false) or impossible (never)",
+        "gnmt_alpha": "the same exponent for gnmt",
+        "suppress_tokens": "ids of tokens that are never generated, such as 5,17",
+    }
+    kinds: dict[Any, dict[str, Any]] = {
+        int: {"type": int, "metavar": "N"},
+        float: {"type": _number, "metavar": "X"},
+        "beam_scorer": {"choices": BEAM_SCORERS},
+        "early_stopping": {"type": _early_stopping, "metavar": "true|false|never"},
+        "suppress_tokens": {"type": _ids, "metavar": "ID,ID"},
+    }
+    group = parser.add_argument_group(
+        "generation", "A setting that is left out is that of the preset, as finetune saved it."
+    )
+    for field in dataclasses.fields(GenerationConfig):
+        if field.name == leave_out:
+            continue
+        default = str(field.default).lower() if field.default != () else "none"
+        if field.name == "max_new_tokens":
+            default = "finetune's --max-target-length"
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            help=f"{helps[field.name]} (default: {default})",
+            **(kinds.get(field.name) or kinds[field.type]),
+        )
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {minimum}, received {text!r}"
+            )
+        return int(text)
+
+    return integer
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, received {text!r}")
+    return number
+
+
+def _positive_number(text: str) -> float:
+    number = _number(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, received {text!r}")
+    return number
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    if not re.fullmatch("([0-9]{1,9}(,|$))*", text):
+        raise argparse.ArgumentTypeError(
+            f"expected integers with commas between them, received {text!r}"
+        )
+    return tuple(int(number) for number in text.split(",") if number)
+
+
+def _layers(text: str) -> int | list[int]:
+    layers = _ids(text)
+    return list(layers) if "," in text or not layers else layers[0]
+
+
+def _early_stopping(text: str) -> bool | str:
+    values = {"true": True, "false": False, "never": "never"}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"expected true, false or never, received {text!r}")
+    return values[text]
