@@ -160,7 +160,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
 
 def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
     """The model to train: of a preset, or warm-started; with the lengths of the flags."""
-    names = ("max_source_length", "max_target_length", "add_bos", "add_eos")
+    names = ("max_source_length", "max_target_length")
     values = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     if arguments.preset:

@@ -94,8 +94,8 @@ example:
 
     texts = parser.add_argument_group(
         "texts",
-        "By default as the preset has it. With --encoder: 128 tokens, or what the model allows if "
-        "that is\nless, and the special tokens that BERT was trained with.",
+        "By default as the preset has it; with --encoder 128 tokens, or what the model allows if "
+        "that is less.",
     )
     lengths = {"type": _at_least(1), "metavar": "TOKENS"}
     texts.add_argument("--max-source-length", **lengths, help="longer sources are cut")
@@ -104,11 +104,6 @@ example:
         **lengths,
         help="longer targets are cut; also the default length of what is generated",
     )
-    either = {"action": argparse.BooleanOptionalAction}
-    texts.add_argument(
-        "--add-bos", **either, help="begin each source and target with the start token"
-    )
-    texts.add_argument("--add-eos", **either, help="end each source with the end token")
 
     training = parser.add_argument_group("training")
     count, count_or_zero = ({"type": _at_least(n), "metavar": "N"} for n in (1, 0))

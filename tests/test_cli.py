@@ -71,7 +71,7 @@ def test_finetune_generate_export(hub_module, tmp_path, capsys):
     preset = tmp_path / "new" / "preset"
     finetune = ["finetune", "--train", train, "--validation", validation, "--output", str(preset)]
     start = ["--encoder", hub_module, "--share", "--cross-attention", "self_attention"]
-    start += ["--num-layers", "0,2", "--trim-vocabulary", "--no-add-bos"]
+    start += ["--num-layers", "0,2", "--trim-vocabulary"]
     lengths = ["--max-source-length", "15", "--max-target-length", "14"]
     training = ["--steps", "3", "--batch-size", "4", "--learning-rate", "0.001"]
     assert cli.main([*finetune, *start, *lengths, *training]) == 0
@@ -87,7 +87,7 @@ def test_finetune_generate_export(hub_module, tmp_path, capsys):
     assert model.generation_config.max_new_tokens == 14
     preprocessor = model.preprocessor
     assert (preprocessor.max_source_length, preprocessor.max_target_length) == (15, 14)
-    assert (preprocessor.add_bos, preprocessor.add_eos) == (False, True)  # True by default
+    assert preprocessor.add_bos and preprocessor.add_eos and preprocessor.mask_first
     untrained = bg.trim_vocabulary(
         bg.EncoderDecoderModel.from_hub(encoder=hub_module, num_layers=[0, 2], share=True),
         [text for pair in PAIRS for text in pair],
@@ -97,12 +97,11 @@ def test_finetune_generate_export(hub_module, tmp_path, capsys):
 
     # Epochs of the preset, replaced in its place, in mixed precision: 2 batches an epoch.
     again = [*finetune, "--preset", str(preset), "--mixed-precision"]
-    assert cli.main([*again, "--epochs", "2", "--batch-size", "4", "--no-add-eos"]) == 0
+    assert cli.main([*again, "--epochs", "2", "--batch-size", "4"]) == 0
     assert "4 steps" in capsys.readouterr().out
     model = bg.EncoderDecoderModel.from_preset(preset)
     assert model.encoder.dtype_policy.name == "float32"
     assert model.generation_config.max_new_tokens == 14
-    assert not model.preprocessor.add_eos
     assert abs(layer_norm - model.encoder.blocks[1].weights[-1].numpy()).max() > 0
 
     texts = tmp_path / "texts.txt"

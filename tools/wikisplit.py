@@ -104,7 +104,7 @@ def train(model, pairs, validation, steps, args, curve) -> None:
     optimizer = bg.default_optimizer(
         args.learning_rate, warmup_steps=max(1, steps // 20), total_steps=steps
     )
-    model.compile(optimizer=optimizer)
+    model.compile(optimizer=optimizer, jit_compile=args.jit_compile or "auto")
     model.fit(
         dataset,
         steps_per_epoch=steps,
@@ -133,7 +133,6 @@ def score(model, outputs: list[str], targets: list[str]) -> dict[str, float]:
 def learn(args) -> None:
     pairs = read_pairs(args.data / "tune.tsv", 36)[:64]
     model = build(args.module, "self_attention", args.share)
-    # By heart means without dropout, which keeps the loss from falling to zero.
     train(model, pairs, pairs, args.steps or 300, args, args.output / "learn.jsonl")
     outputs = model.generate([source for source, _ in pairs], max_new_tokens=95)
     report(args, "learn", model, outputs, pairs)
@@ -196,6 +195,7 @@ def main() -> None:
     parser.add_argument("--share", action="store_true")
     parser.add_argument("--cross-attention", default="self_attention")
     parser.add_argument("--every", type=int, default=10, help="steps between points of the curve")
+    parser.add_argument("--jit-compile", action="store_true", help="train with XLA, also on a CPU")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
