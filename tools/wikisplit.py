@@ -2,6 +2,7 @@
 
     tools/wikisplit.py learn   MODULE DATA OUTPUT   64 pairs by heart
     tools/wikisplit.py train   MODULE DATA OUTPUT   all pairs, then BLEU and exact match
+    tools/wikisplit.py evaluate PRESET DATA OUTPUT  a model of before: BLEU and exact match
     tools/wikisplit.py compare MODULE DATA OUTPUT   both starts of cross-attention, random weights
 
 MODULE is the folder of a TF Hub BERT module, DATA a folder with tune.tsv and validation.tsv
@@ -13,7 +14,9 @@ import argparse
 import json
 import os
 import pathlib
+import sys
 import time
+from collections.abc import Callable
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -45,73 +48,69 @@ def build(module: str, cross_attention: str, share: bool, pretrained: bool = Tru
 
 
 class Curve(keras.callbacks.Callback):
-    """Writes training and validation loss to a file of JSON lines every `every` steps."""
+    """Writes the training loss to a file of JSON lines every `every` steps, with validation."""
 
-    def __init__(self, path: pathlib.Path, validation, every: int):
+    def __init__(self, path: pathlib.Path, validation_loss: Callable[[], float], every: int):
         super().__init__()
-        self.path, self.validation, self.every = path, validation, every
+        self.path, self.validation_loss, self.every = path, validation_loss, every
         self.start = time.time()
 
     def on_train_batch_end(self, batch, logs=None):
-        step = int(self.model.optimizer.iterations)
+        step = batch + 1
         if step % self.every and step != 1:
             return
         record = {"step": step, "seconds": round(time.time() - self.start, 1), **(logs or {})}
         if step % (5 * self.every) == 0:
-            record["validation"] = evaluate_loss(self.model, self.validation)
+            record["validation"] = self.validation_loss()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, default=float) + "\n")
 
 
-def evaluate_loss(model, dataset) -> float:
-    """Cross-entropy per target token, teacher-forced."""
-    total, count = 0.0, 0.0
-    for x, y, weight in dataset:
-        losses = token_losses(model, x, y)
-        total += float(tf.reduce_sum(losses * weight))
-        count += float(tf.reduce_sum(weight))
-    return total / count
+def validation_loss_function(model, pairs: list[tuple[str, str]]) -> Callable[[], float]:
+    """A function that gives the cross-entropy per target token of some pairs, teacher-forced."""
+    batches = bg.bucketed_dataset(as_dataset(pairs), model.preprocessor, 32)
+
+    @tf.function(jit_compile=True, reduce_retracing=True)
+    def losses(x, y):
+        logits = model(x, training=False)
+        return keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+
+    def validation_loss() -> float:
+        total, count = 0.0, 0.0
+        for x, y, weight in batches:
+            total += float(tf.reduce_sum(losses(x, y) * weight))
+            count += float(tf.reduce_sum(weight))
+        return total / count
+
+    return validation_loss
 
 
-def token_losses(model, x, y):
-    if not hasattr(model, "compiled_token_losses"):
-        object.__setattr__(
-            model,
-            "compiled_token_losses",
-            tf.function(
-                lambda x, y: keras.losses.sparse_categorical_crossentropy(
-                    y, model(x, training=False), from_logits=True
-                ),
-                jit_compile=True,
-                reduce_retracing=True,
-            ),
-        )
-    return model.compiled_token_losses(x, y)
+def as_dataset(pairs: list[tuple[str, str]]) -> tf.data.Dataset:
+    """An unbatched dataset of (source, target) strings."""
+    return tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*pairs, strict=True))))
 
 
-def train(model, pairs, validation, steps, args, curve) -> None:
-    """`steps` steps of AdamW with linear decay on shuffled, bucketed batches."""
-    dataset = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*pairs, strict=True))))
-    dataset = bg.bucketed_dataset(
-        dataset.repeat(),
+def train(model, pairs, validation, steps, args, curve) -> float:
+    """`steps` steps of AdamW with linear decay on shuffled, bucketed batches; validation loss."""
+    batches = bg.bucketed_dataset(
+        as_dataset(pairs).repeat(),
         model.preprocessor,
         args.batch_size,
         shuffle=len(pairs),
         seed=args.seed,
     )
-    held_out = tf.data.Dataset.from_tensor_slices(tuple(map(list, zip(*validation, strict=True))))
-    held_out = bg.bucketed_dataset(held_out, model.preprocessor, 32)
     optimizer = bg.default_optimizer(
         args.learning_rate, warmup_steps=max(1, steps // 20), total_steps=steps
     )
+    validation_loss = validation_loss_function(model, validation)
     model.compile(optimizer=optimizer, jit_compile=args.jit_compile or "auto")
     model.fit(
-        dataset,
+        batches,
         steps_per_epoch=steps,
-        epochs=1,
-        callbacks=[Curve(curve, held_out, args.every)],
-        verbose=2 if os.environ.get("NO_PROGRESS") else 1,
+        callbacks=[Curve(curve, validation_loss, args.every)],
+        verbose=1 if sys.stdout.isatty() else 2,
     )
+    return validation_loss()
 
 
 def normalise(model, texts: list[str]) -> list[str]:
@@ -140,22 +139,35 @@ def learn(args) -> None:
 
 def run_train(args) -> None:
     pairs = read_pairs(args.data / "tune.tsv", args.max_words)
-    validation = read_pairs(args.data / "validation.tsv", args.max_words)
-    print(f"{len(pairs)} pairs, {len(validation)} validation pairs")
+    scored, held_out = read_validation(args)
+    print(f"{len(pairs)} pairs to train on, {len(held_out)} for the loss, {len(scored)} to score")
     model = build(args.module, args.cross_attention, args.share)
-    train(model, pairs, validation[500:820], args.steps or 900, args, args.output / "train.jsonl")
+    train(model, pairs, held_out, args.steps or 900, args, args.output / "train.jsonl")
     model.save_to_preset(args.output / "preset")
-    validation = validation[:500]
+    evaluate(args, model, scored)
+
+
+def run_evaluate(args) -> None:
+    evaluate(args, bg.EncoderDecoderModel.from_preset(args.module), read_validation(args)[0])
+
+
+def evaluate(args, model, pairs: list[tuple[str, str]]) -> None:
     for beams in (1, 4):
         outputs = model.generate(
-            [source for source, _ in validation], max_new_tokens=95, num_beams=beams
+            [source for source, _ in pairs], max_new_tokens=95, num_beams=beams
         )
-        report(args, f"train_beams{beams}", model, outputs, validation)
+        report(args, f"beams{beams}", model, outputs, pairs)
+
+
+def read_validation(args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """500 pairs to score and 320 others for the loss, from all over the (sorted) file."""
+    pairs = read_pairs(args.data / "validation.tsv", args.max_words)
+    return pairs[::6][:500], pairs[3::9][:320]
 
 
 def compare(args) -> None:
     pairs = read_pairs(args.data / "tune.tsv", args.max_words)
-    validation = read_pairs(args.data / "validation.tsv", args.max_words)[500:820]
+    _, validation = read_validation(args)
     for name, start, pretrained in (
         ("self_attention", "self_attention", True),
         ("random", "random", True),
@@ -163,12 +175,10 @@ def compare(args) -> None:
     ):
         keras.utils.set_random_seed(args.seed)
         model = build(args.module, start, args.share, pretrained)
-        train(model, pairs, validation, args.steps or 300, args, args.output / f"{name}.jsonl")
-        held_out = tf.data.Dataset.from_tensor_slices(
-            tuple(map(list, zip(*validation, strict=True)))
+        loss = train(
+            model, pairs, validation, args.steps or 300, args, args.output / f"{name}.jsonl"
         )
-        held_out = bg.bucketed_dataset(held_out, model.preprocessor, 32)
-        print(f"{name}: validation loss {evaluate_loss(model, held_out):.3f}", flush=True)
+        print(f"{name}: validation loss {loss:.3f}", flush=True)
 
 
 def report(args, name: str, model, outputs: list[str], pairs: list[tuple[str, str]]) -> None:
@@ -184,8 +194,8 @@ def report(args, name: str, model, outputs: list[str], pairs: list[tuple[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["learn", "train", "compare"])
-    parser.add_argument("module")
+    parser.add_argument("what", choices=["learn", "train", "evaluate", "compare"])
+    parser.add_argument("module", help="TF Hub module; for evaluate, a preset")
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--steps", type=int)
@@ -200,7 +210,8 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(args.seed)
-    {"learn": learn, "train": run_train, "compare": compare}[args.what](args)
+    commands = {"learn": learn, "train": run_train, "evaluate": run_evaluate, "compare": compare}
+    commands[args.what](args)
 
 
 if __name__ == "__main__":
