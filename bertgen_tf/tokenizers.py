@@ -22,6 +22,8 @@ import tensorflow_text as tf_text
 from sentencepiece import sentencepiece_model_pb2
 from tensorflow_text.python.ops import sentencepiece_tokenizer
 
+from bertgen_tf.prose import join_word_pieces
+
 Ids = tf.Tensor | tf.RaggedTensor
 
 
@@ -350,62 +352,6 @@ def _merge_path(model, ids: np.ndarray) -> set[int]:
     return found
 
 
-# WordPiece text, its tokens joined by single spaces, into prose: (RE2 pattern, rewrite), applied
-# in this order. A rule stands twice where its matches overlap. `X` is a letter or a digit.
-_X = r"[\pL\pN]"
-_HAN = r"[\p{Han}、。〈〉《》「」『』【】！（），：；？]"
-# Words in -s that own nothing: after them a quotation mark opens, after the others it is a
-# possessive plural.
-_NOT_POSSESSIVE = r"(?:is|was|as|has|this|his|its|says|means|thus|versus|plus|across)"
-_PROSE_RULES = (
-    (r" ##", ""),
-    (r"^ ", ""),
-    # Two backticks or two apostrophes are a double quotation mark.
-    (r"` `|' '", '"'),
-    # Apostrophes: contractions and possessives, elisions before and after, names (o'neill,
-    # l'amour).
-    (r"(?i) (['’]) (s|t|re|ve|ll|d|m)\b", r"\1\2"),
-    (r"(?i) (['’]) (s|t|re|ve|ll|d|m)\b", r"\1\2"),
-    (r"(?i)(^| )(['’]) (tis|twas|em|til|cause|n|\d0s)\b", r"\1\2\3"),
-    (r"(?i)(^|[ (\[\"])([dlocjmn]|qu) (['’]) (\pL)", r"\1\2\3\4"),
-    (r"(?i)('n) (['’])( |$)", r"\1\2\3"),
-    # Quotations: marks come in pairs. No space inside a pair.
-    (r'" ([^"]*[^" ]) "', r'"\1"'),
-    (r"„ ([^„“”]*[^„“” ]) ([“”])", r"„\1\2"),
-    (r"“ ([^“”]*[^“” ]) ”", r"“\1”"),
-    (r"‘ ([^‘’]*[^‘’ ]) ’( |$)", r"‘\1’\2"),
-    (r"« ([^«»]*[^«» ]) »", r"«\1»"),
-    (
-        rf"(?i)(^|[^s ] |['’]s |\b{_NOT_POSSESSIVE} )' ([^' ][^ ]*(?: [^' ][^ ]*)*?) '( |$)",
-        r"\1'\2'\3",
-    ),
-    (r"(?i)(s) (['’])( |$)", r"\1\2\3"),
-    # Numbers: 1,000,000 and 3.5 and 10:30 and $5 and #1.
-    (r"\b(\d{1,3}) , (\d{3})\b", r"\1,\2"),
-    (r"\b(\d{1,3}) , (\d{3})\b", r"\1,\2"),
-    (r"(\d) \. (\d)", r"\1.\2"),
-    (r"(\d) \. (\d)", r"\1.\2"),
-    (r"\b(\d{1,2}) : (\d{1,2})\b", r"\1:\2"),
-    (r"([$£€¥]) (\d)", r"\1\2"),
-    (rf"(^| )# ({_X})", r"\1#\2"),
-    # Abbreviations (u.s., p.m.) and host names.
-    (r"\b(\pL) \. (\pL) \.", r"\1.\2."),
-    (r"\b(\pL) ?\. (\pL) \.", r"\1.\2."),
-    (r"\b(www) \. ", r"\1."),
-    (r" \. (com|org|net|edu|gov)\b", r".\1"),
-    # Hyphens and slashes between words: in untokenised text hardly any has spaces around it.
-    (rf"({_X}) ([-/]) ({_X})", r"\1\2\3"),
-    (rf"({_X}) ([-/]) ({_X})", r"\1\2\3"),
-    (r"(\d) – (\d)", r"\1–\2"),
-    # Punctuation: none before what closes, none after what opens.
-    (r" ([.,;:!?…%)\]}])", r"\1"),
-    (r"([(\[{¿¡]) ", r"\1"),
-    # Chinese characters are words of their own to BERT.
-    (rf"({_HAN}) ({_HAN})", r"\1\2"),
-    (rf"({_HAN}) ({_HAN})", r"\1\2"),
-)
-
-
 class BertTokenizer(tf.Module):
     """WordPiece tokenizer of BERT, with the interface of `BertGenerationTokenizer`.
 
@@ -499,13 +445,7 @@ class BertTokenizer(tf.Module):
     def detokenize(self, ids: Any) -> tf.Tensor:
         """Turns ids into readable prose, up to the first eos, without pad, bos and mask tokens.
 
-        BERT's tokenizer drops the spaces of the text, so they are set by the rules of common
-        English typography: punctuation and brackets close up, apostrophes, numbers and hyphenated
-        words are joined, quotation marks go in pairs. What cannot be known again: case and accents
-        that the vocabulary has not; line breaks and repeated spaces; `''` and two backticks, which
-        become `"`; spaces around a hyphen or slash (written without) and around dashes (with); a
-        comma between a number and one of three digits (a thousands separator); a full stop between
-        digits (a decimal point); quotation marks without a partner (spaces on both sides).
+        The spaces that BERT's tokenizer dropped are set by the rules of `bertgen_tf.prose`.
 
         Args:
             ids: integers [length] or [batch, length], dense or ragged. Ids outside the vocabulary
@@ -519,11 +459,7 @@ class BertTokenizer(tf.Module):
             hidden.append(self.mask_token_id)
         ids, row = _visible_ids(ids, self.eos_token_id, hidden, self.vocab_size)
         pieces = ids.with_flat_values(tf.gather(self._pieces, ids.flat_values))
-        text = tf.strings.join([" ", tf.strings.reduce_join(pieces, axis=-1, separator=" ")])
-        for pattern, rewrite in _PROSE_RULES:
-            text = tf.strings.regex_replace(text, pattern, rewrite)
-        # Lower-case vocabularies spell Korean in decomposed letters.
-        text = tf_text.normalize_utf8(text, "NFC")
+        text = join_word_pieces(pieces)
         return text[0] if row else text
 
     def tokenize(self, text: str) -> list[str]:
