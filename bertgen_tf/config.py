@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from typing import Any, Self
 
@@ -173,19 +174,32 @@ class GenerationConfig(_Config):
                 f"beam_scorer must be one of {', '.join(BEAM_SCORERS)}, "
                 f"received {self.beam_scorer!r}."
             )
-        if self.early_stopping not in (True, False, "never"):
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(
                 f'early_stopping must be True, False or "never", received {self.early_stopping!r}.'
             )
-        for name in ("length_penalty", "gnmt_alpha"):
-            if not _is_number(getattr(self, name)):
-                raise ValueError(f"{name} must be a number, received {getattr(self, name)!r}.")
-        # "An option that does not apply" is an error, never ignored silently.
-        if self.num_beams == 1 and self.early_stopping is not False:
+        for name, least in (("length_penalty", -math.inf), ("gnmt_alpha", 0)):
+            value = getattr(self, name)
+            if not _is_number(value) or value < least:
+                raise ValueError(
+                    f"{name} must be a number{' from 0' if least == 0 else ''}, received {value!r}."
+                )
+        # What a search does not read is an error, never ignored silently.
+        if self.early_stopping is not False and (
+            self.num_beams == 1 or self.beam_scorer != "huggingface"
+        ):
             raise ValueError(
-                f"early_stopping applies to beam search only, received {self.early_stopping!r} "
-                f"with num_beams=1. Raise num_beams or leave early_stopping out."
+                f"early_stopping applies to beam search with HuggingFace's scorer only, received "
+                f"{self.early_stopping!r} with num_beams={self.num_beams} and "
+                f"beam_scorer={self.beam_scorer!r}. Set early_stopping=False."
             )
+        for name, scorer in (("length_penalty", "huggingface"), ("gnmt_alpha", "gnmt")):
+            default = type(self).__dataclass_fields__[name].default
+            if self.beam_scorer != scorer and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} applies to beam_scorer={scorer!r} only, received "
+                    f"{getattr(self, name)!r} with {self.beam_scorer!r}. Leave it at {default}."
+                )
 
 
 def _is_integer(value: Any) -> bool:
@@ -193,7 +207,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_integers(config: Any, minimum: int, *names: str) -> None:

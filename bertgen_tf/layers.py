@@ -99,8 +99,9 @@ class Embeddings(keras.layers.Layer):
 
     def logits(self, hidden: Any) -> Any:
         """[B, T, H] times the transposed word embeddings: float32 [B, T, V]."""
-        matrix = ops.cast(self.word_embeddings.embeddings, hidden.dtype)
-        return ops.cast(ops.matmul(hidden, ops.transpose(matrix)), "float32")
+        # Scores of half precision would make ties of different tokens.
+        matrix = ops.cast(self.word_embeddings.embeddings, "float32")
+        return ops.matmul(ops.cast(hidden, "float32"), ops.transpose(matrix))
 
 
 class Attention(keras.layers.Layer):

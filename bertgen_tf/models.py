@@ -82,7 +82,11 @@ class BertGenerationEncoder(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
         config = dict(config)
-        return cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+        trainable = config.pop("trainable", True)
+        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+        if not trainable:  # what is shared stays as the other side has it
+            model.trainable = False
+        return model
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationDecoder")
@@ -115,6 +119,11 @@ class BertGenerationDecoder(keras.Model):
             )
         if encoder is not None:
             _check_shareable(config, encoder.config, sharing)
+            if self.dtype_policy != encoder.dtype_policy:
+                raise ValueError(
+                    "A decoder that shares must have the encoder's dtype policy, received "
+                    f"{self.dtype_policy.name} and {encoder.dtype_policy.name}."
+                )
         share_all = sharing == "all"
         self.config = config
         self.sharing = sharing
@@ -160,7 +169,7 @@ class BertGenerationDecoder(keras.Model):
         for block in self.blocks:
             block.build()
         self.output_bias = self.add_weight(
-            (self.config.vocab_size,), initializer="zeros", name="output_bias"
+            (self.config.vocab_size,), initializer="zeros", name="output_bias", autocast=False
         )
 
     def call(
@@ -215,7 +224,7 @@ class BertGenerationDecoder(keras.Model):
                 training=training,
             )
             new_cache.append(pair)
-        logits = self.embeddings.logits(hidden) + ops.cast(self.output_bias, "float32")
+        logits = self.embeddings.logits(hidden) + self.output_bias
         return logits if cache is None else (logits, {**cache, "self": new_cache})
 
     def init_cache(self, rows: Any, max_length: int, encoder_hidden_states: Any = None) -> dict:
@@ -252,7 +261,11 @@ class BertGenerationDecoder(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
         config = dict(config)
-        return cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+        trainable = config.pop("trainable", True)
+        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+        if not trainable:  # what is shared stays as the other side has it
+            model.trainable = False
+        return model
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
@@ -297,8 +310,8 @@ class EncoderDecoderModel(keras.Model):
             _check_tokenizer(tokenizer, encoder.config, decoder.config)
             self.preprocessor = Seq2SeqPreprocessor(
                 tokenizer,
-                max_source_length or min(128, encoder.config.max_position_embeddings),
-                max_target_length or min(128, decoder.config.max_position_embeddings),
+                _length_or_default(max_source_length, encoder.config),
+                _length_or_default(max_target_length, decoder.config),
                 add_eos=add_eos,
                 add_bos=add_bos,
                 mask_first=mask_first,
@@ -409,13 +422,15 @@ class EncoderDecoderModel(keras.Model):
             batch_size: for text that is not batched yet; 32 by default.
             validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
         """
-        x, y, batch_size = self._text_to_dataset(x, y, batch_size, shuffle=True)
+        x, y, batch_size = training.text_to_dataset(
+            self.preprocessor, x, y, batch_size, shuffle=True
+        )
         if isinstance(validation_data, tuple | list) and len(validation_data) == 2:
-            validation_data = self._text_to_dataset(*validation_data, None)[:2]
+            validation_data = training.text_to_dataset(self.preprocessor, *validation_data)[:2]
             if validation_data[1] is None:
                 validation_data = validation_data[0]
         elif validation_data is not None:
-            validation_data = self._text_to_dataset(validation_data, None, None)[0]
+            validation_data = training.text_to_dataset(self.preprocessor, validation_data)[0]
         if isinstance(x, tf.data.Dataset):
             # Keras warns of its own default, because datasets are shuffled before.
             kwargs.setdefault("shuffle", False)
@@ -425,35 +440,8 @@ class EncoderDecoderModel(keras.Model):
         self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Keras's `evaluate`, which also takes text; see `fit`."""
-        return super().evaluate(*self._text_to_dataset(x, y, batch_size), *args, **kwargs)
-
-    def _text_to_dataset(self, x: Any, y: Any, batch_size: int | None, shuffle: bool = False):
-        """(x, y, batch_size) for Keras: text as a preprocessed dataset, all else unchanged."""
-        if _is_text(x) and _is_text(y):
-            if len(x) != len(y):
-                raise ValueError(
-                    f"x and y must hold as many sources as targets, received {len(x)} and {len(y)}."
-                )
-            dataset = tf.data.Dataset.from_tensor_slices((list(x), list(y)))
-            x = dataset.shuffle(len(y)) if shuffle else dataset
-            y = None
-        spec = x.element_spec if isinstance(x, tf.data.Dataset) else None
-        is_text_pair = (
-            isinstance(spec, tuple)
-            and len(spec) == 2
-            and all(getattr(part, "dtype", None) == tf.string for part in spec)
-        )
-        if not is_text_pair:
-            return x, y, batch_size
-        if self.preprocessor is None:
-            raise ValueError(
-                "A dataset of text needs a tokenizer, and this model has none. Pass tokenizer= to "
-                "EncoderDecoderModel, or preprocess the dataset."
-            )
-        if spec[0].shape.rank == 0:
-            x = x.batch(batch_size or 32)
-        x = x.map(self.preprocessor, num_parallel_calls=tf.data.AUTOTUNE)
-        return x.prefetch(tf.data.AUTOTUNE), None, None
+        x, y, batch_size = training.text_to_dataset(self.preprocessor, x, y, batch_size)
+        return super().evaluate(x, y, batch_size, *args, **kwargs)
 
     def generate(
         self,
@@ -517,8 +505,13 @@ def _model_config(model: keras.Model) -> dict[str, Any]:
     return {
         "name": model.name,
         "dtype": keras.dtype_policies.serialize(model.dtype_policy),
+        "trainable": model.trainable,
         "config": model.config.to_dict(),
     }
+
+
+def _length_or_default(length: int | None, config: BertGenerationConfig) -> int:
+    return min(128, config.max_position_embeddings) if length is None else length
 
 
 def _check_length(argument: str, ids: Any, config: BertGenerationConfig) -> None:
@@ -596,9 +589,3 @@ def _check_preprocessor(
                 f"{name} must not exceed max_position_embeddings "
                 f"({config.max_position_embeddings}), received {getattr(preprocessor, name)}."
             )
-
-
-def _is_text(values: Any) -> bool:
-    if isinstance(values, list | tuple):
-        return len(values) > 0 and all(isinstance(value, str | bytes) for value in values)
-    return getattr(getattr(values, "dtype", None), "kind", None) in ("U", "S")

@@ -37,8 +37,9 @@ class Seq2SeqPreprocessor(tf.Module):
 
     Args:
         tokenizer: gives the ids, and those of pad, bos and eos.
-        max_source_length: longer sources are cut, at least 1.
-        max_target_length: longer targets are cut so that bos, or eos, still fits, at least 2.
+        max_source_length: longer sources are cut; at least 1 besides special tokens.
+        max_target_length: longer targets are cut so that bos, or eos, still fits; at least 1
+            besides special tokens.
         add_eos: end each source with eos, also when it was cut.
         add_bos: begin each source with bos.
         mask_first: begin each target with the mask token: the decoder reads [bos, mask, t1 ... tn]
@@ -66,9 +67,11 @@ class Seq2SeqPreprocessor(tf.Module):
         if mask_first and tokenizer.mask_token_id is None:
             raise ValueError("`mask_first` needs a tokenizer with a mask token; this one has none.")
         self.tokenizer = tokenizer
-        least = max(1, add_bos + add_eos)
+        # Special tokens and at least one of the text.
+        least = 1 + add_bos + add_eos
         self.max_source_length = _check_length("max_source_length", max_source_length, least)
-        self.max_target_length = _check_length("max_target_length", max_target_length, 2)
+        least = 2 + mask_first
+        self.max_target_length = _check_length("max_target_length", max_target_length, least)
         self.add_eos = add_eos
         self.add_bos = add_bos
         self.mask_first = mask_first

@@ -42,6 +42,7 @@ def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
     folder = pathlib.Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = temporary.with_name(f"{temporary.name}-old")
     try:
         config = model.get_config()
         if model.tokenizer is not None:
@@ -56,27 +57,34 @@ def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
         bare = EncoderDecoderModel(model.encoder, model.decoder)
         bare.save_weights(temporary / WEIGHTS_FILE)
         os.chmod(temporary, 0o755)
-        old = temporary.with_name(f"{temporary.name}-old")
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_writable(folder: str | os.PathLike) -> None:
     """Raises where `save` would not or could not write, to know it before training.
 
     Raises:
-        FileExistsError: there is a file, or a folder with other files than a preset's.
+        FileExistsError: there is a file, or a folder with other files than a preset's, or a mount
+            point, which cannot be replaced.
         NotADirectoryError: it lies below a file.
         PermissionError: the folder that it lies in cannot be written.
     """
     folder = pathlib.Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"folder must be a folder, but {folder} is a file.")
+    if os.path.ismount(folder):
+        raise FileExistsError(
+            f"folder is replaced as a whole and must not be a mount point, but {folder} is one. "
+            f"Choose a folder in it, such as {folder / 'model'}."
+        )
     if folder.exists() and any(folder.iterdir()) and not _is_preset(folder):
         raise FileExistsError(
             f"folder must be new, empty or a preset of ours to replace, but {folder} holds other "

@@ -61,20 +61,23 @@ class BertAdamW(keras.optimizers.AdamW):
 def default_optimizer(
     learning_rate: float = 1e-4,
     *,
-    warmup_steps: int = 100,
+    warmup_steps: int = 0,
     total_steps: int | None = None,
     weight_decay: float = 0.01,
 ) -> keras.optimizers.Optimizer:
-    """AdamW as BERT is fine-tuned with: warm-up, no decay on biases and norms, clipped to norm 1.
+    """AdamW as BERT is fine-tuned with: no decay on biases and norms, clipped to norm 1.
 
     Args:
         learning_rate: its highest value.
         warmup_steps: steps of linear rise.
         total_steps: where the rate has fallen to 0; by default it stays at its highest value.
+            Callbacks that set the rate, such as `ReduceLROnPlateau`, need it constant: without
+            warm-up and fall.
         weight_decay: decoupled, for kernels and embeddings only.
     """
+    schedule = LinearWarmup(learning_rate, warmup_steps, total_steps)
     return BertAdamW(
-        LinearWarmup(learning_rate, warmup_steps, total_steps),
+        schedule if warmup_steps or total_steps else learning_rate,
         weight_decay=weight_decay,
         global_clipnorm=1.0,
     )
@@ -99,7 +102,6 @@ def bucketed_dataset(
     *,
     shuffle: int | None = None,
     seed: int | None = None,
-    drop_remainder: bool = False,
 ) -> tf.data.Dataset:
     """Batches (source, target) strings of similar length, padded to few lengths.
 
@@ -111,13 +113,17 @@ def bucketed_dataset(
         batch_size: pairs in a batch.
         shuffle: size of the shuffle buffer, in pairs; None keeps the order within a length.
         seed: of the shuffling.
-        drop_remainder: leaves out the last, smaller, batch of each length.
 
     Returns:
         dataset of (x, y, sample_weight) as `fit` takes it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, received {batch_size!r}.")
+    if not _is_text_pair(pairs.element_spec) or pairs.element_spec[0].shape.rank != 0:
+        raise ValueError(
+            "pairs must be a dataset of (source, target) strings, not batched yet, received "
+            f"{pairs.element_spec}."
+        )
     if shuffle:
         pairs = pairs.shuffle(shuffle, seed=seed)
     longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
@@ -142,10 +148,67 @@ def bucketed_dataset(
                 target_length=tf.minimum(length, preprocessor.max_target_length),
             )
 
-        return window.ragged_batch(batch_size, drop_remainder=drop_remainder).map(pack)
+        return window.ragged_batch(batch_size).map(pack)
 
     return (
         pairs.map(encode, num_parallel_calls=tf.data.AUTOTUNE)
         .group_by_window(bucket, batch, window_size=batch_size)
         .prefetch(tf.data.AUTOTUNE)
     )
+
+
+def text_to_dataset(
+    preprocessor: Seq2SeqPreprocessor | None,
+    x: Any,
+    y: Any = None,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+) -> tuple[Any, Any, int | None]:
+    """`(x, y, batch_size)` for Keras: text as a preprocessed dataset, all else as it is.
+
+    Args:
+        preprocessor: of the model; None if it has none.
+        x, y: lists or arrays of sources and targets, or a dataset of pairs and None.
+        batch_size: of text that is not batched yet; 32 by default.
+        shuffle: shuffles lists, as Keras does with arrays.
+    """
+    if _is_text(x) and _is_text(y):
+        if len(x) != len(y):
+            raise ValueError(
+                f"x and y must hold as many sources as targets, received {len(x)} and {len(y)}."
+            )
+        dataset = tf.data.Dataset.from_tensor_slices((list(x), list(y)))
+        x = dataset.shuffle(len(y)) if shuffle else dataset
+        y = None
+    spec = x.element_spec if isinstance(x, tf.data.Dataset) else None
+    if not _is_text_pair(spec):
+        if any(getattr(part, "dtype", None) == tf.string for part in tf.nest.flatten(spec)):
+            raise ValueError(
+                f"A dataset of text must give pairs (source, target), received {spec}."
+            )
+        return x, y, batch_size
+    if preprocessor is None:
+        raise ValueError(
+            "A dataset of text needs a tokenizer, and this model has none. Pass tokenizer= to "
+            "EncoderDecoderModel, or preprocess the dataset."
+        )
+    if spec[0].shape.rank == 0:
+        x = x.batch(batch_size or 32)
+    x = x.map(preprocessor, num_parallel_calls=tf.data.AUTOTUNE)
+    return x.prefetch(tf.data.AUTOTUNE), None, None
+
+
+def _is_text_pair(spec: Any) -> bool:
+    return (
+        isinstance(spec, tuple)
+        and len(spec) == 2
+        and all(getattr(part, "dtype", None) == tf.string for part in spec)
+    )
+
+
+def _is_text(values: Any) -> bool:
+    # An array or a pandas column of Python strings has the kind "O".
+    kind = getattr(getattr(values, "dtype", None), "kind", None)
+    if kind == "O" or isinstance(values, list | tuple):
+        return len(values) > 0 and all(isinstance(value, str | bytes) for value in values)
+    return kind in ("U", "S")

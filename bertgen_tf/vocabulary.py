@@ -15,7 +15,7 @@ def trim_vocabulary(
     """A new, smaller model that knows only the pieces that a corpus needs.
 
     Embeddings, softmax and tokenizer shrink together. The logits of the kept pieces stay the same,
-    and every text of the corpus is still cut into the same pieces.
+    and every text of the corpus is still cut into the same pieces, unless it has unknown words.
 
     Args:
         model: a model with a tokenizer; it is left as it is.

@@ -98,16 +98,6 @@ def assign(
         variables[name].assign(value)
 
 
-def copy(source: keras.Layer, target: keras.Layer) -> None:
-    """Assigns the weights of one layer to another of the same structure."""
-    assign(
-        named_variables(target),
-        named_variables(source),
-        [Rule("(.*)", r"\1")],
-        source=f"{type(source).__name__} {source.name!r}",
-    )
-
-
 def first_line(error: Exception) -> str:
     """Another library's exception in one line, to be quoted in a message of ours."""
     lines = str(error).strip().splitlines()

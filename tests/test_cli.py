@@ -381,25 +381,28 @@ def test_formats_of_generate(echo, preset, tmp_path):
 
 def test_generation_flags(echo, preset, tmp_path):
     (tmp_path / "in.txt").write_text("a\n")
-    values = {
+    huggingface = {
         "max_new_tokens": 11,
         "min_new_tokens": 2,
         "num_beams": 5,
         "num_return_sequences": 3,
-        "beam_scorer": "gnmt",
         "length_penalty": -0.5,
         "early_stopping": "never",
-        "gnmt_alpha": 0.9,
         "suppress_tokens": (7, 9),
     }
-    assert set(values) == {field.name for field in dataclasses.fields(bg.GenerationConfig)}
-    flags = []
-    for name, value in values.items():
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        flags += ["--" + name.replace("_", "-"), text]
+    gnmt = {"num_beams": 2, "beam_scorer": "gnmt", "gnmt_alpha": 0.9}
+    fields = {field.name for field in dataclasses.fields(bg.GenerationConfig)}
+    assert {*huggingface, *gnmt} == fields
     paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "o"), "--overwrite"]
-    assert cli.main(["generate", "--preset", preset, *paths, *flags, "--no-xla"]) == 0
-    assert echo[-1] == (1, bg.GenerationConfig(**values), False)
+    for values in (huggingface, gnmt):
+        flags = []
+        for name, value in values.items():
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags += ["--" + name.replace("_", "-"), text]
+        assert cli.main(["generate", "--preset", preset, *paths, *flags, "--no-xla"]) == 0
+        (rows, config, jit_compile) = echo[-1]
+        assert (rows, jit_compile) == (1, False)
+        assert {name: getattr(config, name) for name in values} == values
     assert cli.main(["generate", "--preset", preset, *paths, "--early-stopping", "true"]) == 0
     assert echo[-1][1].early_stopping is True
     assert echo[-1][2] is True

@@ -18,6 +18,14 @@ RNG = np.random.default_rng(6)
 IDS = RNG.integers(6, len(PIECES), (3, 7)).astype(np.int32)
 MASK = np.array([[1] * 7, [1] * 4 + [0] * 3, [1] * 6 + [0]], np.int32)
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights of which some sequences end, and beams beat greedy search."""
+    return make_model(seed=6)
+
+
 TEXTS = ["the man saw a bird, who sang.", "old house", "and the woman left"]
 
 
@@ -71,6 +79,7 @@ def test_beam_scores_are_those_of_the_forward_pass(model):
     plain = model.generate(INPUTS, max_new_tokens=8, jit_compile=False, **options)
     np.testing.assert_array_equal(plain.sequences, output.sequences)
     np.testing.assert_allclose(plain.scores, output.scores, atol=1e-5)
+    assert (output.sequences[:, :, 1:] == 4).any(-1).sum() not in (0, 9)  # some end, some do not
     greedy = model.generate(INPUTS, max_new_tokens=8, length_penalty=0.6)
     assert (output.scores[:, 0] > greedy.scores[:, 0] + 1e-3).any()
 
@@ -202,21 +211,22 @@ def test_text_in_text_out(model):
 
 
 def test_options(model):
-    free = model.generate(INPUTS, max_new_tokens=8)
+    free = model.generate(INPUTS, max_new_tokens=8, num_beams=2)
+    assert (free.sequences[:, 0, 1:6] == 4).any()
     banned = sorted({int(t) for t in free.sequences[:, 0, 1]})
-    output = model.generate(INPUTS, max_new_tokens=8, suppress_tokens=[*banned, 4])
+    output = model.generate(INPUTS, max_new_tokens=8, num_beams=2, suppress_tokens=[*banned, 4])
     assert not np.isin(output.sequences[:, 0, 1:], [*banned, 4]).any()
     early = model.generate(INPUTS, max_new_tokens=8, min_new_tokens=5, num_beams=2)
     assert not (early.sequences[:, 0, 1:6] == 4).any()
     own = make_model(generation_config=bg.GenerationConfig(max_new_tokens=3, num_beams=2))
     assert own.generate(INPUTS).sequences.shape == (3, 1, 4)
     gnmt = model.generate(INPUTS, max_new_tokens=8, num_beams=4, beam_scorer="gnmt")
-    for i in range(3):
-        tokens = gnmt.sequences[i, 0, 1:].tolist()
-        if 4 in tokens:
-            length = tokens.index(4) + 1
-            raw = scores_of(model, gnmt.sequences, 0.0)[i, 0]
-            assert gnmt.scores[i, 0] == pytest.approx(raw / ((5 + length) / 6) ** 0.6, abs=1e-5)
+    raw = scores_of(model, gnmt.sequences, 0.0)[:, 0]
+    ended = [row.tolist().index(4) for row in gnmt.sequences[:, 0] if 4 in row]
+    assert len(ended) == 3  # else the score is the raw sum
+    np.testing.assert_allclose(
+        gnmt.scores[:, 0], raw / ((5 + np.array(ended)) / 6) ** 0.6, atol=1e-5
+    )
 
 
 def test_changed_weights_are_read(model):

@@ -233,7 +233,7 @@ def test_config(tokenizer):
         (
             {"max_source_length": 1, "add_eos": True, "add_bos": True},
             ValueError,
-            "`max_source_length` must be at least 2; received 1",
+            "`max_source_length` must be at least 3; received 1",
         ),
     ],
 )

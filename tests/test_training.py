@@ -61,7 +61,7 @@ def test_fit_takes_text_in_every_form(model):
     check(dataset().batch(5))
     check(dataset())
     check(SOURCES, TARGETS)
-    check(np.array(SOURCES), np.array(TARGETS), batch_size=5)
+    check(np.array(SOURCES), np.array(TARGETS, dtype=object), batch_size=5)
     preprocessed = dataset().batch(5).map(model.preprocessor)
     check(preprocessed)
     x, y, weight = next(iter(preprocessed))
@@ -74,8 +74,8 @@ def test_fit_takes_text_in_every_form(model):
 def test_every_weight_trains_with_the_defaults():
     model = make_model(max_source_length=14, max_target_length=12)
     before = [np.array(w) for w in model.trainable_weights]
-    model.compile()
-    history = model.fit(dataset(), epochs=30, batch_size=4, verbose=0).history
+    model.compile(optimizer=bg.default_optimizer(1e-2, warmup_steps=2))
+    history = model.fit(dataset(), epochs=15, batch_size=4, verbose=0).history
     for weight, old in zip(model.trainable_weights, before, strict=True):
         assert np.abs(weight - old).max() > 0, weight.path
     assert history["loss"][-1] < 0.8 * history["loss"][0]
@@ -121,7 +121,8 @@ def test_mixed_bfloat16():
 
 def test_callbacks_work_unchanged(tmp_path):
     model = make_model("all", max_source_length=14, max_target_length=12)
-    model.compile(optimizer=keras.optimizers.AdamW(1e-3, use_ema=True))
+    model.compile()
+    model.optimizer.use_ema = True
     seen = []
     callbacks = [
         keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
@@ -208,6 +209,37 @@ def test_bucketed_dataset_loses_no_pair_and_has_few_shapes(model):
         bg.bucketed_dataset(data, model.preprocessor, 0)
 
 
+def test_a_frozen_encoder_stays_frozen(tmp_path):
+    for sharing, trained in (("word_embeddings", 73), ("all", 34)):
+        model = make_model(sharing, max_source_length=14, max_target_length=12)
+        model.encoder.trainable = False
+        model.compile()
+        model.fit(dataset(), verbose=0)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        names = [w.path for w in model.trainable_weights]
+        assert [w.path for w in loaded.trainable_weights] == names
+        assert len(names) == trained
+        assert int(loaded.optimizer.iterations) == 1
+
+
+def test_scores_are_not_of_half_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = make_model("word_embeddings", max_source_length=14, max_target_length=12)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    bias = np.linspace(10, 10.1, len(PIECES), dtype=np.float32)
+    model.decoder.output_bias.assign(bias)
+    x, _, _ = model.preprocessor(SOURCES, TARGETS)
+    logits = model(x).numpy()
+    assert (tf.cast(tf.cast(logits, "bfloat16"), "float32") != logits).numpy().mean() > 0.9
+    graph = tf.function(lambda x: model(x)).get_concrete_function(x).graph
+    softmaxes = [op for op in graph.get_operations() if "softmax" in op.type.lower()]
+    assert len(softmaxes) == 8  # two encoder layers, three decoder layers with two attentions
+    assert all(op.inputs[0].dtype == tf.float32 for op in softmaxes)
+
+
 def test_errors(model):
     silent = bg.EncoderDecoderModel(model.encoder, model.decoder)
     silent.compile()
@@ -216,3 +248,7 @@ def test_errors(model):
     model.compile()
     with pytest.raises(ValueError, match="as many sources as targets, received 5 and 4"):
         model.fit(SOURCES, TARGETS[:4], verbose=0)
+    with pytest.raises(ValueError, match="must give pairs"):
+        model.fit(tf.data.Dataset.from_tensor_slices((SOURCES, TARGETS, TARGETS)), verbose=0)
+    with pytest.raises(ValueError, match="pairs must be a dataset of .* not batched yet"):
+        bg.bucketed_dataset(dataset().batch(2), model.preprocessor, 2)

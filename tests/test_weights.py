@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from conftest import make_model
 
-from bertgen_tf.weights import Rule, WeightsError, assign, copy, named_variables
+from bertgen_tf.weights import Rule, WeightsError, assign, named_variables
 
 
 def _variables(**shapes):
@@ -190,22 +190,3 @@ def test_random_states_and_training_are_no_weights():
     model.compile(jit_compile=False, run_eagerly=True)
     model.fit(["a man"], ["the bird"], verbose=0)
     assert list(named_variables(model)) == before
-
-
-@pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
-def test_copy_makes_two_models_equal_and_keeps_them_apart(sharing):
-    source, target = make_model(sharing, seed=1), make_model(sharing, seed=2)
-    copy(source, target)
-    for name, variable in named_variables(target).items():
-        original = named_variables(source)[name]
-        assert variable is not original
-        np.testing.assert_array_equal(variable, original)
-    assert (named_variables(target)["decoder/output_bias"].numpy() != 0).all()
-
-
-def test_copy_between_different_structures_is_refused():
-    model = make_model()
-    with pytest.raises(
-        WeightsError, match="BertGenerationDecoder 'decoder' does not fit .* layer_0/cross"
-    ):
-        copy(model.decoder, model.encoder)
