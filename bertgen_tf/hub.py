@@ -14,6 +14,7 @@ import pathlib
 import re
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_hub
@@ -198,19 +199,19 @@ def _build_encoder(
     module: _Module, num_layers: int | list[int] | None, verify: bool
 ) -> BertGenerationEncoder:
     kept = _kept_layers(num_layers, module.config.num_hidden_layers)
-    encoder = BertGenerationEncoder(module.config)
-    weights.assign(
-        weights.named_variables(encoder), module.tensors, TF2_RULES, source=module.handle
-    )
+    # In float32 whatever the dtype policy, to be compared with the module.
+    whole = BertGenerationEncoder(module.config, dtype="float32")
+    weights.assign(weights.named_variables(whole), module.tensors, TF2_RULES, source=module.handle)
     if verify:
-        _verify(module, encoder)
-    if kept == list(range(module.config.num_hidden_layers)):
-        return encoder
-    shorter = BertGenerationEncoder(module.config.replace(num_hidden_layers=len(kept)))
-    shorter.embeddings.set_weights(encoder.embeddings.get_weights())
-    for block, index in zip(shorter.blocks, kept, strict=True):
-        block.set_weights(encoder.blocks[index].get_weights())
-    return shorter
+        _verify(module, whole)
+    policy = keras.config.dtype_policy()
+    if len(kept) == module.config.num_hidden_layers and policy == whole.dtype_policy:
+        return whole
+    encoder = BertGenerationEncoder(module.config.replace(num_hidden_layers=len(kept)))
+    encoder.embeddings.set_weights(whole.embeddings.get_weights())
+    for block, index in zip(encoder.blocks, kept, strict=True):
+        block.set_weights(whole.blocks[index].get_weights())
+    return encoder
 
 
 def _build_decoder(
@@ -405,14 +406,19 @@ def _verify(module: _Module, encoder: BertGenerationEncoder) -> None:
         "input_mask": tf.constant(mask),
         "input_type_ids": tf.zeros_like(ids),
     }
+    tensor_float_32 = tf.config.experimental.tensor_float_32_execution_enabled()
+    # On GPUs it is less exact than what is compared here.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
+        ours = encoder(ids, mask).numpy()
         expected = module.loaded(inputs, training=False)["sequence_output"].numpy()
     except Exception as error:  # whatever the module's graph raises
         raise ValueError(
             f"{module.handle} should take {', '.join(inputs)} and give sequence_output, but the "
             f"call failed: {first_line(error)}. verify=False takes up the weights unchecked."
         ) from error
-    ours = encoder(ids, mask).numpy()
+    finally:
+        tf.config.experimental.enable_tensor_float_32_execution(tensor_float_32)
     difference = np.inf
     if expected.shape == ours.shape:
         difference = np.abs(ours - expected)[mask == 1].max()

@@ -934,3 +934,15 @@ def test_no_server_is_there(server):
 
 def test_other_protocols_are_refused():
     check_error("ftp://127.0.0.1/tiny/1", ValueError, "failed")
+
+
+def test_a_dtype_policy_changes_the_model_not_the_check(hub_module):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        half = bg.EncoderDecoderModel.from_hub(encoder=hub_module, share=True)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    full = bg.BertGenerationEncoder.from_hub(hub_module)
+    assert half.encoder.compute_dtype == half.decoder.compute_dtype == "bfloat16"
+    for ours, expected in zip(half.encoder.weights, full.weights, strict=True):
+        np.testing.assert_array_equal(ours, expected)
