@@ -10,9 +10,10 @@ if _keras.backend.backend() != "tensorflow":
 
 from bertgen_tf import hub
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import export_saved_model
 from bertgen_tf.generation import GenerateOutput
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder, EncoderDecoderModel
+from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.training import bucketed_dataset, default_optimizer

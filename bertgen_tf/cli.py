@@ -23,9 +23,9 @@ import tensorflow as tf
 from bertgen_tf import presets, text_files
 from bertgen_tf.cli_arguments import PROGRAM, make_parser
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import check_version_path, export_saved_model
 from bertgen_tf.generation import check_config
-from bertgen_tf.models import EncoderDecoderModel
 from bertgen_tf.training import bucketed_dataset, default_optimizer
 from bertgen_tf.vocabulary import trim_vocabulary
 

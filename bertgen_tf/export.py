@@ -24,8 +24,8 @@ from typing import Any
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.generation import check_config, generation_function, hypotheses_to_text
-from bertgen_tf.models import EncoderDecoderModel
 
 
 def export_saved_model(

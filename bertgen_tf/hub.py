@@ -24,7 +24,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf import weights
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder, EncoderDecoderModel
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
 from bertgen_tf.weights import Rule, first_line
 

@@ -1,4 +1,4 @@
-"""BertGeneration encoder, decoder and their sequence-to-sequence model, as Keras 3 models.
+"""BertGeneration encoder and decoder, as Keras 3 models.
 
 Source: Rothe, Narayan, Severyn 2020, "Leveraging Pre-trained Checkpoints for Sequence Generation
 Tasks". Where HuggingFace's classes differ from the TF Hub originals, this is what is done here:
@@ -13,18 +13,12 @@ B batch, S source length, T target length, H hidden size, V vocabulary.
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
-from bertgen_tf import training
-from bertgen_tf.config import BertGenerationConfig, GenerationConfig
-from bertgen_tf.generation import Generator
+from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, padding_mask
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 
 SHARING = ("none", "word_embeddings", "all")
-TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationEncoder")
@@ -268,239 +262,6 @@ class BertGenerationDecoder(keras.Model):
         return model
 
 
-@keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
-class EncoderDecoderModel(keras.Model):
-    """Encoder, decoder and tokenizer: trains with `fit`, answers with `generate`.
-
-    Called on `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)` (int32;
-    the masks may be left out) it gives float32 logits [B, T, V].
-
-    Args:
-        encoder, decoder: of one hidden size; the decoder with cross-attention.
-        tokenizer: turns text into ids and back; without one the model reads and gives ids only.
-        max_source_length, max_target_length: tokens that `fit` and `generate` read of a text, at
-            most; by default 128, or what the positions allow if that is less.
-        add_eos, add_bos, mask_first: further special tokens of source and target, see
-            `Seq2SeqPreprocessor`; the originals have none, what `from_hub` warm-starts needs them.
-        generation_config: the settings of `generate` where a call gives no others.
-    """
-
-    def __init__(
-        self,
-        encoder: BertGenerationEncoder,
-        decoder: BertGenerationDecoder,
-        tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
-        *,
-        max_source_length: int | None = None,
-        max_target_length: int | None = None,
-        add_eos: bool = False,
-        add_bos: bool = False,
-        mask_first: bool = False,
-        generation_config: GenerationConfig | None = None,
-        name: str = "encoder_decoder",
-        **kwargs: Any,
-    ):
-        super().__init__(name=name, **kwargs)
-        _check_pair(encoder.config, decoder.config)
-        self.encoder = encoder
-        self.decoder = decoder
-        self.tokenizer = tokenizer
-        self.preprocessor = None
-        if tokenizer is not None:
-            _check_tokenizer(tokenizer, encoder.config, decoder.config)
-            self.preprocessor = Seq2SeqPreprocessor(
-                tokenizer,
-                _length_or_default(max_source_length, encoder.config),
-                _length_or_default(max_target_length, decoder.config),
-                add_eos=add_eos,
-                add_bos=add_bos,
-                mask_first=mask_first,
-            )
-            _check_preprocessor(self.preprocessor, encoder.config, decoder.config)
-        self.generation_config = generation_config or GenerationConfig(
-            max_new_tokens=min(64, decoder.config.max_position_embeddings)
-        )
-        self._generator = Generator(self)
-        self.build()
-
-    @classmethod
-    def from_hub(
-        cls,
-        *,
-        encoder: str,
-        decoder: str | None = None,
-        share: bool = False,
-        cross_attention: str = "random",
-        num_layers: int | list[int] | None = None,
-        verify: bool = True,
-        **kwargs: Any,
-    ) -> "EncoderDecoderModel":
-        """Warm-starts from TF Hub BERT modules; see `bertgen_tf.hub.load_encoder_decoder`."""
-        from bertgen_tf import hub
-
-        return hub.load_encoder_decoder(
-            encoder,
-            decoder,
-            share=share,
-            cross_attention=cross_attention,
-            num_layers=num_layers,
-            verify=verify,
-            **kwargs,
-        )
-
-    @classmethod
-    def from_preset(cls, folder: str) -> "EncoderDecoderModel":
-        """Reads what `save_to_preset` wrote; see `bertgen_tf.presets`."""
-        from bertgen_tf import presets
-
-        return presets.load(folder)
-
-    def save_to_preset(self, folder: str) -> None:
-        """Writes config, weights, tokenizer and settings; see `bertgen_tf.presets`."""
-        from bertgen_tf import presets
-
-        presets.save(self, folder)
-
-    def build(self, input_shape: Any = None) -> None:
-        self.built = True  # encoder and decoder build themselves
-
-    def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
-        memory = self.encoder(inputs["input_ids"], inputs.get("attention_mask"), training=training)
-        return self.decoder(
-            inputs["decoder_input_ids"],
-            inputs.get("decoder_attention_mask"),
-            encoder_hidden_states=memory,
-            encoder_attention_mask=inputs.get("attention_mask"),
-            training=training,
-        )
-
-    def compile(
-        self,
-        optimizer: Any = "auto",
-        loss: Any = "auto",
-        *,
-        weighted_metrics: Any = "auto",
-        **kwargs: Any,
-    ) -> None:
-        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.training`.
-
-        Args:
-            optimizer: by default AdamW of `training.default_optimizer()`.
-            loss: by default cross-entropy per real target token.
-            weighted_metrics: by default the share of target tokens predicted right.
-            **kwargs: among them `jit_compile`, "auto" by default: XLA where there is an
-                accelerator. On a CPU alone Keras trains without, which is faster there.
-        """
-        super().compile(
-            optimizer=training.default_optimizer() if optimizer == "auto" else optimizer,
-            loss=training.default_loss() if loss == "auto" else loss,
-            weighted_metrics=(
-                training.default_metrics() if weighted_metrics == "auto" else weighted_metrics
-            ),
-            **kwargs,
-        )
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras leaves this to models with a `compile` of their own.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
-
-    def fit(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        *args: Any,
-        validation_data: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Keras's `fit`, which also takes text.
-
-        Args:
-            x: a `tf.data.Dataset` of (source, target) strings, batched or not; or a list of
-                sources, with `y` the list of targets; or anything preprocessed that Keras takes.
-            batch_size: for text that is not batched yet; 32 by default.
-            validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
-        """
-        x, y, batch_size = training.text_to_dataset(
-            self.preprocessor, x, y, batch_size, shuffle=True
-        )
-        if isinstance(validation_data, tuple | list) and len(validation_data) == 2:
-            validation_data = training.text_to_dataset(self.preprocessor, *validation_data)[:2]
-            if validation_data[1] is None:
-                validation_data = validation_data[0]
-        elif validation_data is not None:
-            validation_data = training.text_to_dataset(self.preprocessor, validation_data)[0]
-        if isinstance(x, tf.data.Dataset):
-            # Keras warns of its own default, because datasets are shuffled before.
-            kwargs.setdefault("shuffle", False)
-        return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
-
-    def evaluate(
-        self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Keras's `evaluate`, which also takes text; see `fit`."""
-        x, y, batch_size = training.text_to_dataset(self.preprocessor, x, y, batch_size)
-        return super().evaluate(x, y, batch_size, *args, **kwargs)
-
-    def generate(
-        self,
-        inputs: Any,
-        generation_config: GenerationConfig | None = None,
-        *,
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Any:
-        """Generates text from text, or ids from ids.
-
-        Args:
-            inputs: a string, a list of strings, or `dict(input_ids, attention_mask)`, int32 [B, S].
-            generation_config: settings; by default the model's own.
-            jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
-                False runs the same loop as a plain graph.
-            **options: fields of `GenerationConfig` that replace those of the settings.
-
-        Returns:
-            For a string, the best hypothesis as str; for a list of strings, a list of str; with
-            `num_return_sequences` above 1, a list of hypotheses, best first, in place of each str.
-            For ids a `GenerateOutput`.
-        """
-        return self._generator.generate(inputs, generation_config, jit_compile, options)
-
-    def get_config(self) -> dict[str, Any]:
-        config = {
-            "name": self.name,
-            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
-            "encoder": self.encoder.get_config(),
-            "decoder": self.decoder.get_config(),
-            "sharing": self.decoder.sharing,
-            "tokenizer": None,
-            "generation_config": self.generation_config.to_dict(),
-        }
-        if self.tokenizer is not None:
-            config["tokenizer"] = {
-                "class_name": type(self.tokenizer).__name__,
-                "config": self.tokenizer.get_config(),
-            }
-            config.update(self.preprocessor.get_config())
-        return config
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
-        config = dict(config)
-        encoder = BertGenerationEncoder.from_config(config.pop("encoder"))
-        sharing = config.pop("sharing")
-        decoder_config = {**config.pop("decoder"), "sharing": sharing}
-        if sharing != "none":
-            decoder_config["encoder"] = encoder
-        decoder = BertGenerationDecoder.from_config(decoder_config)
-        tokenizer = config.pop("tokenizer")
-        if tokenizer is not None:
-            tokenizer = TOKENIZERS[tokenizer["class_name"]].from_config(tokenizer["config"])
-        generation_config = GenerationConfig.from_dict(config.pop("generation_config"))
-        return cls(encoder, decoder, tokenizer, generation_config=generation_config, **config)
-
-
 def _model_config(model: keras.Model) -> dict[str, Any]:
     return {
         "name": model.name,
@@ -508,10 +269,6 @@ def _model_config(model: keras.Model) -> dict[str, Any]:
         "trainable": model.trainable,
         "config": model.config.to_dict(),
     }
-
-
-def _length_or_default(length: int | None, config: BertGenerationConfig) -> int:
-    return min(128, config.max_position_embeddings) if length is None else length
 
 
 def _check_length(argument: str, ids: Any, config: BertGenerationConfig) -> None:
@@ -547,45 +304,3 @@ def _check_shareable(
             f"sharing={sharing!r} needs an encoder and a decoder that agree, but they differ in "
             f"{', '.join(differing)}."
         )
-
-
-def _check_pair(encoder: BertGenerationConfig, decoder: BertGenerationConfig) -> None:
-    if not decoder.add_cross_attention:
-        raise ValueError(
-            "decoder must have cross-attention, received one with add_cross_attention=False. "
-            "Build it from config.replace(add_cross_attention=True)."
-        )
-    if encoder.hidden_size != decoder.hidden_size:
-        raise ValueError(
-            "encoder and decoder must have the same hidden_size, received "
-            f"{encoder.hidden_size} and {decoder.hidden_size}."
-        )
-
-
-def _check_tokenizer(
-    tokenizer: Any, encoder: BertGenerationConfig, decoder: BertGenerationConfig
-) -> None:
-    for side, config in (("encoder", encoder), ("decoder", decoder)):
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"tokenizer must not have more pieces than the {side}'s vocab_size "
-                f"({config.vocab_size}), received {tokenizer.vocab_size}. Use its own tokenizer."
-            )
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(decoder, name):
-            raise ValueError(
-                f"{name} of tokenizer and decoder must be the same, received "
-                f"{getattr(tokenizer, name)} and {getattr(decoder, name)}. "
-                "Set the decoder's config from the tokenizer."
-            )
-
-
-def _check_preprocessor(
-    preprocessor: Any, encoder: BertGenerationConfig, decoder: BertGenerationConfig
-) -> None:
-    for name, config in (("max_source_length", encoder), ("max_target_length", decoder)):
-        if getattr(preprocessor, name) > config.max_position_embeddings:
-            raise ValueError(
-                f"{name} must not exceed max_position_embeddings "
-                f"({config.max_position_embeddings}), received {getattr(preprocessor, name)}."
-            )

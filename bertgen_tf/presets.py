@@ -16,7 +16,7 @@ from typing import Any
 
 import h5py
 
-from bertgen_tf.models import EncoderDecoderModel
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.weights import first_line
 
 FORMAT = "bertgen_tf preset"

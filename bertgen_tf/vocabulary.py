@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from bertgen_tf.models import EncoderDecoderModel
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.weights import Rule, assign, named_variables
 
 
