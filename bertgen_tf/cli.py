@@ -25,12 +25,11 @@ from bertgen_tf.cli_arguments import PROGRAM, make_parser
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import check_version_path, export_saved_model
-from bertgen_tf.generation import check_config
+from bertgen_tf.generation import MAX_BATCH_SIZE, check_config
 from bertgen_tf.training import bucketed_dataset, default_optimizer
 from bertgen_tf.vocabulary import trim_vocabulary
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-CHUNK_SIZE = 32  # texts that are generated, and written, at a time
 HUB_FLAGS = ("decoder", "share", "cross_attention", "num_layers")
 
 
@@ -234,7 +233,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     at_keyboard = arguments.input == "-" and sys.stdin.isatty()
     if at_keyboard:
         _complain("one text a line, Ctrl-D to end")
-    chunks = _chunks(arguments.input, 1 if at_keyboard else CHUNK_SIZE)
+    chunks = _chunks(arguments.input, 1 if at_keyboard else MAX_BATCH_SIZE)
     # Where the outputs are on the terminal, they show the progress.
     if sys.stderr.isatty() and not (arguments.output == "-" and sys.stdout.isatty()):
         chunks = _with_progress(chunks, total)

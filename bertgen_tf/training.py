@@ -75,6 +75,7 @@ def default_optimizer(
             warm-up and fall.
         weight_decay: decoupled, for kernels and embeddings only.
     """
+    # Built in any case, because it checks the values.
     schedule = LinearWarmup(learning_rate, warmup_steps, total_steps)
     return BertAdamW(
         schedule if warmup_steps or total_steps else learning_rate,

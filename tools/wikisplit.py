@@ -7,7 +7,7 @@
 
 MODULE is the folder of a TF Hub BERT module, DATA a folder with tune.tsv and validation.tsv
 (sentence, tab, its two sentences joined by " <::::> "), OUTPUT a new folder for curves (JSON lines)
-and outputs. BLEU needs `pip install sacrebleu`.
+and outputs. BLEU needs `pip install -e '.[metrics]'`.
 """
 
 import argparse
@@ -24,6 +24,11 @@ import keras
 import tensorflow as tf
 
 import bertgen_tf as bg
+
+try:
+    import sacrebleu
+except ImportError:  # known before training, not after
+    sys.exit("error: tools/wikisplit.py needs sacrebleu: pip install -e '.[metrics]'")
 
 
 def read_pairs(path: pathlib.Path, max_words: int) -> list[tuple[str, str]]:
@@ -120,8 +125,6 @@ def normalise(model, texts: list[str]) -> list[str]:
 
 def score(model, outputs: list[str], targets: list[str]) -> dict[str, float]:
     """Corpus BLEU (sacrebleu, lower-cased) and the share of exact matches."""
-    import sacrebleu
-
     outputs, targets = normalise(model, outputs), normalise(model, targets)
     return {
         "bleu": sacrebleu.corpus_bleu(outputs, [targets], lowercase=True).score,
