@@ -14,7 +14,6 @@ import pathlib
 import re
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_hub
@@ -22,17 +21,14 @@ import tensorflow_text  # noqa: F401  registers the ops that modules may hold
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
-from bertgen_tf import weights
+from bertgen_tf import warm_start, weights
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
 from bertgen_tf.weights import Rule, first_line
 
-CROSS_ATTENTION = ("random", "self_attention")
 VERIFY_TOLERANCE = 1e-4
-# Variables that only a decoder has: no encoder module can fill them.
-NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
 
 
 def _merge_heads(kernel: np.ndarray) -> np.ndarray:
@@ -122,7 +118,7 @@ def load_encoder(
         ValueError: what is there is not a BERT encoder, or cannot be read; the message says what
             was expected and what was found.
     """
-    return _build_encoder(_read_module(handle), num_layers, verify)
+    return _load(handle, num_layers, verify)[0]
 
 
 def load_decoder(
@@ -140,9 +136,9 @@ def load_decoder(
             or "self_attention" (a copy of each layer's self-attention, which learns to copy from
             the source much sooner).
     """
-    _check_cross_attention(cross_attention)
-    encoder = load_encoder(handle, num_layers=num_layers, verify=verify)
-    return _build_decoder(encoder, "none", cross_attention)
+    warm_start.check_cross_attention(cross_attention)
+    encoder, _ = _load(handle, num_layers, verify)
+    return warm_start.build_decoder(encoder, "none", cross_attention)
 
 
 def load_encoder_decoder(
@@ -167,107 +163,27 @@ def load_encoder_decoder(
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
             unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """
-    _check_cross_attention(cross_attention)
-    same = decoder is None or _is_same(encoder, decoder)
-    if share and not same:
-        raise ValueError(
-            "share=True holds one set of variables, so encoder and decoder must be the same "
-            f"handle, received {encoder!r} and {decoder!r}."
-        )
-    module = _read_module(encoder)
-    encoder_stack = _build_encoder(module, num_layers, verify)
-    if same:
-        sharing = "all" if share else "word_embeddings"
-        decoder_stack = _build_decoder(encoder_stack, sharing, cross_attention)
-    else:
-        other = _read_module(decoder)
-        if other.tokenizer.get_config() != module.tokenizer.get_config():
-            raise ValueError(
-                "encoder and decoder must have the same vocabulary and casing, but those of "
-                f"{encoder} and {decoder} differ. Choose modules of one family."
-            )
-        decoder_stack = _build_decoder(
-            _build_encoder(other, num_layers, verify), "none", cross_attention
-        )
-    mask_first = module.tokenizer.mask_token_id is not None
-    special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
-    return EncoderDecoderModel(
-        encoder_stack, decoder_stack, module.tokenizer, **{**special_tokens, **kwargs}
+    return warm_start.load_encoder_decoder(
+        lambda handle: _load(handle, num_layers, verify),
+        encoder,
+        decoder,
+        share=share,
+        cross_attention=cross_attention,
+        **kwargs,
     )
 
 
-def _build_encoder(
-    module: _Module, num_layers: int | list[int] | None, verify: bool
-) -> BertGenerationEncoder:
-    kept = _kept_layers(num_layers, module.config.num_hidden_layers)
+def _load(
+    handle: str, num_layers: int | list[int] | None, verify: bool
+) -> tuple[BertGenerationEncoder, BertTokenizer]:
+    module = _read_module(handle)
+    kept = warm_start.kept_layers(num_layers, module.config.num_hidden_layers)
     # In float32 whatever the dtype policy, to be compared with the module.
     whole = BertGenerationEncoder(module.config, dtype="float32")
     weights.assign(weights.named_variables(whole), module.tensors, TF2_RULES, source=module.handle)
     if verify:
         _verify(module, whole)
-    policy = keras.config.dtype_policy()
-    if len(kept) == module.config.num_hidden_layers and policy == whole.dtype_policy:
-        return whole
-    encoder = BertGenerationEncoder(module.config.replace(num_hidden_layers=len(kept)))
-    encoder.embeddings.set_weights(whole.embeddings.get_weights())
-    for block, index in zip(encoder.blocks, kept, strict=True):
-        block.set_weights(whole.blocks[index].get_weights())
-    return encoder
-
-
-def _build_decoder(
-    encoder: BertGenerationEncoder, sharing: str, cross_attention: str
-) -> BertGenerationDecoder:
-    decoder = BertGenerationDecoder(
-        encoder.config.replace(add_cross_attention=True),
-        encoder=None if sharing == "none" else encoder,
-        sharing=sharing,
-    )
-    if sharing != "all":
-        weights.assign(
-            weights.named_variables(decoder),
-            weights.named_variables(encoder),
-            [Rule("(.*)", r"\1")],
-            source="The encoder",
-            new=NEW_IN_DECODER,
-        )
-    if cross_attention == "self_attention":
-        for block in decoder.blocks:
-            block.cross_attention.set_weights(block.self_attention.get_weights())
-    return decoder
-
-
-def _is_same(first: str, second: str) -> bool:
-    """Whether two handles name one module."""
-    if os.path.isdir(first) and os.path.isdir(second):
-        return os.path.samefile(first, second)
-    return os.fspath(first) == os.fspath(second)
-
-
-def _check_cross_attention(cross_attention: str) -> None:
-    if cross_attention not in CROSS_ATTENTION:
-        raise ValueError(
-            f"cross_attention must be one of {', '.join(CROSS_ATTENTION)}, "
-            f"received {cross_attention!r}."
-        )
-
-
-def _kept_layers(num_layers: int | list[int] | None, depth: int) -> list[int]:
-    if num_layers is None:
-        return list(range(depth))
-    layers = list(range(num_layers)) if isinstance(num_layers, int) else num_layers
-    valid = (
-        isinstance(layers, list | tuple)
-        and layers
-        and not any(isinstance(i, bool) for i in (num_layers, *layers))
-        and all(isinstance(i, int) and 0 <= i < depth for i in layers)
-    )
-    if not valid or sorted(set(layers)) != list(layers):
-        raise ValueError(
-            f"num_layers must be a number from 1 to {depth}, or a rising list of layers from 0 to "
-            f"{depth - 1}, received {num_layers!r}."
-        )
-    return list(layers)
+    return warm_start.finish_encoder(whole, kept), module.tokenizer
 
 
 def _read_module(handle: str) -> _Module:

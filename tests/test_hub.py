@@ -501,7 +501,7 @@ def test_one_folder_under_two_names_is_one_module(module_of, monkeypatch):
 
 def test_modules_that_do_not_fit_each_other_are_refused(module_of):
     gelu, tanh, relu = (module_of(name) for name in ("gelu", "tanh", "relu"))
-    with pytest.raises(ValueError, match=f"share=True .* must be the same handle.*{gelu}.*{tanh}"):
+    with pytest.raises(ValueError, match=f"share=True .* the same checkpoint.*{gelu}.*{tanh}"):
         bg.EncoderDecoderModel.from_hub(encoder=gelu, decoder=tanh, share=True)
     with pytest.raises(ValueError, match=f"the same vocabulary and casing.*{gelu} and {relu}"):
         bg.EncoderDecoderModel.from_hub(encoder=gelu, decoder=relu, verify=False)

@@ -1,0 +1,152 @@
+"""Encoder-decoders from pre-trained encoders, wherever these were read.
+
+An encoder has everything that a decoder needs but cross-attention and the output bias.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from bertgen_tf import weights
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.weights import Rule
+
+CROSS_ATTENTION = ("random", "self_attention")
+# Variables that only a decoder has: no encoder can fill them.
+NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
+
+Tokenizer = BertTokenizer | BertGenerationTokenizer
+
+
+def check_cross_attention(cross_attention: str) -> None:
+    """Raises a ValueError for what `build_decoder` does not know, before anything is read."""
+    if cross_attention not in CROSS_ATTENTION:
+        raise ValueError(
+            f"cross_attention must be one of {', '.join(CROSS_ATTENTION)}, "
+            f"received {cross_attention!r}."
+        )
+
+
+def kept_layers(num_layers: int | list[int] | None, depth: int) -> list[int]:
+    """The layers that `num_layers` keeps of `depth`: the first n, or those of a rising list."""
+    if num_layers is None:
+        return list(range(depth))
+    layers = list(range(num_layers)) if isinstance(num_layers, int) else num_layers
+    valid = (
+        isinstance(layers, list | tuple)
+        and layers
+        and not any(isinstance(i, bool) for i in (num_layers, *layers))
+        and all(isinstance(i, int) and 0 <= i < depth for i in layers)
+    )
+    if not valid or sorted(set(layers)) != list(layers):
+        raise ValueError(
+            f"num_layers must be a number from 1 to {depth}, or a rising list of layers from 0 to "
+            f"{depth - 1}, received {num_layers!r}."
+        )
+    return list(layers)
+
+
+def finish_encoder(whole: BertGenerationEncoder, kept: list[int]) -> BertGenerationEncoder:
+    """The encoder under today's dtype policy, with the layers `kept` of it."""
+    policy = keras.config.dtype_policy()
+    if len(kept) == len(whole.blocks) and policy == whole.dtype_policy:
+        return whole
+    encoder = BertGenerationEncoder(whole.config.replace(num_hidden_layers=len(kept)))
+    encoder.embeddings.set_weights(whole.embeddings.get_weights())
+    for block, index in zip(encoder.blocks, kept, strict=True):
+        block.set_weights(whole.blocks[index].get_weights())
+    return encoder
+
+
+def build_decoder(
+    encoder: BertGenerationEncoder, sharing: str = "none", cross_attention: str = "random"
+) -> BertGenerationDecoder:
+    """A causal decoder with the weights of an encoder.
+
+    Args:
+        sharing: what it shares with the encoder, as for `BertGenerationDecoder`.
+        cross_attention: how the weights that an encoder does not have begin: "random" (the paper's
+            rule) or "self_attention" (a copy of each layer's self-attention, which learns to copy
+            from the source much sooner).
+    """
+    decoder = BertGenerationDecoder(
+        encoder.config.replace(add_cross_attention=True),
+        encoder=None if sharing == "none" else encoder,
+        sharing=sharing,
+    )
+    if sharing != "all":
+        weights.assign(
+            weights.named_variables(decoder),
+            weights.named_variables(encoder),
+            [Rule("(.*)", r"\1")],
+            source="The encoder",
+            new=NEW_IN_DECODER,
+        )
+    if cross_attention == "self_attention":
+        for block in decoder.blocks:
+            block.cross_attention.set_weights(block.self_attention.get_weights())
+    return decoder
+
+
+def load_encoder_decoder(
+    read: Callable[[str], tuple[BertGenerationEncoder, Tokenizer | None]],
+    encoder: str,
+    decoder: str | None = None,
+    *,
+    share: bool = False,
+    cross_attention: str = "random",
+    **kwargs: Any,
+) -> EncoderDecoderModel:
+    """A sequence-to-sequence model that starts from one pre-trained encoder, or from two.
+
+    Args:
+        read: reads an encoder and its tokenizer.
+        encoder, decoder: what `read` takes; without `decoder`, the same for both sides.
+        share: True is the paper's BERTSHARE: one set of variables for both sides, besides
+            cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
+            decoder and softmax where both are of the same checkpoint.
+        cross_attention: as for `build_decoder`.
+        **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
+            unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
+    """
+    check_cross_attention(cross_attention)
+    same = decoder is None or _is_same(encoder, decoder)
+    if share and not same:
+        raise ValueError(
+            "share=True holds one set of variables, so encoder and decoder must be the same "
+            f"checkpoint, received {encoder!r} and {decoder!r}. Leave decoder out."
+        )
+    encoder_stack, tokenizer = read(encoder)
+    if same:
+        sharing = "all" if share else "word_embeddings"
+        decoder_stack = build_decoder(encoder_stack, sharing, cross_attention)
+    else:
+        other, other_tokenizer = read(decoder)
+        if _config_of(other_tokenizer) != _config_of(tokenizer):
+            raise ValueError(
+                "encoder and decoder must have the same vocabulary and casing, but those of "
+                f"{encoder} and {decoder} differ. Choose checkpoints of one family."
+            )
+        decoder_stack = build_decoder(other, "none", cross_attention)
+    special_tokens: dict[str, bool] = {}
+    if tokenizer is not None:
+        mask_first = tokenizer.mask_token_id is not None
+        special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
+    return EncoderDecoderModel(
+        encoder_stack, decoder_stack, tokenizer, **{**special_tokens, **kwargs}
+    )
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two handles name one checkpoint."""
+    if os.path.isdir(first) and os.path.isdir(second):
+        return os.path.samefile(first, second)
+    return os.fspath(first) == os.fspath(second)
+
+
+def _config_of(tokenizer: Tokenizer | None) -> Any:
+    return None if tokenizer is None else (type(tokenizer), tokenizer.get_config())
