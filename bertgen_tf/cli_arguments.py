@@ -217,12 +217,14 @@ def _add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "")
         "early_stopping": "when huggingface's beam search ends: with the first --num-beams "
         "complete texts (true), when better ones are unlikely (false) or impossible (never)",
         "gnmt_alpha": "the same exponent for gnmt",
+        "normalize_unfinished": "whether gnmt divides the score of a text that did not end, too",
         "suppress_tokens": "ids of tokens that are never generated, such as 5,17",
     }
     kinds: dict[Any, dict[str, Any]] = {
         int: {"type": int, "metavar": "N"},
         float: {"type": _number, "metavar": "X"},
         "beam_scorer": {"choices": BEAM_SCORERS},
+        bool: {"type": _boolean, "metavar": "true|false"},
         "early_stopping": {"type": _early_stopping, "metavar": "true|false|never"},
         "suppress_tokens": {"type": _ids, "metavar": "ID,ID"},
     }
@@ -281,6 +283,12 @@ def _ids(text: str) -> tuple[int, ...]:
 def _layers(text: str) -> int | list[int]:
     layers = _ids(text)
     return list(layers) if "," in text or not layers else layers[0]
+
+
+def _boolean(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, received {text!r}")
+    return text == "true"
 
 
 def _early_stopping(text: str) -> bool | str:

@@ -143,6 +143,9 @@ class GenerationConfig(_Config):
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     gnmt_alpha: float = 0.6
+    # Where no hypothesis ended, "gnmt" scores by the plain sum, as tensor2tensor does; True divides
+    # it by the penalty of max_new_tokens.
+    normalize_unfinished: bool = False
 
     # Token ids that are never generated.
     suppress_tokens: tuple[int, ...] = ()
@@ -193,7 +196,16 @@ class GenerationConfig(_Config):
                 f"{self.early_stopping!r} with num_beams={self.num_beams} and "
                 f"beam_scorer={self.beam_scorer!r}. Set early_stopping=False."
             )
-        for name, scorer in (("length_penalty", "huggingface"), ("gnmt_alpha", "gnmt")):
+        if not isinstance(self.normalize_unfinished, bool):
+            raise ValueError(
+                "normalize_unfinished must be True or False, "
+                f"received {self.normalize_unfinished!r}."
+            )
+        for name, scorer in (
+            ("length_penalty", "huggingface"),
+            ("gnmt_alpha", "gnmt"),
+            ("normalize_unfinished", "gnmt"),
+        ):
             default = type(self).__dataclass_fields__[name].default
             if self.beam_scorer != scorer and getattr(self, name) != default:
                 raise ValueError(

@@ -185,14 +185,11 @@ def _gnmt_scorer(max_new_tokens: int, alpha: float) -> _Scorer:
     Nothing is sticky: until all examples are done, each of them goes on filling its slots.
     """
 
-    def penalty(length):
-        return _power((5.0 + tf.cast(length, tf.float32)) / 6.0, alpha)
-
     def offer(log_probs, is_eos, length, done):
-        return tf.where(is_eos, log_probs / penalty(length), _NO_SCORE)
+        return tf.where(is_eos, log_probs / _gnmt_penalty(length, alpha), _NO_SCORE)
 
     def is_done(best_running, finished, length, done):
-        return finished[:, 0] > best_running / penalty(max_new_tokens)
+        return finished[:, 0] > best_running / _gnmt_penalty(max_new_tokens, alpha)
 
     return _Scorer(offer, is_done)
 
@@ -227,6 +224,7 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
     gnmt_alpha: float = 0.6,
+    normalize_unfinished: bool = False,
 ) -> SearchOutput:
     """Beam search by the rules of transformers 5.23 ("huggingface") or tensor2tensor ("gnmt").
 
@@ -263,6 +261,8 @@ def beam_search(
         length_penalty: for "huggingface" only.
         early_stopping: for "huggingface" only.
         gnmt_alpha: for "gnmt" only, >= 0.
+        normalize_unfinished: for "gnmt" only, divides the plain sums of beams that are returned
+            because no hypothesis finished: by ((5 + max_new_tokens) / 6)**gnmt_alpha.
 
     Returns:
         `SearchOutput` of `num_return_sequences` sequences per example.
@@ -364,6 +364,8 @@ def beam_search(
     )
     scores = tf.where(any_finished, last.finished.scores, last.running.scores)
     exists = scores > _ALIVE
+    if normalize_unfinished:
+        scores = tf.where(any_finished, scores, scores / _gnmt_penalty(max_new_tokens, gnmt_alpha))
     sequences = tf.where(exists[..., tf.newaxis], sequences, pad_token_id)
     scores = tf.where(exists, scores, _NO_SCORE)
     return SearchOutput(sequences[:, :num_return_sequences], scores[:, :num_return_sequences])
@@ -418,6 +420,10 @@ def _is_one_of(ids: tf.Tensor, token_ids: tuple[int, ...]) -> tf.Tensor:
 
 def _power(base: tf.Tensor, exponent: float) -> tf.Tensor:
     return tf.pow(tf.cast(base, tf.float32), exponent)
+
+
+def _gnmt_penalty(length: tf.Tensor | int, alpha: float) -> tf.Tensor:
+    return _power((5.0 + tf.cast(length, tf.float32)) / 6.0, alpha)
 
 
 def _size(tensor: tf.Tensor, axis: int) -> int | tf.Tensor:

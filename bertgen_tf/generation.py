@@ -198,6 +198,7 @@ def _search(
         scorer=config.beam_scorer,
         early_stopping=config.early_stopping,
         gnmt_alpha=config.gnmt_alpha,
+        normalize_unfinished=config.normalize_unfinished,
         **common,
     )
 

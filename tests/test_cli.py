@@ -390,14 +390,14 @@ def test_generation_flags(echo, preset, tmp_path):
         "early_stopping": "never",
         "suppress_tokens": (7, 9),
     }
-    gnmt = {"num_beams": 2, "beam_scorer": "gnmt", "gnmt_alpha": 0.9}
+    gnmt = {"num_beams": 2, "beam_scorer": "gnmt", "gnmt_alpha": 0.9, "normalize_unfinished": True}
     fields = {field.name for field in dataclasses.fields(bg.GenerationConfig)}
     assert {*huggingface, *gnmt} == fields
     paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "o"), "--overwrite"]
     for values in (huggingface, gnmt):
         flags = []
         for name, value in values.items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
             flags += ["--" + name.replace("_", "-"), text]
         assert cli.main(["generate", "--preset", preset, *paths, *flags, "--no-xla"]) == 0
         (rows, config, jit_compile) = echo[-1]

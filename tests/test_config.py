@@ -139,6 +139,11 @@ def test_model_values_are_checked(field, value, message):
         ({"length_penalty": "1"}, "length_penalty must be a number, received '1'"),
         ({"gnmt_alpha": True}, "gnmt_alpha must be a number from 0, received True"),
         ({"gnmt_alpha": -1}, "gnmt_alpha must be a number from 0, received -1"),
+        ({"normalize_unfinished": 1}, "normalize_unfinished must be True or False, received 1"),
+        (
+            {"normalize_unfinished": True},
+            "normalize_unfinished applies to beam_scorer='gnmt' only, received True",
+        ),
         ({"gnmt_alpha": 0.7}, "gnmt_alpha applies to beam_scorer='gnmt' only, received 0.7"),
         ({"length_penalty": float("nan")}, "length_penalty must be a number, received nan"),
         ({"early_stopping": 1}, 'early_stopping must be True, False or "never", received 1'),

@@ -296,9 +296,10 @@ def test_wide_beam_equals_exhaustive_search(scorer, eos_token_ids):
     exponent=st.sampled_from([0.0, 0.6, 1.0, 2.0]),
     early_stopping=st.sampled_from([False, True, "never"]),
     eos_token_ids=st.sampled_from([[1], [4, 1], [1, 3, 5]]),
+    normalize=st.booleans(),
 )
 def test_hypotheses_are_what_they_say(
-    seed, scorer, num_beams, max_new_tokens, exponent, early_stopping, eos_token_ids
+    seed, scorer, num_beams, max_new_tokens, exponent, early_stopping, eos_token_ids, normalize
 ):
     """Scores are those of the sequences, sorted; sequences differ, end with EOS, then padding."""
     table = random_table(seed, batch=2, vocabulary=19)
@@ -314,6 +315,7 @@ def test_hypotheses_are_what_they_say(
         length_penalty=exponent,
         early_stopping=early_stopping,
         gnmt_alpha=exponent,
+        normalize_unfinished=normalize and scorer == "gnmt",
     )
     for example, start in enumerate(starts):
         scores = output.scores[example].numpy()
@@ -327,7 +329,7 @@ def test_hypotheses_are_what_they_say(
             tokens = generated(sequence, eos_token_ids)
             log_prob = sum_of_log_probs(table[example], start, tokens)
             expected = final_score(log_prob, len(tokens), scorer, exponent)
-            if scorer == "gnmt" and tokens[-1] not in eos_token_ids:
+            if scorer == "gnmt" and tokens[-1] not in eos_token_ids and not normalize:
                 expected = log_prob  # no hypothesis of this example finished
             assert score == pytest.approx(expected, abs=1e-4)
             hypotheses.append(tuple(tokens))
