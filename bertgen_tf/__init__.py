@@ -21,7 +21,19 @@ from bertgen_tf.vocabulary import trim_vocabulary
 
 __version__ = "0.1.0"
 
+# The names of these classes in older documents of HuggingFace.
+BertForSeqGenerationConfig = BertGenerationConfig
+BertForSeqGenerationTokenizer = BertGenerationTokenizer
+BertForSeqGenerationEncoder = BertGenerationEncoder
+BertForSeqGenerationEncoderModel = BertGenerationEncoder
+BertForSeqGenerationDecoder = BertGenerationDecoder
+
 __all__ = [
+    "BertForSeqGenerationConfig",
+    "BertForSeqGenerationDecoder",
+    "BertForSeqGenerationEncoder",
+    "BertForSeqGenerationEncoderModel",
+    "BertForSeqGenerationTokenizer",
     "BertGenerationConfig",
     "BertGenerationDecoder",
     "BertGenerationEncoder",

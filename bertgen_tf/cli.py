@@ -1,4 +1,4 @@
-"""The command line: `bertgen-tf finetune | generate | export`, over the library's functions.
+"""The command line: `bertgen-tf finetune | generate | export | convert`, over the library.
 
 Whatever its user can mend is one line on stderr and exit code 2; anything else is a bug and shows
 its traceback.
@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from bertgen_tf import presets, text_files
 from bertgen_tf.cli_arguments import PROGRAM, make_parser
+from bertgen_tf.cli_convert import convert, is_huggingface
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import check_version_path, export_saved_model
@@ -48,7 +49,12 @@ def main(argv: list[str] | None = None) -> int:
         output went away.
     """
     tf.get_logger().setLevel("ERROR")  # its warnings are advice to programmers
-    commands = {"finetune": _finetune, "generate": _generate, "export": _export}
+    commands = {
+        "finetune": _finetune,
+        "generate": _generate,
+        "export": _export,
+        "convert": _convert,
+    }
     try:
         try:
             arguments = make_parser().parse_args(argv)
@@ -78,11 +84,13 @@ def main(argv: list[str] | None = None) -> int:
 def _user_errors() -> Iterator[None]:
     """Around the calls by which the library checks what a user gave: its ValueErrors are theirs.
 
+    So are its ImportErrors, which tell what to install.
+
     Not around training and generation, where a ValueError is a bug.
     """
     try:
         yield
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise UserError(str(error)) from error
 
 
@@ -167,7 +175,10 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
         if given:
             model = _rebuild(model, {**model.get_config(), **given})
     else:
-        model = EncoderDecoderModel.from_hub(
+        read = EncoderDecoderModel.from_hub
+        if is_huggingface(arguments.encoder):
+            read = EncoderDecoderModel.from_huggingface
+        model = read(
             encoder=arguments.encoder,
             decoder=arguments.decoder,
             share=bool(arguments.share),
@@ -259,6 +270,11 @@ serve it:
   docker run --rm -p 8501:8501 -v {mount} -e MODEL_NAME={name} tensorflow/serving
 ask it:
   curl http://localhost:8501/v1/models/{name}:predict -d '{{"inputs": {{"text": ["..."]}}}}'""")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    with _user_errors():
+        convert(arguments)
 
 
 def _read_preset_config(folder: str) -> dict[str, Any]:

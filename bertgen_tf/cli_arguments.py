@@ -24,17 +24,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; `command` of what it parses is finetune, generate or export."""
+    """The parser; `command` of what it parses is finetune, generate, export or convert."""
     parser = _Parser(
         prog=PROGRAM,
         description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "
-        "texts,\ngenerate text with it, export it for TensorFlow Serving.",
+        "texts,\ngenerate text with it, export it for TensorFlow Serving, convert it.",
         epilog=f"`{PROGRAM} COMMAND --help` explains a command and shows an example.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_finetune(commands)
     _add_generate(commands)
     _add_export(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -61,30 +62,17 @@ example:
 
     start = parser.add_argument_group("the model to start from")
     source = start.add_mutually_exclusive_group(required=True)
-    source.add_argument("--encoder", metavar="HANDLE", help="TF Hub BERT module: a folder or a URL")
+    source.add_argument(
+        "--encoder",
+        metavar="HANDLE",
+        help="BERT: a TF Hub module (a folder or a URL) or a HuggingFace checkpoint (a folder or "
+        "org/name)",
+    )
     source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
     start.add_argument(
-        "--decoder", metavar="HANDLE", help="another module for the decoder (default: --encoder's)"
+        "--decoder", metavar="HANDLE", help="another one for the decoder (default: --encoder's)"
     )
-    start.add_argument(
-        "--share",
-        action="store_true",
-        default=None,
-        help="one set of weights for encoder and decoder (the paper's BERTSHARE), which makes a "
-        "smaller model (default: only the word embeddings are shared)",
-    )
-    start.add_argument(
-        "--cross-attention",
-        choices=("random", "self_attention"),
-        help="how the weights that BERT does not have begin: random, or a copy of each layer's "
-        "self-attention, which learns to copy from the source much sooner (default: random)",
-    )
-    start.add_argument(
-        "--num-layers",
-        type=_layers,
-        metavar="N",
-        help="keep the first N, or those of a list counted from 0, such as 0,2,4 (default: all)",
-    )
+    _add_warm_start(start)
     start.add_argument(
         "--trim-vocabulary",
         action="store_true",
@@ -144,6 +132,29 @@ example:
     )
 
 
+def _add_warm_start(group: Any) -> None:
+    """How an encoder becomes an encoder-decoder."""
+    group.add_argument(
+        "--share",
+        action="store_true",
+        default=None,
+        help="one set of weights for encoder and decoder (the paper's BERTSHARE), which makes a "
+        "smaller model (default: only the word embeddings are shared)",
+    )
+    group.add_argument(
+        "--cross-attention",
+        choices=("random", "self_attention"),
+        help="how the weights that BERT does not have begin: random, or a copy of each layer's "
+        "self-attention, which learns to copy from the source much sooner (default: random)",
+    )
+    group.add_argument(
+        "--num-layers",
+        type=_layers,
+        metavar="N",
+        help="keep the first N, or those of a list counted from 0, such as 0,2,4 (default: all)",
+    )
+
+
 def _add_generate(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
@@ -195,6 +206,40 @@ example:
     )
     # The signatures give the best hypothesis only.
     _add_generation_config(parser, leave_out="num_return_sequences")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert TF Hub modules, HuggingFace checkpoints and presets",
+        description="Writes a TF Hub module or a HuggingFace checkpoint as a preset, or a preset as"
+        " a HuggingFace\nfolder. Shows what was read, and runs both sides to see that they agree.",
+        epilog="""\
+sources:
+  a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
+                   encoder, which becomes the start of an encoder-decoder
+  HuggingFace      a folder, or a name such as org/name: a BertGeneration encoder-decoder, or a
+                   BertGeneration, BERT or RoBERTa encoder
+  a preset         what this command or finetune saved; becomes a HuggingFace folder
+
+examples:
+  bertgen-tf convert path/to/bertseq2seq_module my_model
+  bertgen-tf convert my_model my_huggingface_model""",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to read")
+    parser.add_argument(
+        "target", metavar="TARGET", help="folder to write: new, empty, or of the same kind"
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="convert without running anything"
+    )
+    parser.add_argument(
+        "--original",
+        metavar="NAME",
+        help="which of the originals a module is, such as roberta24_bbc, if it does not tell all "
+        "that is needed",
+    )
+    _add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
 
 
 def _add_preset(parser: argparse.ArgumentParser) -> None:

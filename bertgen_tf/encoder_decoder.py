@@ -3,6 +3,7 @@
 B batch, T target length, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -32,6 +33,8 @@ class EncoderDecoderModel(keras.Model):
             most; by default 128, or what the positions allow if that is less.
         add_eos, add_bos, mask_first: further special tokens of source and target, see
             `Seq2SeqPreprocessor`; the originals have none, what `from_hub` warm-starts needs them.
+        hidden_token_ids, prose: what `generate` leaves out of text, and how it puts word pieces
+            together; see `Seq2SeqPreprocessor`.
         generation_config: the settings of `generate` where a call gives no others.
     """
 
@@ -46,6 +49,8 @@ class EncoderDecoderModel(keras.Model):
         add_eos: bool = False,
         add_bos: bool = False,
         mask_first: bool = False,
+        hidden_token_ids: Sequence[int] = (),
+        prose: bool = True,
         generation_config: GenerationConfig | None = None,
         name: str = "encoder_decoder",
         **kwargs: Any,
@@ -65,6 +70,8 @@ class EncoderDecoderModel(keras.Model):
                 add_eos=add_eos,
                 add_bos=add_bos,
                 mask_first=mask_first,
+                hidden_token_ids=hidden_token_ids,
+                prose=prose,
             )
             _check_preprocessor(self.preprocessor, encoder.config, decoder.config)
         self.generation_config = generation_config or GenerationConfig(
@@ -76,8 +83,9 @@ class EncoderDecoderModel(keras.Model):
     @classmethod
     def from_hub(
         cls,
+        handle: str | None = None,
         *,
-        encoder: str,
+        encoder: str | None = None,
         decoder: str | None = None,
         share: bool = False,
         cross_attention: str = "random",
@@ -85,18 +93,80 @@ class EncoderDecoderModel(keras.Model):
         verify: bool = True,
         **kwargs: Any,
     ) -> "EncoderDecoderModel":
-        """Warm-starts from TF Hub BERT modules; see `bertgen_tf.hub.load_encoder_decoder`."""
+        """Reads one of the originals, or warm-starts from BERT modules.
+
+            from_hub("https://tfhub.dev/google/bertseq2seq/roberta24_bbc/1")
+            from_hub(encoder="https://tfhub.dev/google/bert_uncased_L-12_H-768_A-12/1")
+
+        Args:
+            handle: an encoder-decoder module, `google/bertseq2seq/*` or alike, which comes with
+                tokenizer and generation settings; see `bertgen_tf.hub.load_original` for what
+                `verify` does and for the further keywords.
+            encoder, decoder, share, cross_attention, num_layers: BERT modules to start from; see
+                `bertgen_tf.hub.load_encoder_decoder` for these and the further keywords.
+
+        Raises:
+            ValueError: not one of `handle` and `encoder`, or an option of the other.
+        """
         from bertgen_tf import hub
 
-        return hub.load_encoder_decoder(
-            encoder,
-            decoder,
+        if (handle is None) == (encoder is None):
+            raise ValueError(
+                "from_hub needs one of handle (an original, such as google/bertseq2seq/*) and "
+                f"encoder= (a BERT module to warm-start from), received {handle!r} and {encoder!r}."
+            )
+        if handle is None:
+            hub.check_options("encoder=", kwargs, hub.ORIGINAL_OPTIONS)
+            return hub.load_encoder_decoder(
+                encoder,
+                decoder,
+                share=share,
+                cross_attention=cross_attention,
+                num_layers=num_layers,
+                verify=verify,
+                **kwargs,
+            )
+        options = {
+            "decoder": decoder,
+            "share": share or None,
+            "cross_attention": None if cross_attention == "random" else cross_attention,
+            "num_layers": num_layers,
+        }
+        hub.check_options("handle", {n: v for n, v in options.items() if v is not None}, options)
+        return hub.load_original(handle, verify=verify, **kwargs)
+
+    @classmethod
+    def from_huggingface(
+        cls,
+        folder: str | None = None,
+        *,
+        encoder: str | None = None,
+        decoder: str | None = None,
+        share: bool | None = None,
+        cross_attention: str | None = None,
+        num_layers: int | list[int] | None = None,
+        tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
+        **kwargs: Any,
+    ) -> "EncoderDecoderModel":
+        """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_encoder_decoder`."""
+        from bertgen_tf import huggingface
+
+        return huggingface.load_encoder_decoder(
+            folder,
+            encoder=encoder,
+            decoder=decoder,
             share=share,
             cross_attention=cross_attention,
             num_layers=num_layers,
-            verify=verify,
+            tokenizer=tokenizer,
             **kwargs,
         )
+
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "5GB") -> None:
+        """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
+        from bertgen_tf import huggingface
+
+        huggingface.save(self, folder, max_shard_size)
 
     @classmethod
     def from_preset(cls, folder: str) -> "EncoderDecoderModel":

@@ -1,105 +1,150 @@
-"""TF Hub BERT modules as encoder and decoder.
+"""TF Hub modules: BERT as encoder and decoder, and the originals as whole models.
 
 A module's own graph has no causal mask, no cross-attention and no cache, so its weights move into
-our layers; the module then checks them: it runs on a probe batch beside our encoder (`verify`).
+our layers; the module then checks them: it runs on a probe batch beside our model (`verify`).
 
-Read so far: BERT encoders in TF2 SavedModel format with the variables that Model Garden's
-`export_tfhub` writes (`tensorflow/bert_*`, `tensorflow/small_bert/*` and alike).
+Read are BERT encoders in TF2 SavedModel format (`tensorflow/bert_*`, `tensorflow/small_bert/*` and
+alike, as Model Garden's `export_tfhub` writes them) and in TF1 Hub format (`google/bert_*`), and
+encoder-decoders in TF1 Hub format (`google/bertseq2seq/*`).
+
+A handle is a folder; a URL in the TF Hub protocol, which is unpacked under `TFHUB_CACHE_DIR`; or a
+.tar.gz file as Kaggle serves them, unpacked there too.
 """
 
-import collections
 import dataclasses
 import os
-import pathlib
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import tensorflow as tf
-import tensorflow_hub
-import tensorflow_text  # noqa: F401  registers the ops that modules may hold
-from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf import saved_model_pb2
-
-from bertgen_tf import warm_start, weights
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf import hub_encoders, hub_modules, hub_originals, warm_start
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
-from bertgen_tf.weights import Rule, first_line
-
-VERIFY_TOLERANCE = 1e-4
-
-
-def _merge_heads(kernel: np.ndarray) -> np.ndarray:
-    """(H, A, D) -> (H, A * D)."""
-    return kernel.reshape(kernel.shape[0], -1)
-
-
-def _merge_heads_in(kernel: np.ndarray) -> np.ndarray:
-    """(A, D, H) -> (A * D, H)."""
-    return kernel.reshape(-1, kernel.shape[-1])
-
-
-_LAYER = r"transformer/layer_(\d+)/"
-TF2_RULES = (
-    Rule("word_embeddings/embeddings", "embeddings/word_embeddings/embeddings"),
-    Rule("position_embedding/embeddings", "embeddings/position_embeddings/embeddings"),
-    Rule("embeddings/layer_norm/(gamma|beta)", r"embeddings/layer_norm/\1"),
-    Rule(
-        _LAYER + "self_attention/(query|key|value)/kernel",
-        r"layer_\1/self_attention/\2/kernel",
-        _merge_heads,
-    ),
-    Rule(
-        _LAYER + "self_attention/(query|key|value)/bias",
-        r"layer_\1/self_attention/\2/bias",
-        np.ravel,
-    ),
-    Rule(
-        _LAYER + "self_attention/attention_output/kernel",
-        r"layer_\1/self_attention/output_dense/kernel",
-        _merge_heads_in,
-    ),
-    Rule(
-        _LAYER + "self_attention/attention_output/bias",
-        r"layer_\1/self_attention/output_dense/bias",
-    ),
-    Rule(
-        _LAYER + "self_attention_layer_norm/(gamma|beta)",
-        r"layer_\1/self_attention/layer_norm/\2",
-    ),
-    Rule(
-        _LAYER + "intermediate/(kernel|bias)",
-        r"layer_\1/feed_forward/intermediate/\2",
-    ),
-    Rule(_LAYER + "output/(kernel|bias)", r"layer_\1/feed_forward/output_dense/\2"),
-    Rule(_LAYER + "output_layer_norm/(gamma|beta)", r"layer_\1/feed_forward/layer_norm/\2"),
-    # Folded into the positions below; heads that generation has no use for; do_lower_case.
-    Rule("type_embeddings/embeddings", None),
-    Rule("pooler_transform/(kernel|bias)", None),
-    Rule("(bert/)?cls/predictions/.*", None),
-    Rule(r"Variable(_\d+)?", None),
-)
-# What a BERT encoder must have for its sizes to be read.
-_REQUIRED = (
-    "word_embeddings/embeddings",
-    "position_embedding/embeddings",
-    "type_embeddings/embeddings",
-    "transformer/layer_0/self_attention/query/kernel",
-    "transformer/layer_0/intermediate/kernel",
-)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Module:
-    """A loaded module, and what was read from it."""
+class Original:
+    """What is known of a module `google/bertseq2seq/*`, besides what it holds itself.
 
-    handle: str
-    loaded: Any
-    tensors: dict[str, Any]
-    config: BertGenerationConfig
-    tokenizer: BertTokenizer
+    Sources: the paper (Rothe, Narayan, Severyn 2020, arXiv 1907.12461) for task and lengths; the
+    model cards of HuggingFace's copies for the example and the tokenizer's kind; the size of those
+    copies for the sharing. Fields marked "inferred" were never printed anywhere: they follow from
+    the defaults of HuggingFace's classes and the sizes of its files, or, `gnmt_alpha`, from the
+    paper's setting for translation.
+
+    Attributes:
+        task: what it was fine-tuned for.
+        max_source_length, max_target_length: of the paper, in tokens.
+        tokenizer: "sentencepiece" or "wordpiece".
+        shared: whether encoder and decoder are one stack (for bert24_* inferred).
+        card_input, card_output: the example of the model card; None where it is a whole article.
+        pad_token_id, bos_token_id, eos_token_id: inferred for all but roberta24_cnndm.
+        num_beams: inferred, but the paper's for translation.
+        gnmt_alpha: the paper's for translation, inferred for the rest.
+    """
+
+    task: str
+    max_source_length: int
+    max_target_length: int
+    tokenizer: str
+    shared: bool
+    card_input: str | None
+    card_output: str | None
+    pad_token_id: int = 0
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+    num_beams: int = 4
+    gnmt_alpha: float = 0.6
+
+
+# What fills a gap that the graph of one of these leaves; see `load_original`.
+ORIGINALS: Mapping[str, Original] = {
+    "google/bertseq2seq/bert24_en_de/1": Original(
+        "translation, English to German (WMT14)",
+        128,
+        128,
+        "wordpiece",
+        False,
+        "Would you like to grab a coffee with me this week?",
+        "Möchten Sie diese Woche einen Kaffee mit mir schnappen?",
+    ),
+    "google/bertseq2seq/bert24_de_en/1": Original(
+        "translation, German to English (WMT14)",
+        128,
+        128,
+        "wordpiece",
+        False,
+        "Willst du einen Kaffee trinken gehen mit mir?",
+        "Want to drink a kaffee go with me? .",
+    ),
+    "google/bertseq2seq/roberta24_bbc/1": Original(
+        "extreme summarisation (BBC XSum)",
+        512,
+        64,
+        "sentencepiece",
+        True,
+        None,
+        "Some Sony PlayStation gamers are being advised to stay away from the network because of "
+        "a problem with the PlayStation 3 network.",
+    ),
+    "google/bertseq2seq/roberta24_cnndm/1": Original(
+        "summarisation (CNN/DailyMail)",
+        512,
+        128,
+        "sentencepiece",
+        True,
+        None,
+        "Fox is developing a two-hour remake of the 1975 cult classic. The special will be "
+        "directed, executive-produced and choreographed by Kenneth Ortega. \n The special is "
+        "timed to celebrate the 40th anniversary of the film, which has grossed more than "
+        "$112 million.",
+    ),
+    "google/bertseq2seq/roberta24_discofuse/1": Original(
+        "sentence fusion (DiscoFuse)",
+        128,
+        128,
+        "sentencepiece",
+        True,
+        "As a run-blocker, Zeitler moves relatively well. Zeitler often struggles at the point of "
+        "contact in space.",
+        "As a run-blocker, Zeitler moves relatively well. However, Zeitler often struggles at the "
+        "point of contact in space.",
+    ),
+    "google/bertseq2seq/roberta24_gigaword/1": Original(
+        "headlines (Gigaword)",
+        128,
+        32,
+        "sentencepiece",
+        True,
+        "australian shares closed down #.# percent monday\nfollowing a weak lead from the united "
+        "states and\nlower commodity prices , dealers said .",
+        "australian shares close down #.# percent.",
+    ),
+    "google/bertseq2seq/roberta24_wikisplit/1": Original(
+        "sentence splitting (WikiSplit)",
+        128,
+        128,
+        "sentencepiece",
+        True,
+        "Due to the hurricane, Lobsterfest has been canceled, making Bob very happy about it and "
+        "he decides to open Bob 's Burgers for customers who were planning on going to "
+        "Lobsterfest.",
+        "Due to the hurricane, Lobsterfest has been canceled, making Bob very happy about it. He "
+        "decides to open Bob's Burgers for customers who were planning on going to Lobsterfest.",
+    ),
+}
+# Keywords of `load_original` that say nothing to a warm start.
+ORIGINAL_OPTIONS = (
+    "original",
+    "max_new_tokens",
+    "num_beams",
+    "gnmt_alpha",
+    "normalize_unfinished",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
 
 
 def load_encoder(
@@ -108,8 +153,9 @@ def load_encoder(
     """A `BertGenerationEncoder` with the weights of a TF Hub BERT module.
 
     Args:
-        handle: a folder, or a URL in the TF Hub protocol (`?tf-hub-format=compressed`), which is
-            unpacked under `TFHUB_CACHE_DIR`.
+        handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`), which is
+            unpacked under `TFHUB_CACHE_DIR`; or a .tar.gz file, unpacked there too. In TF2
+            SavedModel or TF1 Hub format.
         num_layers: keeps the first n layers, or the layers of a list, counted from 0.
         verify: runs the module on a probe batch and raises if the encoder differs from it.
 
@@ -173,175 +219,124 @@ def load_encoder_decoder(
     )
 
 
+def load_original(
+    handle: str,
+    *,
+    original: str | None = None,
+    max_source_length: int | None = None,
+    max_new_tokens: int | None = None,
+    num_beams: int | None = None,
+    gnmt_alpha: float | None = None,
+    normalize_unfinished: bool | None = None,
+    hidden_token_ids: Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    verify: bool = True,
+    name: str = "encoder_decoder",
+) -> EncoderDecoderModel:
+    """One of the originals, `google/bertseq2seq/*`, or a module like them, as a model of ours.
+
+    It says what the module says: weights, tokenizer and all settings of the search are read from
+    the module. A module could hide some of the settings from the graph, by computing them from its
+    input or in an op of its own: the special ids, both lengths, beams, alpha and the ids left out
+    of text. A keyword then gives them; for the seven of `ORIGINALS` its table does. A keyword goes
+    before the graph, the graph before the table. What the graph does in another way than our
+    search is an error that names it. Whether the score of an unfinished answer is normalised has
+    no part in what a module says; where the graph does not tell, it is False, as in tensor2tensor.
+
+    The model shares as the module does: everything (roberta24_*), or only the word embeddings of
+    two stacks (bert24_*), of which position embeddings are then held twice, or nothing if there
+    are two matrices. It has an output bias, of zeros. No special tokens are added to the source
+    unless the module adds them.
+
+    An empty text: the module masks padding with a large negative number, so that of an empty text
+    beside longer ones only padding is seen, all of it alike, and what it says depends on its
+    neighbours. Alone, its answer is well defined; ours is that one in any batch.
+
+    Text of WordPiece modules is put together with single spaces between words (`prose=False` of
+    `Seq2SeqPreprocessor`), as the modules do.
+
+    Args:
+        handle: as for `load_encoder`.
+        original: which of `ORIGINALS` the module is, such as "roberta24_bbc", where the handle is
+            no URL of tfhub.dev that says so.
+        max_source_length, max_new_tokens, num_beams, gnmt_alpha, normalize_unfinished,
+            hidden_token_ids, pad_token_id, bos_token_id (the start token), eos_token_id: in place
+            of what the module says.
+        verify: runs the module on a few texts and raises if the encoder's output differs by more
+            than 1e-4, or what the two say differs at all.
+        name: of the model.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: what is there is no such module, or a setting cannot be read, or the two
+            differ.
+    """
+    known = known_original(handle, original)
+    given = {
+        "max_source_length": max_source_length,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "gnmt_alpha": gnmt_alpha,
+        "normalize_unfinished": normalize_unfinished,
+        "hidden_token_ids": hidden_token_ids,
+        "pad_token_id": pad_token_id,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+    }
+    table: dict[str, Any] = {}
+    if known is not None:
+        table = {field: getattr(known, field, None) for field in given}
+        table |= {"max_new_tokens": known.max_target_length, "hidden_token_ids": ()}
+        del table["normalize_unfinished"]
+    return hub_originals.read_original(os.fspath(handle), given, table, verify, name)
+
+
+def known_original(handle: str, original: str | None = None) -> Original | None:
+    """The entry of `ORIGINALS` that a URL names, or `original` in short ("roberta24_bbc")."""
+    if original is None:
+        match = re.match(
+            r"https?://(?:www\.)?tfhub\.dev/(google/bertseq2seq/\w+/\d+)(?:$|[/?])",
+            os.fspath(handle),
+        )
+        return ORIGINALS.get(match[1]) if match else None
+    names = {key: key for key in ORIGINALS} | {key.split("/")[2]: key for key in ORIGINALS}
+    if original not in names:
+        raise ValueError(
+            f"original must be one of {', '.join(key.split('/')[2] for key in ORIGINALS)}, "
+            f"received {original!r}."
+        )
+    return ORIGINALS[names[original]]
+
+
+def is_original(handle: str) -> bool:
+    """Whether a module is an encoder-decoder, which `load_original` reads, by its variables.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_encoder`, where there is no module.
+    """
+    path = hub_modules.resolve(os.fspath(handle))
+    return hub_originals.is_original(hub_modules.read_meta_graphs(os.fspath(handle), path))
+
+
+def check_options(form: str, options: Iterable[str], others: Iterable[str]) -> None:
+    """Raises a ValueError for options of the other form of `EncoderDecoderModel.from_hub`."""
+    wrong = sorted(set(options) & set(others))
+    if wrong:
+        raise ValueError(
+            f"from_hub({form}) takes no {', '.join(wrong)}: "
+            + (
+                "these are settings of originals, from_hub(handle). Pass generation_config=."
+                if form == "encoder="
+                else "an original comes whole. from_hub(encoder=...) warm-starts."
+            )
+        )
+
+
 def _load(
     handle: str, num_layers: int | list[int] | None, verify: bool
 ) -> tuple[BertGenerationEncoder, BertTokenizer]:
-    module = _read_module(handle)
-    kept = warm_start.kept_layers(num_layers, module.config.num_hidden_layers)
-    # In float32 whatever the dtype policy, to be compared with the module.
-    whole = BertGenerationEncoder(module.config, dtype="float32")
-    weights.assign(weights.named_variables(whole), module.tensors, TF2_RULES, source=module.handle)
-    if verify:
-        _verify(module, whole)
-    return warm_start.finish_encoder(whole, kept), module.tokenizer
-
-
-def _read_module(handle: str) -> _Module:
-    handle = os.fspath(handle)
-    path = _resolve(handle)
-    try:
-        loaded = tensorflow_hub.load(path)
-        variables = [
-            (re.sub(r":\d+$", "", variable.name), variable.numpy())
-            for variable in getattr(loaded, "variables", ())
-        ]
-    except Exception as error:  # TensorFlow raises a dozen kinds for files that are cut or mixed up
-        raise ValueError(
-            f"{_where(handle, path)} should be a TF Hub module with a SavedModel and its "
-            f"variables, but loading it failed: {first_line(error)}"
-        ) from error
-    tensors = dict(variables)
-    missing = [name for name in _REQUIRED if name not in tensors]
-    if missing or not callable(loaded):
-        raise ValueError(
-            f"{handle} should be a BERT encoder in TF2 SavedModel format, with the variables of "
-            f"Model Garden's BERT, but it has no {', '.join(missing) or '__call__'}. "
-            f"Found {len(variables)} variables{': ' if variables else ''}"
-            f"{', '.join(name for name, _ in variables[:6])}{', ...' if variables[6:] else ''}. "
-            "MobileBERT, ALBERT and preprocessing modules are not BERT encoders."
-        )
-    names = collections.Counter(name for name, _ in variables if not name.startswith("Variable"))
-    twice = [name for name, count in names.items() if count > 1]
-    if twice:
-        raise ValueError(
-            f"{handle} should name each variable once, but has several of {', '.join(twice[:6])}."
-        )
-    tokenizer = _read_tokenizer(handle, loaded)
-    word, positions, types, query, intermediate = (tensors[name] for name in _REQUIRED)
-    hidden_act, layer_norm_eps = _read_graph(handle, path)
-    config = BertGenerationConfig(
-        vocab_size=word.shape[0],
-        hidden_size=word.shape[1],
-        num_hidden_layers=1 + max(int(m[1]) for name in tensors if (m := re.match(_LAYER, name))),
-        num_attention_heads=query.shape[1],
-        intermediate_size=intermediate.shape[1],
-        hidden_act=hidden_act,
-        max_position_embeddings=positions.shape[0],
-        layer_norm_eps=layer_norm_eps,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    # A single text has token type 0 everywhere, so its embedding is part of each position's.
-    tensors["position_embedding/embeddings"] = positions + types[0]
-    return _Module(handle, loaded, tensors, config, tokenizer)
-
-
-def _resolve(handle: str) -> str:
-    """The local folder of a handle, downloaded and unpacked by tensorflow_hub if need be."""
-    is_url = "://" in handle
-    if not is_url and not os.path.isdir(handle):
-        raise FileNotFoundError(
-            f"{handle} should be the folder of a TF Hub module or a URL, but there is no such "
-            "folder."
-        )
-    try:
-        path = tensorflow_hub.resolve(handle)
-    except Exception as error:  # of urllib, tarfile, zlib, tensorflow_hub and TensorFlow's files
-        raise ValueError(
-            f"{handle} should answer with a .tar.gz of a TF Hub module, but fetching or unpacking "
-            f"it failed: {first_line(error)}"
-        ) from error
-    if not os.path.exists(os.path.join(path, "saved_model.pb")):
-        found = ", ".join(sorted(os.listdir(path))[:6]) or "nothing"
-        raise ValueError(
-            f"{_where(handle, path)} should hold a TF Hub module, with a file saved_model.pb, but "
-            f"holds {found}."
-        )
-    return path
-
-
-def _where(handle: str, path: str) -> str:
-    # What was downloaded once is never fetched again, however broken.
-    return handle if path == handle else f"{handle} (kept in {path}: delete it to fetch it again)"
-
-
-def _read_tokenizer(handle: str, loaded: Any) -> BertTokenizer:
-    if not hasattr(loaded, "vocab_file") or not hasattr(loaded, "do_lower_case"):
-        raise ValueError(
-            f"{handle} should tell its vocabulary (vocab_file) and casing (do_lower_case), "
-            "but does not."
-        )
-    path = loaded.vocab_file.asset_path.numpy().decode()
-    try:
-        return BertTokenizer(path, lowercase=bool(loaded.do_lower_case.numpy()))
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"{handle} should hold BERT's vocabulary, but reading it failed: {first_line(error)}"
-        ) from error
-
-
-def _read_graph(handle: str, path: str) -> tuple[str, float]:
-    """Activation and epsilon of the layer normalisation, which no variable tells."""
-    proto = saved_model_pb2.SavedModel()
-    try:
-        proto.ParseFromString(pathlib.Path(path, "saved_model.pb").read_bytes())
-    except DecodeError as error:
-        raise ValueError(f"{handle} has a saved_model.pb that cannot be read: {error}") from error
-    activations = set()
-    epsilons = set()
-    names = {"Erf": "gelu", "Erfc": "gelu", "Tanh": "gelu_new", "Relu": "relu"}
-    for meta_graph in proto.meta_graphs:
-        graph = meta_graph.graph_def
-        nodes = [(n.name, n) for n in graph.node]
-        for function in graph.library.function:
-            nodes += [(f"{function.signature.name}/{n.name}", n) for n in function.node_def]
-        for name, node in nodes:
-            if node.op in names and "layer_" in name and "pooler" not in name:
-                activations.add(names[node.op])
-            if node.op == "Const" and name.endswith("layer_norm/batchnorm/add/y"):
-                epsilons.add(float(tf.make_ndarray(node.attr["value"].tensor)))
-    if len(activations) != 1 or len(epsilons) != 1:
-        raise ValueError(
-            f"{handle} should use one activation (erf or tanh gelu, or relu) and one epsilon of "
-            f"layer normalisation in its layers' graph, but has {sorted(activations) or 'none'} "
-            f"and {sorted(epsilons) or 'none'}."
-        )
-    # Shortest decimal that is the same float32: 1e-12, not 9.99999996e-13.
-    return activations.pop(), float(str(np.float32(epsilons.pop())))
-
-
-def _verify(module: _Module, encoder: BertGenerationEncoder) -> None:
-    length = min(17, module.config.max_position_embeddings)
-    ids = np.random.default_rng(0).integers(
-        0, module.config.vocab_size, (2, length), dtype=np.int32
-    )
-    mask = np.ones_like(ids)
-    mask[1, length // 2 :] = 0
-    inputs = {
-        "input_word_ids": tf.constant(ids),
-        "input_mask": tf.constant(mask),
-        "input_type_ids": tf.zeros_like(ids),
-    }
-    tensor_float_32 = tf.config.experimental.tensor_float_32_execution_enabled()
-    # On GPUs it is less exact than what is compared here.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        ours = encoder(ids, mask).numpy()
-        expected = module.loaded(inputs, training=False)["sequence_output"].numpy()
-    except Exception as error:  # whatever the module's graph raises
-        raise ValueError(
-            f"{module.handle} should take {', '.join(inputs)} and give sequence_output, but the "
-            f"call failed: {first_line(error)}. verify=False takes up the weights unchecked."
-        ) from error
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(tensor_float_32)
-    difference = np.inf
-    if expected.shape == ours.shape:
-        difference = np.abs(ours - expected)[mask == 1].max()
-    if not difference <= VERIFY_TOLERANCE:  # NaN is not
-        raise ValueError(
-            f"{module.handle} should give the same output as our encoder with its weights, within "
-            f"{VERIFY_TOLERANCE}, but differs by {difference:.3g}: its graph is not that of a BERT "
-            "encoder. verify=False takes up the weights all the same."
-        )
+    encoder, tokenizer = hub_encoders.read_encoder(handle, verify)
+    kept = warm_start.kept_layers(num_layers, encoder.config.num_hidden_layers)
+    return warm_start.finish_encoder(encoder, kept), tokenizer

@@ -48,6 +48,21 @@ class BertGenerationEncoder(keras.Model):
 
         return hub.load_encoder(handle, num_layers=num_layers, verify=verify)
 
+    @classmethod
+    def from_huggingface(
+        cls, folder: str, *, num_layers: int | list[int] | None = None
+    ) -> "BertGenerationEncoder":
+        """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_encoder`."""
+        from bertgen_tf import huggingface
+
+        return huggingface.load_encoder(folder, num_layers=num_layers)
+
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "5GB") -> None:
+        """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
+        from bertgen_tf import huggingface
+
+        huggingface.save(self, folder, max_shard_size)
+
     def build(self, input_shape: Any = None) -> None:
         self.embeddings.build()
         for block in self.blocks:
@@ -156,6 +171,27 @@ class BertGenerationDecoder(keras.Model):
         return hub.load_decoder(
             handle, cross_attention=cross_attention, num_layers=num_layers, verify=verify
         )
+
+    @classmethod
+    def from_huggingface(
+        cls,
+        folder: str,
+        *,
+        cross_attention: str | None = None,
+        num_layers: int | list[int] | None = None,
+    ) -> "BertGenerationDecoder":
+        """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_decoder`."""
+        from bertgen_tf import huggingface
+
+        return huggingface.load_decoder(
+            folder, cross_attention=cross_attention, num_layers=num_layers
+        )
+
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "5GB") -> None:
+        """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
+        from bertgen_tf import huggingface
+
+        huggingface.save(self, folder, max_shard_size)
 
     def build(self, input_shape: Any = None) -> None:
         if not self.embeddings.built:

@@ -1,10 +1,12 @@
 """Text pairs to training batches, sources to ids, ids to text: in the graph, over a tokenizer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.tokenizer_interface import visible_ids
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, Ids
 
 Batch = tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]
@@ -18,6 +20,23 @@ def _check_length(name: str, value: Any, least: int) -> Any:
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}; received {value}.")
     return int(value)
+
+
+def _check_token_ids(ids: Any, vocab_size: int) -> np.ndarray:
+    """Sorted int64 ids, each once. An array, because tf.Module would wrap a list."""
+    try:
+        array = np.asarray(list(ids))
+    except TypeError:
+        array = np.asarray(ids)
+    if array.size == 0 and array.ndim == 1:
+        return np.zeros([0], np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"`hidden_token_ids` must be a list of integers; received {ids!r}.")
+    if array.min() < 0 or array.max() >= vocab_size:
+        raise ValueError(
+            f"`hidden_token_ids` must lie in [0, {vocab_size}), the vocabulary; received {ids!r}."
+        )
+    return np.unique(array.astype(np.int64))
 
 
 class Seq2SeqPreprocessor(tf.Module):
@@ -45,9 +64,15 @@ class Seq2SeqPreprocessor(tf.Module):
         mask_first: begin each target with the mask token: the decoder reads [bos, mask, t1 ... tn]
             and learns to say [mask, t1 ... tn, eos], of which `detokenize` shows t1 ... tn. The
             mask token counts towards the lengths, of targets and of what is generated.
+        hidden_token_ids: further ids that `generate_postprocess` leaves out of the text, besides
+            pad, bos and what follows eos.
+        prose: False, for a `BertTokenizer` only: `generate_postprocess` puts single spaces between
+            words, also around punctuation, and shows every other token, as the WordPiece modules of
+            TF Hub do, instead of `BertTokenizer.detokenize`.
 
     Raises:
-        TypeError, ValueError: a length is no integer or too small.
+        TypeError, ValueError: a length is no integer or too small, or an id is not in the
+            vocabulary.
     """
 
     def __init__(
@@ -58,14 +83,26 @@ class Seq2SeqPreprocessor(tf.Module):
         add_eos: bool = False,
         add_bos: bool = False,
         mask_first: bool = False,
+        hidden_token_ids: Sequence[int] = (),
+        prose: bool = True,
     ):
         super().__init__(name="seq2seq_preprocessor")
-        options = {"add_eos": add_eos, "add_bos": add_bos, "mask_first": mask_first}
+        options = {
+            "add_eos": add_eos,
+            "add_bos": add_bos,
+            "mask_first": mask_first,
+            "prose": prose,
+        }
         for name, value in options.items():
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be True or False; received {value!r}.")
         if mask_first and tokenizer.mask_token_id is None:
             raise ValueError("`mask_first` needs a tokenizer with a mask token; this one has none.")
+        if not prose and not isinstance(tokenizer, BertTokenizer):
+            raise ValueError(
+                "`prose=False` is for a BertTokenizer only; received a "
+                f"{type(tokenizer).__name__}, whose pieces contain their spaces."
+            )
         self.tokenizer = tokenizer
         # Special tokens and at least one of the text.
         least = 1 + add_bos + add_eos
@@ -75,6 +112,15 @@ class Seq2SeqPreprocessor(tf.Module):
         self.add_eos = add_eos
         self.add_bos = add_bos
         self.mask_first = mask_first
+        ids = _check_token_ids(hidden_token_ids, tokenizer.vocab_size)
+        # The eos must stay to end the text; what it shows is nothing anyway.
+        self.prose = prose
+        self._hidden_token_ids = np.setdiff1d(ids, [tokenizer.eos_token_id])
+
+    @property
+    def hidden_token_ids(self) -> tuple[int, ...]:
+        """The ids that are left out of the text, in order."""
+        return tuple(self._hidden_token_ids.tolist())
 
     def __call__(self, source: Any, target: Any) -> Batch:
         """Encodes pairs, padded to the maximal lengths, so that every batch has one static shape.
@@ -201,8 +247,22 @@ class Seq2SeqPreprocessor(tf.Module):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def generate_postprocess(self, ids: Any) -> tf.Tensor:
-        """Turns generated ids, [batch, length] or [length], into text: `tokenizer.detokenize`."""
-        return self.tokenizer.detokenize(ids)
+        """Turns generated ids into text: `tokenizer.detokenize`, unless options say otherwise.
+
+        Args:
+            ids: integers [length] or [batch, length].
+
+        Returns:
+            string scalar or [batch].
+        """
+        tokenizer = self.tokenizer
+        if self.hidden_token_ids:
+            ids = tf.convert_to_tensor(ids)
+            hidden = tf.reduce_any(
+                tf.equal(ids[..., tf.newaxis], tf.cast(self._hidden_token_ids, ids.dtype)), axis=-1
+            )
+            ids = tf.where(hidden, tf.cast(tokenizer.pad_token_id, ids.dtype), ids)
+        return tokenizer.detokenize(ids) if self.prose else self._join(ids)
 
     def get_config(self) -> dict[str, Any]:
         """JSON-serialisable arguments of the constructor, except the tokenizer."""
@@ -212,7 +272,19 @@ class Seq2SeqPreprocessor(tf.Module):
             "add_eos": self.add_eos,
             "add_bos": self.add_bos,
             "mask_first": self.mask_first,
+            "hidden_token_ids": list(self.hidden_token_ids),
+            "prose": self.prose,
         }
+
+    def _join(self, ids: Any) -> tf.Tensor:
+        """Word pieces with single spaces between words."""
+        tokenizer = self.tokenizer
+        hidden = [tokenizer.pad_token_id, tokenizer.bos_token_id]
+        ids, row = visible_ids(ids, tokenizer.eos_token_id, hidden, tokenizer.vocab_size)
+        pieces = ids.with_flat_values(tf.gather(tokenizer._pieces, ids.flat_values))
+        text = tf.strings.reduce_join(pieces, axis=-1, separator=" ")
+        text = tf.strings.regex_replace(text, " ##", "")
+        return text[0] if row else text
 
     def _pad(self, ids: tf.RaggedTensor, length: Any) -> tuple[tf.Tensor, tf.Tensor]:
         """Dense ids and mask, int32 [batch, length]."""

@@ -10,12 +10,11 @@
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 from typing import Any
 
 import h5py
 
+from bertgen_tf import folders
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.weights import first_line
 
@@ -36,67 +35,29 @@ def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
     not part of it: Keras's `model.save` keeps them.
 
     Raises:
-        OSError: see `check_writable`.
+        OSError: see `bertgen_tf.folders.check_writable`.
     """
-    check_writable(folder)
-    folder = pathlib.Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = temporary.with_name(f"{temporary.name}-old")
-    try:
-        config = model.get_config()
+    config = model.get_config()
+
+    def write(path: pathlib.Path) -> None:
         if model.tokenizer is not None:
             # The vocabulary has a file of its own, in the format that its field takes.
             name, field = VOCABULARIES[config["tokenizer"]["class_name"]]
-            model.tokenizer.save_vocabulary(temporary)
+            model.tokenizer.save_vocabulary(path)
             config["tokenizer"]["config"][field] = name
-        with open(temporary / CONFIG_FILE, "w", encoding="utf-8") as file:
+        with open(path / CONFIG_FILE, "w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "model": config}, file, indent=2)
             file.write("\n")
         # The same weights without the optimizer's, which Keras would write too.
         bare = EncoderDecoderModel(model.encoder, model.decoder)
-        bare.save_weights(temporary / WEIGHTS_FILE)
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        bare.save_weights(path / WEIGHTS_FILE)
+
+    folders.write_folder(folder, write, is_preset, "a preset")
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Raises where `save` would not or could not write, to know it before training.
-
-    Raises:
-        FileExistsError: there is a file, or a folder with other files than a preset's, or a mount
-            point, which cannot be replaced.
-        NotADirectoryError: it lies below a file.
-        PermissionError: the folder that it lies in cannot be written.
-    """
-    folder = pathlib.Path(folder).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"folder must be a folder, but {folder} is a file.")
-    if os.path.ismount(folder):
-        raise FileExistsError(
-            f"folder is replaced as a whole and must not be a mount point, but {folder} is one. "
-            f"Choose a folder in it, such as {folder / 'model'}."
-        )
-    if folder.exists() and any(folder.iterdir()) and not _is_preset(folder):
-        raise FileExistsError(
-            f"folder must be new, empty or a preset of ours to replace, but {folder} holds other "
-            "files. Choose another folder."
-        )
-    parent = next(path for path in folder.parents if path.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(f"folder must lie in a folder, but {parent} is a file.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"folder must lie in a folder that can be written, but {parent} cannot."
-        )
+    """Raises an OSError where `save` would, to know it before training."""
+    folders.check_writable(folder, is_preset, "a preset")
 
 
 def load(folder: str | os.PathLike) -> EncoderDecoderModel:
@@ -174,7 +135,7 @@ def _count_tensors(path: pathlib.Path) -> int:
     return sum("seed_generator" not in name for name in names)
 
 
-def _is_preset(folder: pathlib.Path) -> bool:
+def is_preset(folder: pathlib.Path) -> bool:
     """Whether the folder holds a preset and nothing else, which replacing it would delete."""
     ours = {CONFIG_FILE, WEIGHTS_FILE, *(name for name, _ in VOCABULARIES.values())}
     try:

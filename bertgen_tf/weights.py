@@ -83,6 +83,8 @@ def assign(
                     f"{name} has shape {value.shape}, but {target} has "
                     f"{tuple(variables[target].shape)}"
                 )
+            elif not np.isfinite(value).all():
+                problems.append(f"{name} holds NaN or infinity")
             assignments[target] = value
     if unknown:
         problems.append(f"no rule for {_listed(unknown)}")

@@ -269,8 +269,8 @@ def test_finetune_settings_that_the_module_refuses(hub_module, tmp_path, capsys)
     )
     for flag, handle, message in (
         ("--encoder", tmp_path, "should hold a TF Hub module"),
-        ("--encoder", "no/such", "no/such should be the folder of a TF Hub module"),
-        ("--decoder", "no/such", "no/such should be the folder of a TF Hub module"),
+        ("--encoder", "no/such/one", "no/such/one should be the folder of a TF Hub module"),
+        ("--decoder", "no/such/one", "no/such/one should be the folder of a TF Hub module"),
     ):
         assert message in fails(capsys, "finetune", *start, flag, handle)
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import PIECES, SHARED, make_model
-from safetensors.numpy import load_file
 
 import bertgen_tf as bg
 from bertgen_tf import generation
-from bertgen_tf.weights import Rule, assign, named_variables
 
 RNG = np.random.default_rng(6)
 IDS = RNG.integers(6, len(PIECES), (3, 7)).astype(np.int32)
@@ -279,75 +277,7 @@ def test_huggingface_gives_the_same(name):
     """Forward pass and generate() of transformers on the same weights."""
     folder = HF_GOLDEN / name
     golden = np.load(folder / "golden.npz")
-    sides = json.loads((folder / "config.json").read_text())
-    fields = bg.BertGenerationConfig.__dataclass_fields__
-    configs = {
-        side: bg.BertGenerationConfig.from_dict(
-            {k: v for k, v in sides[side].items() if k in fields}
-        )
-        for side in ("encoder", "decoder")
-    }
-    model = bg.EncoderDecoderModel(
-        bg.BertGenerationEncoder(configs["encoder"]), bg.BertGenerationDecoder(configs["decoder"])
-    )
-    tensors = load_file(folder / "model.safetensors")
-    tables = {}
-    for side, prefix in (("encoder", r"encoder\."), ("decoder", r"decoder\.bert\.")):
-        layer = prefix + r"encoder\.layer\.(\d+)\."
-        rules = []
-        for kind, target, move in (
-            ("weight", "kernel", np.transpose),
-            ("bias", "bias", np.asarray),
-        ):
-            for block, attention in (("attention", "self"), ("crossattention", "cross")):
-                rules += [
-                    Rule(
-                        layer + rf"{block}\.self\.(query|key|value)\.{kind}",
-                        rf"layer_\1/{attention}_attention/\2/{target}",
-                        move,
-                    ),
-                    Rule(
-                        layer + rf"{block}\.output\.dense\.{kind}",
-                        rf"layer_\1/{attention}_attention/output_dense/{target}",
-                        move,
-                    ),
-                ]
-            rules += [
-                Rule(
-                    layer + rf"intermediate\.dense\.{kind}",
-                    rf"layer_\1/feed_forward/intermediate/{target}",
-                    move,
-                ),
-                Rule(
-                    layer + rf"output\.dense\.{kind}",
-                    rf"layer_\1/feed_forward/output_dense/{target}",
-                    move,
-                ),
-            ]
-        for kind, target in (("weight", "gamma"), ("bias", "beta")):
-            norms = {
-                r"embeddings\.LayerNorm": "embeddings/layer_norm",
-                r"encoder\.layer\.(\d+)\.attention\.output\.LayerNorm": (
-                    r"layer_\1/self_attention/layer_norm"
-                ),
-                r"encoder\.layer\.(\d+)\.crossattention\.output\.LayerNorm": (
-                    r"layer_\1/cross_attention/layer_norm"
-                ),
-                r"encoder\.layer\.(\d+)\.output\.LayerNorm": r"layer_\1/feed_forward/layer_norm",
-            }
-            rules += [Rule(prefix + k + rf"\.{kind}", f"{v}/{target}") for k, v in norms.items()]
-        rules += [
-            Rule(
-                prefix + r"embeddings\.(word|position)_embeddings\.weight",
-                r"embeddings/\1_embeddings/embeddings",
-            ),
-            Rule(r"decoder\.lm_head\.bias", "output_bias"),
-            Rule(r"decoder\.lm_head\.decoder\.(weight|bias)", None),
-        ]
-        tables[side] = rules
-    for side in ("encoder", "decoder"):
-        own = {k: v for k, v in tensors.items() if k.startswith(f"{side}.")}
-        assign(named_variables(getattr(model, side)), own, tables[side], source=name)
+    model = bg.EncoderDecoderModel.from_huggingface(folder)
     inputs = {k: golden[k] for k in ("input_ids", "attention_mask")}
     memory = model.encoder(*(golden[k] for k in ("input_ids", "attention_mask")))
     np.testing.assert_allclose(memory, golden["encoder_last_hidden_state"], atol=1e-5)

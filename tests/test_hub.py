@@ -1,3 +1,4 @@
+import hashlib
 import http.server
 import io
 import os
@@ -17,6 +18,7 @@ import tensorflow_hub
 from conftest import PIECES, SHARED, write_checkpoint
 
 import bertgen_tf as bg
+from bertgen_tf import hub_modules
 
 MINILM = SHARED / "hub/tf2_bert_minilm_l6"
 TINY = SHARED / "hub/tf2_bert_tiny"
@@ -738,12 +740,6 @@ def test_relatives_of_bert(tmp_path):
 
 def test_modules_of_other_formats():
     check_error(
-        shared(SHARED / "hub/tf1hub_bert_uncased_tiny"),
-        ValueError,
-        "BERT encoder in TF2 SavedModel format",
-        "Found 44 variables: bert/embeddings/word_embeddings",
-    )
-    check_error(
         shared(SHARED / "hub/tf2_bert_minilm_preprocess"), ValueError, r"Found 0 variables\."
     )
 
@@ -924,6 +920,100 @@ def test_what_is_kept_and_unusable_is_told(server, module_of, tmp_path):
         server.archives[f"/{absent}"] = pack(folder)
         check_error(f"{server.url}/{absent}", ValueError, kept, message)
         (tmp_path / "away").rename(path)
+
+
+def tar(*members: tuple[str, object]) -> bytes:
+    """A .tar.gz of files (bytes), or of members with a type and where they link to."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in (("saved_model.pb", b"x"), *members):
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content
+                archive.addfile(member)
+    return buffer.getvalue()
+
+
+OUTSIDE = "member .* of the archive would lie outside its folder"
+NO_FILE = "member .* of the archive is no plain file or folder"
+HOSTILE = {
+    "parent": ([("../escaped", b"x")], OUTSIDE),
+    "deeper": ([("assets/../../escaped", b"x")], OUTSIDE),
+    "inside": ([("assets/../escaped", b"x")], OUTSIDE),
+    "absolute": ([("ROOT/escaped", b"x")], OUTSIDE),
+    "folder": ([("../escaped", (tarfile.DIRTYPE, ""))], OUTSIDE),
+    "link": ([("link", (tarfile.SYMTYPE, "..")), ("link/escaped", b"x")], NO_FILE),
+    "absolute link": ([("link", (tarfile.SYMTYPE, "ROOT")), ("link/escaped", b"x")], NO_FILE),
+    "hard link": ([("link", (tarfile.LNKTYPE, "../secret")), ("link", b"x")], NO_FILE),
+    "device": ([("null", (tarfile.CHRTYPE, ""))], NO_FILE),
+    "fifo": ([("pipe", (tarfile.FIFOTYPE, ""))], NO_FILE),
+    "large": ([(f"assets/{i}", bytes(3000)) for i in range(4)], "unpacks to more than 9999 bytes"),
+    "sparse": ([("hole", (tarfile.GNUTYPE_SPARSE, ""))], NO_FILE),
+    "many": ([(f"assets/{i}", b"") for i in range(30)], "or 20 files"),
+}
+
+
+@pytest.mark.parametrize("source", ["url", "file"])
+@pytest.mark.parametrize("case", HOSTILE)
+def test_archives_cannot_escape_nor_fill_the_disk(case, source, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_modules, "MAX_UNPACKED_BYTES", 9999)
+    monkeypatch.setattr(hub_modules, "MAX_MEMBERS", 20)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/secret").write_text("secret")
+    (tmp_path / "secret").write_text("secret")
+    members, message = HOSTILE[case]
+    root = str(tmp_path)
+    content = tar(
+        *(
+            (
+                name.replace("ROOT", root),
+                c if isinstance(c, bytes) else (c[0], c[1].replace("ROOT", root)),
+            )
+            for name, c in members
+        )
+    )
+    if source == "url":
+        server.archives["/hostile/1"] = content
+        handle = f"{server.url}/hostile/1"
+    else:
+        (tmp_path / "hostile.tar.gz").write_bytes(content)
+        handle = str(tmp_path / "hostile.tar.gz")
+    before = {path: path.stat().st_nlink for path in tmp_path.rglob("*") if path.is_file()}
+    check_error(handle, ValueError, "fetching or unpacking it failed", message)
+    after = {path: path.stat().st_nlink for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before  # neither outside nor inside the cache
+    assert (tmp_path / "secret").read_text() == "secret"
+    assert not list(tmp_path.rglob("escaped*"))
+
+
+@pytest.mark.parametrize("name", ["model.tar.gz", "model.tgz"])
+def test_an_archive_file_is_unpacked_once_under_its_content(
+    name, module_of, loaded_of, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "cache"))
+    content = pack(module_of("tanh"))
+    (tmp_path / name).write_bytes(content)
+    check_against_module(bg.BertGenerationEncoder.from_hub(tmp_path / name), loaded_of("tanh"))
+    kept = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert [path.name for path in kept] == [hashlib.sha256(content).hexdigest()]
+    # Found again by what it holds, under whatever name; another content is another module.
+    (kept[0] / "mark").touch()
+    (tmp_path / name).rename(tmp_path / "renamed.tgz")
+    bg.BertGenerationEncoder.from_hub(tmp_path / "renamed.tgz", verify=False)
+    assert (kept[0] / "mark").exists()
+    (tmp_path / name).write_bytes(pack(module_of("gelu")))
+    assert (
+        bg.BertGenerationEncoder.from_hub(tmp_path / name, verify=False).config.hidden_act == "gelu"
+    )
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    check_error(
+        tmp_path / name, ValueError, "should be a .tar.gz of a TF Hub module, but .* failed"
+    )
+    check_error(tmp_path / "absent.tar.gz", FileNotFoundError, "or a .tar.gz file of one")
 
 
 def test_no_server_is_there(server):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.tokenizers import BertTokenizer
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 
 # Special ids in no usual order; pad is not 0.
 PIECES = ["a", "[SEP]", "b", "[CLS]", "[UNK]", "[PAD]", "c", "d", ".", "e", "[MASK]"]
@@ -97,6 +97,32 @@ def test_what_models_warm_started_from_bert_read(tokenizer):
     ids = preprocessor.generate_preprocess(["a b"])["input_ids"]
     assert values(ids) == [[BOS, A, B, EOS]]
     assert preprocessor.generate_postprocess(y).numpy() == b"a b c"
+
+
+def test_hidden_tokens_are_left_out_of_the_text(tokenizer):
+    ids = [[BOS, A, UNK, B, EOS, C], [C, PAD, UNK, D, MASK, A]]
+    shown = Seq2SeqPreprocessor(tokenizer).generate_postprocess(ids)
+    assert values(shown) == [b"a [UNK] b", b"c [UNK] d a"]
+    # The eos ends the text, hidden or not.
+    hiding = Seq2SeqPreprocessor(tokenizer, hidden_token_ids=[UNK, D, EOS, UNK])
+    assert hiding.hidden_token_ids == (UNK, D)
+    for tensor in (ids, tf.constant(ids, tf.int64), np.array(ids, np.int32)):
+        assert values(hiding.generate_postprocess(tensor)) == [b"a b", b"c a"]
+    assert hiding.generate_postprocess(ids[0]).numpy() == b"a b"
+
+
+def test_word_pieces_without_prose(spiece):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "don", "'", "t", ",", "##s", "go"]
+    tokenizer = BertTokenizer(pieces)
+    ids = [[2, 5, 6, 7, 8, 10, 9, 4, 1, 3, 5], [0, 10, 0, 9, 9, 0, 3, 5, 5, 5, 5]]
+    plain = Seq2SeqPreprocessor(tokenizer, prose=False)
+    assert values(plain.generate_postprocess(ids)) == [b"don ' t , gos [MASK] [UNK]", b"goss"]
+    assert plain.generate_postprocess(ids[0]).numpy() == b"don ' t , gos [MASK] [UNK]"
+    assert values(Seq2SeqPreprocessor(tokenizer).generate_postprocess(ids))[0] != b"don ' t , gos"
+    hiding = Seq2SeqPreprocessor(tokenizer, prose=False, hidden_token_ids=[4, 8])
+    assert values(hiding.generate_postprocess(ids))[0] == b"don ' t gos [UNK]"
+    with pytest.raises(ValueError, match="is for a BertTokenizer only; received a BertGeneration"):
+        Seq2SeqPreprocessor(BertGenerationTokenizer(spiece), prose=False)
 
 
 def test_in_datasets_shapes_are_static(preprocessor):
@@ -207,6 +233,7 @@ def test_a_module_that_holds_a_preprocessor_can_be_saved(preprocessor, tmp_path)
 def test_config(tokenizer):
     config = {"max_source_length": 9, "max_target_length": 8}
     config |= {"add_eos": True, "add_bos": True, "mask_first": True}
+    config |= {"hidden_token_ids": [E, MASK], "prose": False}
     assert Seq2SeqPreprocessor(tokenizer, **config).get_config() == config
     assert Seq2SeqPreprocessor(tokenizer, np.int64(9)).get_config()["max_source_length"] == 9
     assert type(Seq2SeqPreprocessor(tokenizer, np.int64(9)).max_source_length) is int
@@ -227,6 +254,11 @@ def test_config(tokenizer):
         ),
         ({"max_source_length": 4.0}, TypeError, "`max_source_length` must be an integer"),
         ({"max_target_length": True}, TypeError, "`max_target_length` must be an integer"),
+        ({"hidden_token_ids": 3}, TypeError, "`hidden_token_ids` must be a list of integers"),
+        ({"hidden_token_ids": [0.5]}, TypeError, "`hidden_token_ids` must be a list of integers"),
+        ({"hidden_token_ids": [11]}, ValueError, "must lie in .0, 11., the vocabulary"),
+        ({"hidden_token_ids": (-1,)}, ValueError, "must lie in .0, 11., the vocabulary"),
+        ({"prose": None}, TypeError, "`prose` must be True or False; received None"),
         ({"add_eos": 1}, TypeError, "`add_eos` must be True or False; received 1"),
         ({"add_bos": None}, TypeError, "`add_bos` must be True or False; received None"),
         ({"mask_first": 0}, TypeError, "`mask_first` must be True or False; received 0"),

@@ -68,6 +68,11 @@ RULES = [Rule(r"old_(\w+)", r"\1"), Rule(r"also_(\w+)", r"\1"), Rule("unused", N
             {"old_a": np.ones(2), "old_b": np.ones((3, 1))},
             "old_b has shape (3, 1), but b has (3,)",
         ),
+        ({"old_a": np.array([1, np.nan]), "old_b": np.ones(3)}, "old_a holds NaN or infinity"),
+        (
+            {"old_a": np.ones(2, np.float16), "old_b": np.array([1, 2, -np.inf], np.float16)},
+            "old_b holds NaN or infinity",
+        ),
         # The sizes agree: an assignment by flat order would pass.
         (
             {"old_a": np.ones((2, 1)), "old_b": np.ones(3)},

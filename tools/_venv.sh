@@ -1,5 +1,6 @@
 # Sourced by the programs beside it: moves to the repository root and makes sure that .venv holds
-# what setup.cfg asks for. PYTHON names the interpreter that makes .venv (default: python3).
+# what setup.cfg asks for. PYTHON names the interpreter that makes .venv (default: python3), EXTRAS
+# the extras of setup.cfg that go into it (default: dev).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
@@ -10,8 +11,8 @@ _fail() {
 }
 
 _make_venv() {
-    local python="${PYTHON:-python3}" stamp=.venv/.installed wanted
-    wanted="$PWD $(cat setup.cfg pyproject.toml)"
+    local python="${PYTHON:-python3}" extras="${EXTRAS:-dev}" stamp=.venv/.installed wanted
+    wanted="$PWD $extras $(cat setup.cfg pyproject.toml)"
 
     if [[ -x .venv/bin/python && -f $stamp && "$(<"$stamp")" == "$wanted" ]]; then
         return
@@ -26,7 +27,7 @@ _make_venv() {
             _fail "could not make .venv (on Debian and Ubuntu: apt install python3-venv)"
     fi
     echo "Installing bertgen_tf and its dependencies into .venv (several minutes the first time) ..."
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' ||
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]" ||
         _fail "the installation failed; mend the cause above and run this again"
     printf '%s\n' "$wanted" >"$stamp"
 }

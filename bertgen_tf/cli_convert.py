@@ -1,0 +1,205 @@
+"""`bertgen-tf convert`: between TF Hub modules, HuggingFace checkpoints and presets."""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from bertgen_tf import folders, hub, huggingface, presets
+from bertgen_tf.compare import Check, compare_with_huggingface
+from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+
+WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        ImportError, OSError, ValueError: what the user can mend.
+    """
+    source, target, verify = arguments.source, arguments.target, arguments.verify
+    kind = kind_of(source)
+    if kind == "preset":
+        folders.check_writable(target, huggingface.is_ours, "a HuggingFace checkpoint")
+    else:
+        presets.check_writable(target)
+    model = _read(arguments, kind)
+    print(f"read {source}: {kind}")
+    rows = describe(model)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:{width}}  {value}")
+    if verify and kind.startswith("TF Hub"):
+        print("verified: the module itself gives the same")
+    if verify and kind == "HuggingFace encoder-decoder":
+        _verify_with_transformers(model, source)
+    if kind == "preset":
+        model.save_to_huggingface(target)
+    else:
+        model.save_to_preset(target)
+    print(f"written: {target}")
+    if not verify:
+        return
+    if kind == "preset":
+        written = EncoderDecoderModel.from_huggingface(target)
+    else:
+        written = EncoderDecoderModel.from_preset(target)
+    _verify_written(model, written, target)
+    if kind == "preset":
+        _verify_with_transformers(written, target)
+
+
+def kind_of(source: str) -> str:
+    """What a source is, in words: "preset", "TF Hub original", "HuggingFace encoder-decoder", ...
+
+    Raises:
+        OSError, ValueError: there is nothing, or nothing that can be read.
+    """
+    if is_huggingface(source):
+        return f"HuggingFace {huggingface.kind_of(source)}"
+    if os.path.isfile(os.path.join(source, presets.CONFIG_FILE)):
+        presets.read_config(source)
+        return "preset"
+    return "TF Hub original" if hub.is_original(source) else "TF Hub encoder"
+
+
+def is_huggingface(source: str) -> bool:
+    """Whether a source is a HuggingFace folder, or a name on its hub such as org/name."""
+    if not os.path.exists(source):
+        parts = source.split("/")
+        return len(parts) == 2 and all(parts) and parts[0] not in (".", "..")
+    try:
+        content = json.loads(pathlib.Path(source, "config.json").read_text(encoding="utf-8"))
+        return isinstance(content, dict) and "model_type" in content
+    except (OSError, ValueError):
+        return False
+
+
+def describe(model: EncoderDecoderModel) -> list[tuple[str, str]]:
+    """What was read, as (name, value) rows of a table."""
+    sharing = {
+        "none": "nothing",
+        "word_embeddings": "the word embeddings",
+        "all": "all but cross-attention and output bias",
+    }
+    decoder, tokenizer, preprocessor = model.decoder.config, model.tokenizer, model.preprocessor
+    rows = [
+        ("encoder", _describe_stack(model.encoder.config)),
+        ("decoder", _describe_stack(decoder)),
+        ("shared", sharing[model.decoder.sharing]),
+        ("weights", f"{model.count_params():,}"),
+        ("vocabulary", f"{decoder.vocab_size:,}"),
+        (
+            "special ids",
+            f"pad {decoder.pad_token_id}, start {decoder.bos_token_id}, end {decoder.eos_token_id}",
+        ),
+    ]
+    if tokenizer is None:
+        rows.append(("tokenizer", "none: the model takes and gives ids"))
+    else:
+        rows.append(("tokenizer", f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} pieces"))
+        settings = preprocessor.get_config()
+        lengths = [f"{settings[f'max_{side}_length']} {side}" for side in ("source", "target")]
+        rows.append(("tokens at most", ", ".join(lengths)))
+        added = [name for name in ("add_bos", "add_eos", "mask_first") if settings[name]]
+        rows.append(("special tokens", ", ".join(added) or "none added"))
+    defaults = GenerationConfig().to_dict()
+    values = model.generation_config.to_dict()
+    kept = ("max_new_tokens", "num_beams")
+    rows.append(
+        (
+            "generation",
+            ", ".join(
+                f"{name} {value}"
+                for name, value in values.items()
+                if value != defaults[name] or name in kept
+            ),
+        )
+    )
+    return rows
+
+
+def _describe_stack(config: BertGenerationConfig) -> str:
+    return (
+        f"{config.num_hidden_layers} layers, {config.hidden_size} wide, "
+        f"{config.num_attention_heads} heads, {config.intermediate_size} inside, "
+        f"{config.max_position_embeddings} positions, {config.hidden_act}"
+    )
+
+
+def _read(arguments: argparse.Namespace, kind: str) -> EncoderDecoderModel:
+    given = {
+        name: getattr(arguments, name)
+        for name in WARM_START_FLAGS
+        if getattr(arguments, name) is not None
+    }
+    if given and kind not in ("TF Hub encoder", "HuggingFace encoder"):
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags} applies to an encoder, and {arguments.source} is a {kind}")
+    if arguments.original and kind != "TF Hub original":
+        raise ValueError(f"--original applies to an original, and {arguments.source} is a {kind}")
+    if kind == "preset":
+        return EncoderDecoderModel.from_preset(arguments.source)
+    if kind == "TF Hub original":
+        if arguments.original:
+            given["original"] = arguments.original
+        return EncoderDecoderModel.from_hub(arguments.source, verify=arguments.verify, **given)
+    if kind == "TF Hub encoder":
+        return EncoderDecoderModel.from_hub(
+            encoder=arguments.source, verify=arguments.verify, **given
+        )
+    if kind == "HuggingFace encoder":
+        return EncoderDecoderModel.from_huggingface(encoder=arguments.source, **given)
+    if kind == "HuggingFace decoder":
+        raise ValueError(
+            f"{arguments.source} should be an encoder-decoder or an encoder, but is a decoder "
+            "alone: BertGenerationDecoder.from_huggingface reads it"
+        )
+    return EncoderDecoderModel.from_huggingface(arguments.source)
+
+
+def _verify_with_transformers(model: EncoderDecoderModel, folder: str) -> None:
+    missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"not compared with HuggingFace's own outputs: {' and '.join(missing)} not installed "
+            '(pip install "bertgen_tf[compare]")'
+        )
+        return
+    checks: list[Check] = compare_with_huggingface(model, folder)
+    failed = [f"{check.name}: {check.result}" for check in checks if not check.passed]
+    if failed:
+        raise ValueError(
+            f"{folder} should give the same in transformers and here, but differs in "
+            f"{'; '.join(failed)}. --no-verify converts all the same"
+        )
+    for check in checks:
+        print(f"verified: {check.name}: {check.result}")
+
+
+def _verify_written(model: EncoderDecoderModel, written: EncoderDecoderModel, target: str) -> None:
+    """Runs what was written and what was read on the same ids."""
+    rng = np.random.default_rng(0)
+    names = ("input_ids", "decoder_input_ids")
+    batch = {
+        name: rng.integers(0, config.vocab_size, (2, min(9, config.max_position_embeddings)))
+        for name, config in zip(names, (model.encoder.config, model.decoder.config), strict=True)
+    }
+    batch = {name: ids.astype(np.int32) for name, ids in batch.items()}
+    same = np.array_equal(model(batch), written(batch)) and _settings(model) == _settings(written)
+    if not same:
+        raise ValueError(
+            f"{target} should give what was read, but gives something else when read again: do "
+            "not use it, and report this"
+        )
+    print("verified: read again, it gives the same logits and has the same settings")
+
+
+def _settings(model: EncoderDecoderModel) -> list[object]:
+    preprocessor = model.preprocessor
+    return [model.generation_config, preprocessor and preprocessor.get_config()]

@@ -1,0 +1,76 @@
+"""Folders that are written as a whole: they appear, or are replaced, only when complete."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable
+
+
+def write_folder(
+    folder: str | os.PathLike,
+    write: Callable[[pathlib.Path], None],
+    is_ours: Callable[[pathlib.Path], bool],
+    kind: str,
+) -> None:
+    """Lets `write` fill a new folder, which then becomes `folder`.
+
+    Args:
+        folder: must not exist, be empty, or be `is_ours`.
+        write: gets an empty temporary folder beside it.
+        is_ours: whether a folder holds what we may replace, and nothing else.
+        kind: what that is, for errors.
+
+    Raises:
+        OSError: see `check_writable`.
+    """
+    check_writable(folder, is_ours, kind)
+    folder = pathlib.Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = temporary.with_name(f"{temporary.name}-old")
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o755)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_writable(
+    folder: str | os.PathLike, is_ours: Callable[[pathlib.Path], bool], kind: str
+) -> None:
+    """Raises where `write_folder` would not or could not write, to know it before training.
+
+    Raises:
+        FileExistsError: there is a file, or a folder with other files than `is_ours`, or a mount
+            point, which cannot be replaced.
+        NotADirectoryError: it lies below a file.
+        PermissionError: the folder that it lies in cannot be written.
+    """
+    folder = pathlib.Path(folder).resolve()
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"folder must be a folder, but {folder} is a file.")
+    if os.path.ismount(folder):
+        raise FileExistsError(
+            f"folder is replaced as a whole and must not be a mount point, but {folder} is one. "
+            f"Choose a folder in it, such as {folder / 'model'}."
+        )
+    if folder.exists() and any(folder.iterdir()) and not is_ours(folder):
+        raise FileExistsError(
+            f"folder must be new, empty or {kind} of ours to replace, but {folder} holds other "
+            "files. Choose another folder."
+        )
+    parent = next(path for path in folder.parents if path.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"folder must lie in a folder, but {parent} is a file.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"folder must lie in a folder that can be written, but {parent} cannot."
+        )

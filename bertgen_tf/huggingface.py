@@ -1,0 +1,363 @@
+"""HuggingFace checkpoints: BertGeneration in and out, BERT and RoBERTa as warm starts.
+
+A checkpoint is a folder as transformers 4 and 5 write it, or `org/name` of one on the hub. What is
+read: `config.json`, `generation_config.json`, weights in safetensors (whole or in shards) or, with
+torch, in `pytorch_model.bin`, and the tokenizer's files.
+
+Everything is checked before anything is taken up: an option, a setting or a tensor that we cannot
+follow is an error, and one error lists all of a kind.
+"""
+
+import os
+import pathlib
+import re
+from typing import Any
+
+from bertgen_tf import folders, warm_start, weights
+from bertgen_tf import huggingface_config as configs
+from bertgen_tf import huggingface_files as files
+from bertgen_tf import huggingface_tokenizers as tokenizers
+from bertgen_tf import huggingface_weights as names
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.weights import assign, named_variables
+
+_CONFIG = "config.json"
+_GENERATION = "generation_config.json"
+# What `save` writes.
+_OURS = (
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json|spiece\.model|vocab\.txt|tokenizer_config\.json"
+)
+
+
+def kind_of(folder: str | os.PathLike) -> str:
+    """What a checkpoint holds: "encoder-decoder", "encoder" or "decoder".
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
+    """
+    path = files.resolve(folder)
+    values = files.read_json(path / _CONFIG)
+    kind = configs.model_type(values, os.fspath(path / _CONFIG))
+    if kind == configs.ENCODER_DECODER:
+        return "encoder-decoder"
+    return "decoder" if values.get("is_decoder") else "encoder"
+
+
+def load_encoder_decoder(
+    folder: str | os.PathLike | None = None,
+    *,
+    encoder: str | os.PathLike | None = None,
+    decoder: str | os.PathLike | None = None,
+    share: bool | None = None,
+    cross_attention: str | None = None,
+    num_layers: int | list[int] | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
+    **kwargs: Any,
+) -> EncoderDecoderModel:
+    """An encoder-decoder from one checkpoint of a whole one, or warm-started from encoders.
+
+    Args:
+        folder: a BertGeneration encoder-decoder. Its start token (`decoder_start_token_id`) is
+            what we call bos. Its settings of generation are taken over; where they tell no length,
+            it is that of a new model (at most 64 tokens) and not transformers' 20.
+        encoder, decoder: instead of `folder`, checkpoints of encoders (bert-generation, bert,
+            roberta); without `decoder`, the same one for both sides.
+        share: one set of variables for both sides, besides cross-attention. Of `folder`, None does
+            what it says (`tie_encoder_decoder`), True needs equal stacks, False makes two. Of
+            `encoder`, None is False.
+        cross_attention: of `encoder` only: "random" (the default) or "self_attention", as for
+            `warm_start.build_decoder`.
+        num_layers: of `encoder` only: keeps the first n layers, or those of a list.
+        tokenizer: replaces the checkpoint's. For `encoder`, if its vocabulary is not the
+            checkpoint's, the embeddings follow its pieces: a RoBERTa can so start a model with the
+            SentencePiece vocabulary of the BertGeneration originals. Special tokens go by their
+            roles; a piece that the checkpoint lacks gets the mean of all rows.
+        **kwargs: passed on to `EncoderDecoderModel`. `generation_config` replaces the settings of
+            `folder`, also those that are not supported.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or it cannot be fetched.
+        ImportError: a hub name without huggingface_hub, or `pytorch_model.bin` without torch.
+        ValueError: a file is damaged, or something in it cannot be followed.
+    """
+    if (folder is None) == (encoder is None):
+        raise ValueError(
+            "from_huggingface takes either the folder of an encoder-decoder or encoder=, received "
+            f"folder={folder!r} and encoder={encoder!r}."
+        )
+    if folder is None:
+        return warm_start.load_encoder_decoder(
+            lambda name: _load_encoder(name, num_layers, tokenizer, need_ids=True),
+            encoder,
+            decoder,
+            share=bool(share),
+            cross_attention=cross_attention or "random",
+            **kwargs,
+        )
+    options = {"decoder": decoder, "cross_attention": cross_attention, "num_layers": num_layers}
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} goes with encoder=, not with the folder of an encoder-decoder, "
+            f"received {folder!r}."
+        )
+    return _load_pair(files.resolve(folder), share, tokenizer, kwargs)
+
+
+def load_encoder(
+    folder: str | os.PathLike, *, num_layers: int | list[int] | None = None
+) -> BertGenerationEncoder:
+    """An encoder from a bert-generation, bert or roberta checkpoint.
+
+    Token type 0 and, for RoBERTa, the first position (its padding id + 1) are folded into the
+    position embeddings. Poolers and heads are left out, and so is the cross-attention of
+    checkpoints that were converted from a shared stack.
+
+    Args:
+        folder: the checkpoint.
+        num_layers: keeps the first n layers, or those of a list, counted from 0.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
+    """
+    return _load_encoder(folder, num_layers, None, need_ids=False)[0]
+
+
+def load_decoder(
+    folder: str | os.PathLike,
+    *,
+    cross_attention: str | None = None,
+    num_layers: int | list[int] | None = None,
+) -> BertGenerationDecoder:
+    """A decoder from a bert-generation, bert or roberta checkpoint.
+
+    Args:
+        folder: the checkpoint. One that says `is_decoder` comes as it is, with its head and with or
+            without cross-attention; any other is a warm start: its heads are left out, and it
+            becomes causal.
+        cross_attention: how cross-attention begins where the checkpoint has none: "random" or
+            "self_attention", as for `warm_start.build_decoder`. None is "random" for a warm start,
+            and leaves a decoder without cross-attention as it is.
+        num_layers: keeps the first n layers, or those of a list, counted from 0.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
+    """
+    if cross_attention is not None:
+        warm_start.check_cross_attention(cross_attention)
+    path = files.resolve(folder)
+    stack = _read_stack(path)
+    if not stack.is_decoder:
+        encoder, _ = _load_encoder(path, num_layers, None, need_ids=True)
+        return warm_start.build_decoder(encoder, "none", cross_attention or "random")
+    source = os.fspath(folder)
+    tensors = names.without_prefix(files.read_tensors(path), "bert.", source)
+    names.untie_head(tensors, source)
+    kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
+    whole = BertGenerationDecoder(stack.config)
+    assign(named_variables(whole), tensors, names.decoder_rules(), source=source)
+    added = cross_attention is not None and not stack.config.add_cross_attention
+    if len(kept) == len(whole.blocks) and not added:
+        return whole
+    config = stack.config.replace(
+        num_hidden_layers=len(kept),
+        add_cross_attention=added or stack.config.add_cross_attention,
+    )
+    decoder = BertGenerationDecoder(config)
+    wanted = {old: new for new, old in enumerate(kept)}
+    renamed = {}
+    for name, variable in named_variables(whole).items():
+        match = re.match(r"layer_(\d+)/", name)
+        if match is None:
+            renamed[name] = variable
+        elif int(match[1]) in wanted:
+            renamed[f"layer_{wanted[int(match[1])]}/{name[match.end() :]}"] = variable
+    assign(
+        named_variables(decoder),
+        renamed,
+        [weights.Rule("(.*)", r"\1")],
+        source=source,
+        new=r"layer_\d+/cross_attention/.*" if added else r"(?!)",
+    )
+    if added and cross_attention == "self_attention":
+        for block in decoder.blocks:
+            block.cross_attention.set_weights(block.self_attention.get_weights())
+    return decoder
+
+
+def save(
+    model: EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder,
+    folder: str | os.PathLike,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Writes a checkpoint that transformers 5 loads with `from_pretrained`, and that we read back.
+
+    The folder appears, or is replaced, only when everything is written. Shared variables are
+    written once for each name that transformers has for them. What HuggingFace has no place for is
+    under the key "bertgen_tf" of `config.json`, which transformers keeps and does not read: what
+    the stacks share, the arguments of `Seq2SeqPreprocessor`, and the scorer "gnmt" with its
+    settings. transformers searches with its own scorer then, and a length penalty of its default.
+
+    Args:
+        model: whatever its dtype policy, its weights are written in float32.
+        folder: must not exist, be empty, or hold what this function wrote only.
+        max_shard_size: bytes, or a string such as "5GB"; more than that becomes several files.
+
+    Raises:
+        OSError: the folder holds other files, or cannot be written.
+        ValueError: `max_shard_size` is no size.
+    """
+    size = files.parse_size(max_shard_size)
+    generation = tokenizer = None
+    if isinstance(model, EncoderDecoderModel):
+        config, generation = configs.write_pair(model)
+        tensors, sizes = names.tensors_of(model.encoder, "encoder.")
+        for one, more in zip(
+            (tensors, sizes), names.tensors_of(model.decoder, "decoder."), strict=True
+        ):
+            one.update(more)
+        tokenizer = model.tokenizer
+    else:
+        config = configs.write_stack(model.config, type(model).__name__)
+        tensors, sizes = names.tensors_of(model)
+
+    def write(path: pathlib.Path) -> None:
+        files.write_json(path / _CONFIG, config)
+        if generation is not None:
+            files.write_json(path / _GENERATION, generation)
+        if tokenizer is not None:
+            tokenizers.write_tokenizer(path, tokenizer)
+        files.write_tensors(path, tensors, sizes, size)
+
+    folders.write_folder(folder, write, is_ours, "a HuggingFace checkpoint")
+
+
+def is_ours(folder: pathlib.Path) -> bool:
+    """Whether a folder holds what `save` wrote, and nothing else, which would be lost."""
+    try:
+        config = files.read_json(folder / _CONFIG)
+    except (FileNotFoundError, ValueError):
+        return False
+    return configs.OWN in config and all(re.fullmatch(_OURS, name) for name in os.listdir(folder))
+
+
+def _load_pair(
+    path: pathlib.Path,
+    share: bool | None,
+    tokenizer: tokenizers.Tokenizer | None,
+    kwargs: dict[str, Any],
+) -> EncoderDecoderModel:
+    source = os.fspath(path)
+    values = files.read_json(path / _CONFIG)
+    kind = configs.model_type(values, os.fspath(path / _CONFIG))
+    if kind != configs.ENCODER_DECODER:
+        raise ValueError(
+            f"{path} should hold an encoder-decoder, but holds a model of type {kind}. Pass it as "
+            f"encoder= to start an encoder-decoder from it."
+        )
+    generation = None
+    if (path / _GENERATION).is_file():
+        generation = files.read_json(path / _GENERATION)
+    pair = configs.read_pair(
+        values, generation, source, read_generation=kwargs.get("generation_config") is None
+    )
+    sharing = pair.sharing if share is None else ("all" if share else "none")
+    if tokenizer is None:
+        tokenizer = tokenizers.read_tokenizer(path, _ids(pair.decoder))
+    tensors = files.read_tensors(path)
+    names.untie_head(tensors, source, "decoder.")
+    if pair.encoder.kind != configs.BERT_GENERATION:
+        names.fold_embeddings(tensors, pair.encoder.first_position, source, "encoder.")
+    if "all" in (sharing, pair.sharing):
+        names.complete_stacks(tensors)
+    names.check_shared(tensors, sharing, source)
+    settings = {"generation_config": pair.generation, **pair.preprocessor}
+    settings |= {name: value for name, value in kwargs.items() if value is not None}
+    encoder = BertGenerationEncoder(pair.encoder.config)
+    model = EncoderDecoderModel(
+        encoder,
+        BertGenerationDecoder(
+            pair.decoder.config, encoder=None if sharing == "none" else encoder, sharing=sharing
+        ),
+        tokenizer,
+        **settings,
+    )
+    assign(named_variables(model), tensors, names.pair_rules(), source=source)
+    return model
+
+
+def _load_encoder(
+    name: str | os.PathLike,
+    num_layers: int | list[int] | None,
+    tokenizer: tokenizers.Tokenizer | None,
+    *,
+    need_ids: bool,
+) -> tuple[BertGenerationEncoder, tokenizers.Tokenizer | None]:
+    """An encoder with its tokenizer; `need_ids` for what will be a decoder, too."""
+    path = files.resolve(name)
+    source = os.fspath(name)
+    stack = _read_stack(path)
+    if stack.config.add_cross_attention:
+        raise ValueError(
+            f"{source} should hold an encoder, but holds a decoder with cross-attention: "
+            "BertGenerationDecoder.from_huggingface reads it."
+        )
+    kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
+    own, changes = None, {}
+    if need_ids:
+        # A BERT's configuration tells no bos and eos, or ids that nobody ever used.
+        ids = _ids(stack) if stack.has_ids and stack.kind != "bert" else None
+        try:
+            own = tokenizers.read_tokenizer(path, ids)
+        except ValueError:
+            # Of another size, it cannot be another reading of the same vocabulary.
+            if tokenizer is None or tokenizer.vocab_size != stack.config.vocab_size:
+                raise
+        chosen = tokenizer or own
+        if chosen is not None:
+            changes = {field: getattr(chosen, field) for field in _ID_FIELDS}
+        elif not stack.has_ids:
+            raise ValueError(
+                f"{source} tells no bos_token_id and eos_token_id and has no vocabulary that would "
+                "tell them. Pass tokenizer=."
+            )
+    tensors = files.read_tensors(path)
+    prefix = "roberta." if stack.kind == "roberta" else "bert."
+    tensors = names.without_prefix(tensors, prefix, source)
+    if stack.kind == configs.BERT_GENERATION:
+        names.untie_head(tensors, source)
+    else:
+        names.fold_embeddings(tensors, stack.first_position, source)
+    if tokenizer is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
+        rows = tokenizers.rows_by_piece(own, tokenizer)
+        changes["vocab_size"] = tokenizer.vocab_size
+        matrix = tensors.get(names.WORD_EMBEDDINGS)
+        if matrix is not None and matrix.ndim == 2 and len(matrix) == stack.config.vocab_size:
+            tensors[names.WORD_EMBEDDINGS] = tokenizers.permuted_rows(matrix, rows)
+    try:
+        config = stack.config.replace(**changes)
+    except ValueError as error:
+        raise ValueError(f"{source} does not fit the tokenizer: {error}") from error
+    whole = BertGenerationEncoder(config)
+    assign(named_variables(whole), tensors, [names.NOT_IN_ENCODER, *names.rules()], source=source)
+    return warm_start.finish_encoder(whole, kept), tokenizer or own
+
+
+_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
+def _ids(stack: configs.Stack) -> dict[str, int]:
+    return {field: getattr(stack.config, field) for field in _ID_FIELDS}
+
+
+def _read_stack(path: pathlib.Path) -> configs.Stack:
+    values = files.read_json(path / _CONFIG)
+    where = os.fspath(path / _CONFIG)
+    if configs.model_type(values, where) == configs.ENCODER_DECODER:
+        raise ValueError(
+            f"{path} should hold a lone encoder or decoder, but holds an encoder-decoder: "
+            "EncoderDecoderModel.from_huggingface reads it."
+        )
+    return configs.read_stack(values, where)
