@@ -186,6 +186,8 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
             num_layers=arguments.num_layers,
             **given,
         )
+        if model.tokenizer is None:
+            raise UserError(f"{arguments.encoder} has no tokenizer, without which there is no text")
     if arguments.encoder or arguments.max_target_length:
         model.generation_config = model.generation_config.replace(
             max_new_tokens=model.preprocessor.max_target_length

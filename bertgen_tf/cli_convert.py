@@ -9,9 +9,10 @@ import pathlib
 import numpy as np
 
 from bertgen_tf import folders, hub, huggingface, presets
-from bertgen_tf.compare import Check, compare_with_huggingface
+from bertgen_tf.compare import Check, Model, compare_with_huggingface
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.huggingface_files import is_hub_name
 
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
 
@@ -36,22 +37,23 @@ def convert(arguments: argparse.Namespace) -> None:
         print(f"  {name:{width}}  {value}")
     if verify and kind.startswith("TF Hub"):
         print("verified: the module itself gives the same")
-    if verify and kind == "HuggingFace encoder-decoder":
-        _verify_with_transformers(model, source)
-    if kind == "preset":
-        model.save_to_huggingface(target)
-    else:
-        model.save_to_preset(target)
+    elif verify and kind == "HuggingFace encoder" and arguments.num_layers is not None:
+        print("not compared with HuggingFace's own outputs: not all layers were kept")
+    elif verify and kind != "preset":
+        pair = kind == "HuggingFace encoder-decoder"
+        _verify_with_transformers(model if pair else model.encoder, source, source)
+
+    def check(path: pathlib.Path) -> None:
+        if kind != "preset":
+            _verify_written(model, EncoderDecoderModel.from_preset(path), target)
+            return
+        written = EncoderDecoderModel.from_huggingface(path)
+        _verify_written(_in_float32(model), written, target)
+        _verify_with_transformers(written, str(path), target)
+
+    save = huggingface.save if kind == "preset" else presets.save
+    save(model, target, check=check if verify else None)
     print(f"written: {target}")
-    if not verify:
-        return
-    if kind == "preset":
-        written = EncoderDecoderModel.from_huggingface(target)
-    else:
-        written = EncoderDecoderModel.from_preset(target)
-    _verify_written(model, written, target)
-    if kind == "preset":
-        _verify_with_transformers(written, target)
 
 
 def kind_of(source: str) -> str:
@@ -71,12 +73,11 @@ def kind_of(source: str) -> str:
 def is_huggingface(source: str) -> bool:
     """Whether a source is a HuggingFace folder, or a name on its hub such as org/name."""
     if not os.path.exists(source):
-        parts = source.split("/")
-        return len(parts) == 2 and all(parts) and parts[0] not in (".", "..")
+        return is_hub_name(source)
     try:
         content = json.loads(pathlib.Path(source, "config.json").read_text(encoding="utf-8"))
         return isinstance(content, dict) and "model_type" in content
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -158,13 +159,17 @@ def _read(arguments: argparse.Namespace, kind: str) -> EncoderDecoderModel:
     if kind == "HuggingFace decoder":
         raise ValueError(
             f"{arguments.source} should be an encoder-decoder or an encoder, but is a decoder "
-            "alone: BertGenerationDecoder.from_huggingface reads it"
+            "alone: in Python, BertGenerationDecoder.from_huggingface reads it"
         )
     return EncoderDecoderModel.from_huggingface(arguments.source)
 
 
-def _verify_with_transformers(model: EncoderDecoderModel, folder: str) -> None:
-    missing = [name for name in ("transformers", "torch") if importlib.util.find_spec(name) is None]
+def _verify_with_transformers(model: Model, folder: str, name: str) -> None:
+    missing = [
+        package
+        for package in ("transformers", "torch")
+        if importlib.util.find_spec(package) is None
+    ]
     if missing:
         print(
             f"not compared with HuggingFace's own outputs: {' and '.join(missing)} not installed "
@@ -175,11 +180,11 @@ def _verify_with_transformers(model: EncoderDecoderModel, folder: str) -> None:
     failed = [f"{check.name}: {check.result}" for check in checks if not check.passed]
     if failed:
         raise ValueError(
-            f"{folder} should give the same in transformers and here, but differs in "
+            f"{name} should give the same in transformers and here, but differs in "
             f"{'; '.join(failed)}. --no-verify converts all the same"
         )
     for check in checks:
-        print(f"verified: {check.name}: {check.result}")
+        print(f"verified with transformers: {check.name}: {check.result}")
 
 
 def _verify_written(model: EncoderDecoderModel, written: EncoderDecoderModel, target: str) -> None:
@@ -194,12 +199,28 @@ def _verify_written(model: EncoderDecoderModel, written: EncoderDecoderModel, ta
     same = np.array_equal(model(batch), written(batch)) and _settings(model) == _settings(written)
     if not same:
         raise ValueError(
-            f"{target} should give what was read, but gives something else when read again: do "
-            "not use it, and report this"
+            f"{target} was not written, because what was written for it gives something else when "
+            "read again: report this"
         )
     print("verified: read again, it gives the same logits and has the same settings")
 
 
 def _settings(model: EncoderDecoderModel) -> list[object]:
-    preprocessor = model.preprocessor
-    return [model.generation_config, preprocessor and preprocessor.get_config()]
+    tokenizer, preprocessor = model.tokenizer, model.preprocessor
+    return [
+        model.generation_config,
+        preprocessor and preprocessor.get_config(),
+        tokenizer and (type(tokenizer), tokenizer.get_config()),
+    ]
+
+
+def _in_float32(model: EncoderDecoderModel) -> EncoderDecoderModel:
+    """The model, or one with the same weights that computes in float32."""
+    if model.dtype_policy.name == "float32":
+        return model
+    config = model.get_config()
+    policy = {"dtype": "float32"}
+    stacks = {name: {**config[name], **policy} for name in ("encoder", "decoder")}
+    other = EncoderDecoderModel.from_config({**config, **stacks, **policy})
+    other.set_weights(model.get_weights())
+    return other

@@ -3,6 +3,7 @@
 Needs transformers and torch: the extra `compare`.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +41,7 @@ def compare_with_huggingface(
 
     Args:
         model: what `from_huggingface(folder)` gave, with all its layers, in float32.
-        folder: the checkpoint.
+        folder: the checkpoint, or `org/name` of one.
         tolerance: the greatest difference of hidden states and logits, relative to their greatest
             absolute value where that is above 1.
         seed: of the ids.
@@ -51,6 +52,7 @@ def compare_with_huggingface(
 
     Raises:
         ImportError: transformers or torch is not installed.
+        ValueError: transformers finds no weights in the checkpoint for a part of its model.
     """
     try:
         import torch
@@ -89,7 +91,31 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
         kind = transformers.BertGenerationDecoder
     else:
         kind = transformers.AutoModel
-    return kind.from_pretrained(folder, dtype="float32").eval()
+    logging = transformers.utils.logging
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        other, info = kind.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+    tensors = other.state_dict()
+    lacking = []
+    for name in info["missing_keys"]:
+        # transformers 4 stores stacks that are shared once, and transformers 5 cannot share them.
+        twin = "decoder.bert." + name[8:] if name.startswith("encoder.") else "encoder." + name[13:]
+        if isinstance(model, EncoderDecoderModel) and twin in tensors.keys() - info["missing_keys"]:
+            tensors[name].copy_(tensors[twin])
+        elif not re.match(r"(.*\.)?pooler\.", name):  # which nothing here reads
+            lacking.append(name)
+    if lacking:
+        raise ValueError(
+            f"{folder} should hold all weights of transformers' {type(other).__name__}, but has "
+            f"none for {', '.join(lacking[:6])}{', ...' if lacking[6:] else ''}."
+        )
+    return other.eval()
 
 
 def _random_ids(

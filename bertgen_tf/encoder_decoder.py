@@ -162,7 +162,7 @@ class EncoderDecoderModel(keras.Model):
             **kwargs,
         )
 
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "5GB") -> None:
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
         """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
         from bertgen_tf import huggingface
 

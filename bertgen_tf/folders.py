@@ -12,6 +12,7 @@ def write_folder(
     write: Callable[[pathlib.Path], None],
     is_ours: Callable[[pathlib.Path], bool],
     kind: str,
+    check: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Lets `write` fill a new folder, which then becomes `folder`.
 
@@ -20,6 +21,7 @@ def write_folder(
         write: gets an empty temporary folder beside it.
         is_ours: whether a folder holds what we may replace, and nothing else.
         kind: what that is, for errors.
+        check: gets the temporary folder when it is written; what it raises keeps `folder` as it is.
 
     Raises:
         OSError: see `check_writable`.
@@ -31,6 +33,8 @@ def write_folder(
     old = temporary.with_name(f"{temporary.name}-old")
     try:
         write(temporary)
+        if check is not None:
+            check(temporary)
         os.chmod(temporary, 0o755)
         if folder.exists():
             folder.rename(old)

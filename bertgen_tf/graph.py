@@ -2,9 +2,11 @@
 
 TF1 while loops (Enter, Merge, Switch, NextIteration, Exit), functional ones (While, with bodies in
 the function library) and calls of functions all look the same here: a loop variable is a `Merge`
-node with two inputs, its first value and its next one.
+node with two inputs, its first value and its next one. The `Switch` of a loop is a `LoopSwitch`,
+which hands its value on; those of TF1's conditionals stay, and no value is read past their end.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.framework import op_def_registry
 
 from bertgen_tf.weights import first_line
 
@@ -23,25 +26,12 @@ _LOOPS = ("While", "StatelessWhile")
 _VARIABLES = ("VarHandleOp", "VariableV2", "Variable")
 # Ops that hand on their first input, value for value.
 SAME_VALUE = frozenset(
-    "Identity Enter RefEnter Exit RefExit NextIteration Switch StopGradient EnsureShape Snapshot "
-    "PreventGradient CheckNumerics ReadVariableOp".split()
+    "Identity Enter RefEnter Exit RefExit NextIteration LoopSwitch StopGradient EnsureShape "
+    "Snapshot PreventGradient CheckNumerics ReadVariableOp".split()
 )
 # Ops that hand on all values of their first input, in another shape, order or type.
 _SHAPES = frozenset("Reshape Squeeze ExpandDims Transpose".split())
 SAME_VALUES = SAME_VALUE | _SHAPES | {"Cast"}
-# Outputs by name, as function bodies refer to them; other ops here have one output.
-_OUTPUTS = {
-    "TopKV2": ("values", "indices"),
-    "TopK": ("values", "indices"),
-    "Switch": ("output_false", "output_true"),
-    "SentencepieceTokenizeOp": ("output_values", "output_splits"),
-    "WordpieceTokenizeWithOffsets": (
-        "output_values",
-        "output_row_lengths",
-        "start_values",
-        "limit_values",
-    ),
-}
 
 
 @dataclasses.dataclass
@@ -98,7 +88,8 @@ class Graph:
             loop.variables = [n for n in loop.variables if self.nodes[n].op == "Merge"]
         self._read_old_loops()
         for node in self.nodes.values():
-            if node.op == "Switch":  # a value is not computed from what lets it pass
+            if node.op == "Switch" and self.op(node.inputs[1]) == "LoopCond":
+                node.op = "LoopSwitch"  # a value is not computed from what lets it pass
                 del node.inputs[1:]
         self.loop_variables = {name for loop in self.loops for name in loop.variables}
         self.consumers: dict[str, list[tuple[str, int]]] = {name: [] for name in self.nodes}
@@ -146,25 +137,37 @@ class Graph:
             arg.name: tensor
             for arg, tensor in zip(definition.signature.input_arg, arguments, strict=False)
         }
-        ops = {node.name: node.op for node in definition.node_def}
+        protos = {node.name: node for node in definition.node_def}
 
         def tensor(text: str) -> Tensor:
             node, *output = text.split(":")
             if node in own and not output:
                 return own[node]
+            if not output:
+                return prefix + node, 0
             index = int(output[1]) if len(output) == 2 else 0
-            op = ops.get(node, "")
-            if output and op in _OUTPUTS and output[0] in _OUTPUTS[op]:
-                index += _OUTPUTS[op].index(output[0])
-            elif output and op in self._library:
-                names = [arg.name for arg in self._library[op].signature.output_arg]
-                index += names.index(output[0])
-            return prefix + node, index
+            return prefix + node, index + self._first_output(protos.get(node), output[0])
 
         for node in definition.node_def:
             inputs = [tensor(text) for text in _data(node.input)]
             self._add(node, prefix + node.name, inputs, depth + 1)
         return [tensor(definition.ret[arg.name]) for arg in definition.signature.output_arg]
+
+    def _first_output(self, proto: Any, output: str) -> int:
+        """The index of an output that a function's body names, as the op defines it."""
+        op = proto.op if proto is not None else ""
+        known = self._library[op].signature if op in self._library else op_def_registry.get(op)
+        index = 0
+        for arg in known.output_arg if known is not None else ():
+            if arg.name == output:
+                return index
+            if arg.number_attr:
+                index += proto.attr[arg.number_attr].i
+            else:
+                index += len(proto.attr[arg.type_list_attr].list.type) if arg.type_list_attr else 1
+        raise ValueError(
+            f"a function reads the output {output} of {op or 'nothing'}: there is none"
+        )
 
     def _resolve(self, tensor: Tensor) -> Tensor:
         while tensor in self._aliases:
@@ -232,6 +235,7 @@ class Graph:
 
     def uses(self, name: str, through: Iterable[str] = SAME_VALUES) -> list[tuple[Node, int]]:
         """Who reads a node's values, and as which input, past ops that only hand them on."""
+        through = {*through, "Switch"}  # in whichever branch
         found = []
         seen = {name}
         queue = [name]
@@ -261,19 +265,38 @@ class Graph:
         return found
 
     def constant(self, tensor: Tensor) -> np.ndarray | None:
-        """The value of a tensor that is computed from constants alone; None for all others."""
+        """The value of a tensor that is computed from constants alone; None for all others.
+
+        None also where TensorFlow cannot compute it outside of the module.
+        """
         if tensor not in self._constants:
+            self._constants[tensor] = None
             names = self.before([tensor])
-            known = bool(names) and not self.loop_variables & set(names) and not self.leaves(names)
-            self._constants[tensor] = self.evaluate(tensor, {}) if known else None
+            if names and not self.loop_variables & set(names) and not self.leaves(names):
+                with contextlib.suppress(ValueError):
+                    self._constants[tensor] = self.evaluate(tensor, {})
         return self._constants[tensor]
 
     def leaves(self, names: Iterable[str]) -> list[str]:
-        """Those of some nodes that bring values in from outside, and are no constants."""
-        return [name for name in names if _is_leaf(self.nodes[name])]
+        """Those of some nodes that bring values in from outside, and are no constants.
+
+        The end of a TF1 conditional is among them: what it depends on is not only in its inputs.
+        """
+        return [name for name in names if self._is_leaf(name)]
+
+    def _is_leaf(self, name: str) -> bool:
+        node = self.nodes[name]
+        if node.op in ("Merge", "RefMerge"):
+            return name not in self.loop_variables
+        return node.op == "PlaceholderWithDefault" or (not node.inputs and node.op != "Const")
 
     def evaluate(
-        self, tensor: Tensor, feeds: dict[Tensor, np.ndarray], *, elementwise: bool = False
+        self,
+        tensor: Tensor,
+        feeds: dict[Tensor, np.ndarray],
+        *,
+        elementwise: bool = False,
+        without: Iterable[str] = (),
     ) -> np.ndarray:
         """The value of a tensor where others have given values.
 
@@ -281,12 +304,13 @@ class Graph:
             tensor: what to compute.
             feeds: tensor -> array of its dtype.
             elementwise: changes of shape are left out, so that feeds may have any one shape.
+            without: further ops that are left out, in favour of their first input.
 
         Raises:
             ValueError: it is also computed from something else than `feeds` and constants, which
                 the message names.
         """
-        through = SAME_VALUE | _SHAPES if elementwise else SAME_VALUE
+        through = {*SAME_VALUE, *(_SHAPES if elementwise else ()), *without}
         graph = tf.Graph()
         protos: dict[str, Any] = {}
         places = {feed: f"given_to_evaluate_{i}" for i, feed in enumerate(feeds)}
@@ -307,7 +331,7 @@ class Graph:
             if name in protos:
                 continue
             node = self.nodes.get(name)
-            if node is None or name in self.loop_variables or _is_leaf(node):
+            if node is None or name in self.loop_variables or self._is_leaf(name):
                 what = f"{node.op} {name}" if node else name
                 raise ValueError(f"{tensor[0]} is computed from {what}")
             proto = tf.compat.v1.NodeDef(name=name, op=node.op)
@@ -342,7 +366,6 @@ class Graph:
         node = self.nodes.get(tensor[0])
         if node is None or tensor[0] in self.loop_variables:
             return None
-        spread = {"Tile", "BroadcastTo", "Slice", "GatherV2", "Gather", "Pack", "ConcatV2", "Fill"}
         if node.op == "Fill":
             value = self.constant(node.inputs[1])
             return None if value is None else value.flat[0]
@@ -353,9 +376,37 @@ class Graph:
             combine: dict[str, Callable] = {"Mul": lambda a, b: a * b, "Sub": lambda a, b: a - b}
             known = first is not None and second is not None
             return combine.get(node.op, lambda a, b: a + b)(first, second) if known else None
-        if node.op in SAME_VALUES | spread:
+        if node.op == "ConcatV2":
+            parts = [part for part in node.inputs[:-1] if not self._is_empty(part)]
+            return self.first_element(parts[0]) if parts else None
+        begin = self.constant(node.inputs[1]) if node.op == "Slice" else np.zeros(1)
+        first = SAME_VALUES | {"Tile", "BroadcastTo", "Pack", "Slice"}
+        if node.op in first and begin is not None and not begin.any():
             return self.first_element(node.inputs[0])
         return None
+
+    def _is_empty(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known to hold nothing."""
+        value = self.constant(tensor)
+        if value is not None:
+            return value.size == 0
+        node = self.nodes.get(self.source(tensor)[0])
+        if node is None or node.op != "Fill":
+            return False
+        shape = self.nodes.get(self.source(node.inputs[0], SAME_VALUES)[0])
+        if shape is None or shape.op not in ("Pack", "ConcatV2"):
+            return False
+        parts = shape.inputs[: -1 if shape.op == "ConcatV2" else None]
+        sizes = [self.constant(part) for part in parts]
+        return any(size is not None and (size == 0).any() for size in sizes)
+
+    def after_loop(self, name: str) -> Tensor | None:
+        """The tensor outside of functions that is a loop variable's last value, if there is one."""
+        for node in self.nodes.values():
+            if node.op in ("Exit", "RefExit") and self.source((node.name, 0))[0] == name:
+                return (node.name, 0) if node.name in self.main else None
+        tensor = next((alias for alias, of in self._aliases.items() if of == (name, 0)), None)
+        return tensor if tensor is not None and tensor[0] in self.main else None
 
     def ops_of(self, names: Iterable[str], most: int = 6) -> str:
         """The kinds of some nodes, for messages."""
@@ -371,7 +422,3 @@ def parse(name: str) -> Tensor:
 
 def _data(inputs: Sequence[str]) -> list[str]:
     return list(itertools.takewhile(lambda name: not name.startswith("^"), inputs))
-
-
-def _is_leaf(node: Node) -> bool:
-    return node.op == "PlaceholderWithDefault" or (not node.inputs and node.op != "Const")

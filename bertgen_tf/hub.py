@@ -7,8 +7,9 @@ Read are BERT encoders in TF2 SavedModel format (`tensorflow/bert_*`, `tensorflo
 alike, as Model Garden's `export_tfhub` writes them) and in TF1 Hub format (`google/bert_*`), and
 encoder-decoders in TF1 Hub format (`google/bertseq2seq/*`).
 
-A handle is a folder; a URL in the TF Hub protocol, which is unpacked under `TFHUB_CACHE_DIR`; or a
-.tar.gz file as Kaggle serves them, unpacked there too.
+A handle is a folder; a URL in the TF Hub protocol, which is unpacked under `TFHUB_CACHE_DIR`, or
+else under `bertgen_tf/hub` in the user's cache folder; or a .tar.gz file as Kaggle serves them,
+unpacked there too. Loading a module runs its graph, which can read and write files.
 """
 
 import dataclasses
@@ -30,18 +31,20 @@ class Original:
     Sources: the paper (Rothe, Narayan, Severyn 2020, arXiv 1907.12461) for task and lengths; the
     model cards of HuggingFace's copies for the example and the tokenizer's kind; the size of those
     copies for the sharing. Fields marked "inferred" were never printed anywhere: they follow from
-    the defaults of HuggingFace's classes and the sizes of its files, or, `gnmt_alpha`, from the
-    paper's setting for translation.
+    the defaults of HuggingFace's classes and the sizes of its files.
 
     Attributes:
         task: what it was fine-tuned for.
         max_source_length, max_target_length: of the paper, in tokens.
         tokenizer: "sentencepiece" or "wordpiece".
         shared: whether encoder and decoder are one stack (for bert24_* inferred).
-        card_input, card_output: the example of the model card; None where it is a whole article.
+        card_input, card_output: the example of the model card, made with HuggingFace's copy and its
+            settings, not with the module; None where the text is not known here, see `note`.
         pad_token_id, bos_token_id, eos_token_id: inferred for all but roberta24_cnndm.
         num_beams: inferred, but the paper's for translation.
-        gnmt_alpha: the paper's for translation, inferred for the rest.
+        gnmt_alpha: the paper's for translation; None for the rest, of which no source tells it
+            (the sizes of the files of HuggingFace's copies speak against 0.6).
+        note: what else the sources say of the module and its example.
     """
 
     task: str
@@ -55,8 +58,14 @@ class Original:
     bos_token_id: int = 2
     eos_token_id: int = 1
     num_beams: int = 4
-    gnmt_alpha: float = 0.6
+    gnmt_alpha: float | None = None
+    note: str = ""
 
+
+_TRANSLATION = (
+    "Most likely the paper's BERT2RND with a vocabulary of its own (inferred). The card's input is "
+    "encoded without special tokens (add_special_tokens=False)."
+)
 
 # What fills a gap that the graph of one of these leaves; see `load_original`.
 ORIGINALS: Mapping[str, Original] = {
@@ -68,6 +77,8 @@ ORIGINALS: Mapping[str, Original] = {
         False,
         "Would you like to grab a coffee with me this week?",
         "Möchten Sie diese Woche einen Kaffee mit mir schnappen?",
+        gnmt_alpha=0.6,
+        note=_TRANSLATION,
     ),
     "google/bertseq2seq/bert24_de_en/1": Original(
         "translation, German to English (WMT14)",
@@ -77,6 +88,8 @@ ORIGINALS: Mapping[str, Original] = {
         False,
         "Willst du einen Kaffee trinken gehen mit mir?",
         "Want to drink a kaffee go with me? .",
+        gnmt_alpha=0.6,
+        note=_TRANSLATION,
     ),
     "google/bertseq2seq/roberta24_bbc/1": Original(
         "extreme summarisation (BBC XSum)",
@@ -87,6 +100,9 @@ ORIGINALS: Mapping[str, Original] = {
         None,
         "Some Sony PlayStation gamers are being advised to stay away from the network because of "
         "a problem with the PlayStation 3 network.",
+        note="The card's input is a whole article about the PlayStation 3, with line breaks, whose "
+        "text is not in the sources of this table. With the same article as one line the copy says "
+        "something else.",
     ),
     "google/bertseq2seq/roberta24_cnndm/1": Original(
         "summarisation (CNN/DailyMail)",
@@ -99,6 +115,8 @@ ORIGINALS: Mapping[str, Original] = {
         "directed, executive-produced and choreographed by Kenneth Ortega. \n The special is "
         "timed to celebrate the 40th anniversary of the film, which has grossed more than "
         "$112 million.",
+        note="The card's input is a whole article about the Rocky Horror Picture Show, whose text "
+        "is not in the sources of this table.",
     ),
     "google/bertseq2seq/roberta24_discofuse/1": Original(
         "sentence fusion (DiscoFuse)",
@@ -110,6 +128,8 @@ ORIGINALS: Mapping[str, Original] = {
         "contact in space.",
         "As a run-blocker, Zeitler moves relatively well. However, Zeitler often struggles at the "
         "point of contact in space.",
+        note='It was not trained on the character ": the card asks for a back tick in its place. '
+        "The card's output ends with two more spaces.",
     ),
     "google/bertseq2seq/roberta24_gigaword/1": Original(
         "headlines (Gigaword)",
@@ -132,18 +152,14 @@ ORIGINALS: Mapping[str, Original] = {
         "Lobsterfest.",
         "Due to the hurricane, Lobsterfest has been canceled, making Bob very happy about it. He "
         "decides to open Bob's Burgers for customers who were planning on going to Lobsterfest.",
+        note="It was not trained on the character \". The card's input is encoded between bos and "
+        "eos, though HuggingFace's documentation says that none is needed.",
     ),
 }
 # Keywords of `load_original` that say nothing to a warm start.
 ORIGINAL_OPTIONS = (
     "original",
-    "max_new_tokens",
-    "num_beams",
-    "gnmt_alpha",
-    "normalize_unfinished",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
+    *(f for f in hub_originals.SETTINGS if f not in ("max_source_length", "hidden_token_ids")),
 )
 
 
@@ -238,12 +254,13 @@ def load_original(
     """One of the originals, `google/bertseq2seq/*`, or a module like them, as a model of ours.
 
     It says what the module says: weights, tokenizer and all settings of the search are read from
-    the module. A module could hide some of the settings from the graph, by computing them from its
-    input or in an op of its own: the special ids, both lengths, beams, alpha and the ids left out
-    of text. A keyword then gives them; for the seven of `ORIGINALS` its table does. A keyword goes
-    before the graph, the graph before the table. What the graph does in another way than our
-    search is an error that names it. Whether the score of an unfinished answer is normalised has
-    no part in what a module says; where the graph does not tell, it is False, as in tensor2tensor.
+    the module. A module could hide some of the settings from the graph, by taking them or computing
+    them from its input, or in an op of its own: ids of start and end, lengths, beams and alpha. A
+    keyword then gives them; for the seven of `ORIGINALS` its table does, as far as it tells them. A
+    keyword goes before the graph, the graph before the table. What the graph does in another way
+    than our search is an error that names it. Whether the score of an unfinished answer is
+    normalised has no part in what a module says; where the graph does not tell, it is False, as in
+    tensor2tensor.
 
     The model shares as the module does: everything (roberta24_*), or only the word embeddings of
     two stacks (bert24_*), of which position embeddings are then held twice, or nothing if there
@@ -264,32 +281,25 @@ def load_original(
         max_source_length, max_new_tokens, num_beams, gnmt_alpha, normalize_unfinished,
             hidden_token_ids, pad_token_id, bos_token_id (the start token), eos_token_id: in place
             of what the module says.
-        verify: runs the module on a few texts and raises if the encoder's output differs by more
-            than 1e-4, or what the two say differs at all.
+        verify: runs the module on a few texts and raises if the encoder's output, or the scores of
+            answers where the graph tells them, differ by more than 1e-4, or what the two say
+            differs at all. This alone tells of what is not read: how the candidates of a step
+            become answers and go on.
         name: of the model.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: what is there is no such module, or a setting cannot be read, or the two
-            differ.
+        ValueError: what is there is no such module, or another than `original`, or a setting
+            cannot be read, or the two differ.
     """
+    given = {field: value for field, value in locals().items() if field in hub_originals.SETTINGS}
     known = known_original(handle, original)
-    given = {
-        "max_source_length": max_source_length,
-        "max_new_tokens": max_new_tokens,
-        "num_beams": num_beams,
-        "gnmt_alpha": gnmt_alpha,
-        "normalize_unfinished": normalize_unfinished,
-        "hidden_token_ids": hidden_token_ids,
-        "pad_token_id": pad_token_id,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-    }
     table: dict[str, Any] = {}
     if known is not None:
-        table = {field: getattr(known, field, None) for field in given}
+        checked = ("shared", "tokenizer")  # against the module
+        table = {field: getattr(known, field, None) for field in (*given, *checked)}
         table |= {"max_new_tokens": known.max_target_length, "hidden_token_ids": ()}
-        del table["normalize_unfinished"]
+        table = {field: value for field, value in table.items() if value is not None}
     return hub_originals.read_original(os.fspath(handle), given, table, verify, name)
 
 

@@ -5,10 +5,11 @@ TF2: the variables that Model Garden's `export_tfhub` writes (`tensorflow/bert_*
 alike), under any scope, with the signatures `tokens` and `tokenization_info`.
 """
 
+import collections
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,7 @@ class Source:
     """
 
     module: Module
-    tensors: dict[str, Any]
+    tensors: Mapping[str, Any]
     rules: tuple[Rule, ...]
     config: BertGenerationConfig
     tokenizer: BertTokenizer
@@ -210,11 +211,13 @@ def _read_tf2(module: Module) -> Source:
 
 def _read_tf1(module: Module, scope: str) -> Source:
     handle = module.handle
-    tensors = {name.removeprefix(scope): value for name, value in module.tensors.items()}
-    missing = [name for name in _TF1_REQUIRED if name not in tensors]
-    signatures = getattr(module.loaded, "signatures", {})
-    missing += [f"signature {name}" for name in ("tokens", "tokenization_info")
-                if name not in signatures]  # fmt: skip
+    stored = module.tensors.without(scope)
+    missing = [name for name in _TF1_REQUIRED if name not in stored]
+    missing += [
+        f"signature {name}"
+        for name in ("tokens", "tokenization_info")
+        if module.signature(name) is None
+    ]
     if missing:
         original = any("/encdec/" in name for name in module.names)
         remedy = (
@@ -230,14 +233,14 @@ def _read_tf1(module: Module, scope: str) -> Source:
     hub_modules.check_names(module)
     graph = module.graph()
     tokenizer = _read_tf1_tokenizer(module, graph)
-    word, positions, types, _, intermediate = (tensors[name] for name in _TF1_REQUIRED)
+    word, positions, _, _, intermediate = (stored.shapes[name] for name in _TF1_REQUIRED)
     bert = re.escape(scope) + "bert/"
     config = BertGenerationConfig(
-        vocab_size=word.shape[0],
-        hidden_size=word.shape[1],
-        num_hidden_layers=depth(_TF1_LAYER, tensors),
-        intermediate_size=intermediate.shape[1],
-        max_position_embeddings=positions.shape[0],
+        vocab_size=word[0],
+        hidden_size=word[1],
+        num_hidden_layers=depth(_TF1_LAYER, stored),
+        intermediate_size=intermediate[1],
+        max_position_embeddings=positions[0],
         **read_layers(
             graph,
             handle,
@@ -246,14 +249,15 @@ def _read_tf1(module: Module, scope: str) -> Source:
         ),
         **_special_ids(tokenizer),
     )
-    tensors["bert/embeddings/position_embeddings"] = positions + types[0]
+    name = "bert/embeddings/position_embeddings"
+    folded = {name: stored[name] + stored["bert/embeddings/token_type_embeddings"][0]}
     return Source(
         module,
-        tensors,
+        collections.ChainMap(folded, stored),
         TF1_RULES,
         config,
         tokenizer,
-        lambda inputs: signatures["tokens"](**inputs)["sequence_output"],
+        lambda inputs: module.loaded.signatures["tokens"](**inputs)["sequence_output"],
         ("input_ids", "input_mask", "segment_ids"),
     )
 

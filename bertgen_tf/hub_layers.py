@@ -161,9 +161,33 @@ def _shape(graph: Graph, tensor: Tensor) -> list[int | None]:
 
 
 def gathers(graph: Graph, variable: str) -> list[tuple[Node, Tensor]]:
-    """The look-ups in a matrix of embeddings: (node, tensor of the ids)."""
-    return [
-        (node, node.inputs[1])
-        for node, index in graph.uses(variable)
-        if node.op in _GATHERS and index == 0
-    ]
+    """The look-ups in a matrix of embeddings: (node, tensor of the ids).
+
+    Among them products with one-hot rows, as google-research/bert's `embedding_lookup` makes them
+    with `use_one_hot_embeddings`.
+    """
+    found = []
+    for node, index in graph.uses(variable):
+        if node.op in _GATHERS and index == 0:
+            found.append((node, node.inputs[1]))
+        elif node.op in MATMULS and len(node.inputs) == 2:
+            other = graph.nodes.get(graph.source(node.inputs[1 - index], SAME_VALUES)[0])
+            if other is not None and other.op == "OneHot":
+                found.append((node, other.inputs[0]))
+    return found
+
+
+def normalized(graph: Graph, beta: str) -> list[str]:
+    """The nodes that give the output of a layer normalisation, everywhere it is used.
+
+    Args:
+        graph: of the module.
+        beta: node of its beta.
+    """
+    found = []
+    for node, _ in graph.uses(beta):
+        if node.op in ADDS:
+            found.append(node.name)
+        elif node.op == "Sub":  # batch_normalization: beta - mean * scale, then the rest is added
+            found += [n for n, _ in graph.consumers[node.name] if graph.op((n, 0)) in ADDS]
+    return found

@@ -1,11 +1,15 @@
 """Fetching and opening TF Hub modules: folders, URLs and archives in, variables and graphs out.
 
 The only file that knows tensorflow_hub. Archives are not trusted: only plain files and folders are
-unpacked, inside their own folder, up to a size.
+unpacked, inside their own folder, up to a size. Modules are: running one runs its graph, which can
+read and write files, so load only those whose maker you trust.
 """
 
 import collections
+import contextlib
 import dataclasses
+import gc
+import gzip
 import hashlib
 import os
 import pathlib
@@ -13,6 +17,7 @@ import re
 import tarfile
 import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -29,29 +34,102 @@ from bertgen_tf.weights import first_line
 # The largest original is 3.1 GB; an archive that unpacks to more is no module of these kinds.
 MAX_UNPACKED_BYTES = 8 * 2**30
 MAX_MEMBERS = 10_000
+# Long names and extended attributes are read whole into memory; real ones have a few hundred bytes.
+MAX_HEADER_BYTES = 2**20
+CACHE_VARIABLE = "TFHUB_CACHE_DIR"
 _ARCHIVES = (".tar.gz", ".tgz")
 _TIMEOUT_SECONDS = 60
 
 
-@dataclasses.dataclass(frozen=True)
+class Tensors(Mapping[str, np.ndarray]):
+    """The variables of a module by name; each is read when asked for, and none is kept.
+
+    Args:
+        handle: of the module, for messages.
+        shapes: of all variables, which need no reading.
+        read: gives the array of a name.
+    """
+
+    def __init__(
+        self,
+        handle: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+    ):
+        self.handle = handle
+        self.shapes = dict(shapes)
+        self._read = read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """The array; a ValueError if its file is damaged."""
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def without(self, prefix: str) -> "Tensors":
+        """The same variables, with a prefix taken off the names that have it.
+
+        Raises:
+            ValueError: two variables then have one name.
+        """
+        whole: dict[str, str] = {}
+        for name in self.shapes:
+            other = whole.setdefault(name.removeprefix(prefix), name)
+            if other != name:
+                raise ValueError(
+                    f"{self.handle} should name each variable once, but has {other} and {name}."
+                )
+        shapes = {name: self.shapes[full] for name, full in whole.items()}
+        return Tensors(self.handle, shapes, lambda name: self._read(whole[name]))
+
+
+@dataclasses.dataclass
 class Module:
-    """A module as it was loaded.
+    """A module as it was opened.
 
     Attributes:
         handle: as it was asked for.
         path: its folder.
-        loaded: what tensorflow_hub gives.
         names: of all variables, some perhaps twice.
-        tensors: name -> array.
+        tensors: name -> array, read on access.
         meta_graphs: the `MetaGraphDef`s of its SavedModel.
     """
 
     handle: str
     path: str
-    loaded: Any
     names: list[str]
-    tensors: dict[str, np.ndarray]
+    tensors: Tensors
     meta_graphs: list[Any]
+    _loaded: Any = None
+
+    @property
+    def loaded(self) -> Any:
+        """What tensorflow_hub gives: runs the module, and holds all its variables once more.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        if self._loaded is None:
+            with _loading(self.handle, self.path):
+                self._loaded = tensorflow_hub.load(self.path)
+        return self._loaded
+
+    def unload(self) -> None:
+        """Gives the memory of `loaded` back, of a module in TF1 Hub format.
+
+        Functions that came from it must not be in use any more. Asked for again, it is loaded anew.
+        """
+        self._loaded = None
+        gc.collect()  # it is full of circles
 
     def graph(self) -> Graph:
         """The graph for inference of a TF1 Hub module: the one without tags."""
@@ -89,39 +167,82 @@ class Module:
 
 
 def open_module(handle: str | os.PathLike) -> Module:
-    """Fetches and loads a module.
+    """Fetches a module and opens it. Of modules in TF1 Hub format no variable is read yet.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it cannot be fetched, unpacked or loaded, or names variables twice.
+        ValueError: it cannot be fetched, unpacked or loaded, or lacks variables of its graph.
     """
     handle = os.fspath(handle)
     path = resolve(handle)
-    try:
+    if os.path.exists(os.path.join(path, "tfhub_module.pb")):
+        tensors = _checkpoint(handle, path)
+        with _loading(handle, path):
+            meta_graphs = read_meta_graphs(handle, path)
+        _check_variables(_where(handle, path), meta_graphs, tensors)
+        return Module(handle, path, list(tensors), tensors, meta_graphs)
+    with _loading(handle, path):
         loaded = tensorflow_hub.load(path)
-        variables = _read_checkpoint(path) or [
-            (re.sub(r":\d+$", "", variable.name), variable.numpy())
+        variables = [
+            (re.sub(r":\d+$", "", variable.name), variable)
             for variable in getattr(loaded, "variables", ())
         ]
+        shapes = {name: tuple(variable.shape) for name, variable in variables}
+    by_name = dict(variables)
+    tensors = Tensors(handle, shapes, lambda name: by_name[name].numpy())
+    names = [name for name, _ in variables]
+    return Module(handle, path, names, tensors, read_meta_graphs(handle, path), loaded)
+
+
+@contextlib.contextmanager
+def _loading(handle: str, path: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # TensorFlow raises a dozen kinds for files that are cut or mixed up
         raise ValueError(
             f"{_where(handle, path)} should be a TF Hub module with a SavedModel and its "
             f"variables, but loading it failed: {first_line(error)}"
         ) from error
-    names = [name for name, _ in variables]
-    return Module(handle, path, loaded, names, dict(variables), read_meta_graphs(handle, path))
 
 
-def _read_checkpoint(path: str) -> list[tuple[str, np.ndarray]]:
-    """The variables of a module in TF1 Hub format; none for the others.
+def _checkpoint(handle: str, path: str) -> Tensors:
+    """The variables of a module in TF1 Hub format, in one data file or several.
 
     Its checkpoint has their names, and also those that are no resources, which
     `tensorflow_hub.load` does not tell.
     """
-    if not os.path.exists(os.path.join(path, "tfhub_module.pb")):
-        return []
-    reader = tf.train.load_checkpoint(os.path.join(path, "variables", "variables"))
-    return [(name, reader.get_tensor(name)) for name in reader.get_variable_to_shape_map()]
+    with _loading(handle, path):
+        reader = tf.train.load_checkpoint(os.path.join(path, "variables", "variables"))
+        shapes = {name: tuple(s) for name, s in reader.get_variable_to_shape_map().items()}
+
+    def read(name: str) -> np.ndarray:
+        with _loading(handle, path):
+            return reader.get_tensor(name)
+
+    return Tensors(handle, shapes, read)
+
+
+def _check_variables(where: str, meta_graphs: list[Any], tensors: Tensors) -> None:
+    """Raises if BERT's variables in the graph for inference are not those of the checkpoint."""
+    problems = []
+    for meta_graph in meta_graphs:
+        for node in () if meta_graph.meta_info_def.tags else meta_graph.graph_def.node:
+            if node.op not in ("VarHandleOp", "VariableV2") or "bert/" not in node.name:
+                continue
+            # A variable in parts is one in the checkpoint.
+            if re.sub(r"/part_\d+$", "", node.name) not in tensors:
+                problems.append(f"no {node.name}")
+            elif node.name in tensors:
+                shape = tf.TensorShape(node.attr["shape"].shape)
+                if not shape.is_compatible_with(tensors.shapes[node.name]):
+                    found = tensors.shapes[node.name]
+                    problems.append(f"{node.name} of shape {found} instead of {tuple(shape)}")
+    if problems:
+        more = f" and {len(problems) - 6} more" if problems[6:] else ""
+        raise ValueError(
+            f"{where} should have the variables of its graph in its checkpoint, but has "
+            f"{', '.join(problems[:6])}{more}."
+        )
 
 
 def read_meta_graphs(handle: str, path: str) -> list[Any]:
@@ -131,6 +252,8 @@ def read_meta_graphs(handle: str, path: str) -> list[Any]:
         proto.ParseFromString(pathlib.Path(path, "saved_model.pb").read_bytes())
     except DecodeError as error:
         raise ValueError(f"{handle} has a saved_model.pb that cannot be read: {error}") from error
+    if not proto.meta_graphs:
+        raise ValueError(f"{handle} has a saved_model.pb that holds no graph")
     return list(proto.meta_graphs)
 
 
@@ -153,7 +276,11 @@ def found_variables(module: Module) -> str:
 
 
 def resolve(handle: str) -> str:
-    """The local folder of a handle: downloaded, and unpacked under `TFHUB_CACHE_DIR`, if need be.
+    """The local folder of a handle: downloaded and unpacked, if need be.
+
+    It is unpacked under `TFHUB_CACHE_DIR`, or, where that is unset, under `bertgen_tf/hub` in the
+    user's folder for caches: `XDG_CACHE_HOME`, or `~/.cache`. That one is made for the user alone
+    (mode 0700). What is there stays, 3 GB for the largest, until it is deleted.
 
     Args:
         handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`), kept under
@@ -162,7 +289,8 @@ def resolve(handle: str) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it cannot be fetched or unpacked, or holds no SavedModel.
+        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or the user's folder
+            is open to others.
     """
     is_url = "://" in handle
     is_archive = os.path.isfile(handle) and handle.endswith(_ARCHIVES)
@@ -202,7 +330,8 @@ def _fetch(handle: str) -> str:
         resolver.ModelLoadFormat.AUTO.value,
     )
     if not handle.startswith(("http://", "https://")) or not compressed:
-        return tensorflow_hub.resolve(handle)
+        with _same_cache():
+            return tensorflow_hub.resolve(handle)
 
     # Not left to tensorflow_hub: it refuses links and `..`, but unpacks without a bound on size.
     def download(url: str, folder: str) -> None:
@@ -227,30 +356,81 @@ def _unpack_file(path: str) -> str:
 
 
 def _cache_folder(name: str) -> str:
-    folder = resolver.tfhub_cache_dir(use_temp=True)
-    tf.io.gfile.makedirs(folder)
+    folder = resolver.tfhub_cache_dir()
+    if folder is None:
+        folder = _users_folder()
+    else:
+        tf.io.gfile.makedirs(folder)
     return os.path.join(folder, name)
 
 
+def _users_folder() -> str:
+    """A folder that nobody else can put modules in, unlike tensorflow_hub's one under /tmp."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as its specification asks
+        base = os.path.expanduser("~/.cache")
+    folder = os.path.join(base, "bertgen_tf", "hub")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.stat(folder)
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise ValueError(
+            f"{folder} should be the user's own and writable for nobody else, but has owner "
+            f"{status.st_uid} and mode {status.st_mode & 0o777:o}: change that, or set "
+            f"{CACHE_VARIABLE}"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def _same_cache() -> Iterator[None]:
+    """Lets tensorflow_hub unpack where we do; it takes the folder from the environment."""
+    if resolver.tfhub_cache_dir() is not None:
+        yield
+        return
+    os.environ[CACHE_VARIABLE] = _users_folder()
+    try:
+        yield
+    finally:
+        del os.environ[CACHE_VARIABLE]
+
+
+class _Bounded:
+    """A stream of which only so many bytes may be read before `left` is set anew."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.left = MAX_HEADER_BYTES
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"a header in the archive has more than {MAX_HEADER_BYTES} bytes")
+        return data
+
+
 def unpack(file: BinaryIO, folder: str) -> None:
-    """Unpacks a tar stream of any compression into a folder.
+    """Unpacks a .tar.gz stream into a folder.
 
     Raises:
         ValueError: a member is no plain file or folder, would lie outside, or all together are too
-            large or too many.
+            large or too many, or a header is too large.
     """
     size = 0
-    with tarfile.open(fileobj=file, mode="r|*") as archive:
-        for count, member in enumerate(archive, 1):
-            name = member.name
-            size += member.size
-            if not (member.isreg() or member.isdir()) or member.issparse():
-                raise ValueError(f"member {name!r} of the archive is no plain file or folder")
-            if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
-                raise ValueError(f"member {name!r} of the archive would lie outside its folder")
-            if size > MAX_UNPACKED_BYTES or count > MAX_MEMBERS:
-                raise ValueError(
-                    f"the archive unpacks to more than {MAX_UNPACKED_BYTES} bytes or "
-                    f"{MAX_MEMBERS} files"
-                )
-            archive.extract(member, folder, filter="data")
+    with gzip.open(file) as plain:
+        stream = _Bounded(plain)
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            for count, member in enumerate(archive, 1):
+                name = member.name
+                size += member.size
+                if not (member.isreg() or member.isdir()) or member.issparse():
+                    raise ValueError(f"member {name!r} of the archive is no plain file or folder")
+                if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
+                    raise ValueError(f"member {name!r} of the archive would lie outside its folder")
+                if size > MAX_UNPACKED_BYTES or count > MAX_MEMBERS:
+                    raise ValueError(
+                        f"the archive unpacks to more than {MAX_UNPACKED_BYTES} bytes or "
+                        f"{MAX_MEMBERS} files"
+                    )
+                stream.left = member.size + MAX_HEADER_BYTES
+                archive.extract(member, folder, filter="data")

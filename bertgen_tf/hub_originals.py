@@ -6,16 +6,11 @@ graph, the search from its loop, the tokenizer from its ops, and the treatment o
 running that part of it on texts.
 """
 
-import dataclasses
-import itertools
-import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
-import sentencepiece
 import tensorflow as tf
 
 from bertgen_tf import hub_modules, weights
@@ -23,16 +18,24 @@ from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.graph import Graph, Tensor
 from bertgen_tf.hub_encoders import VERIFY_TOLERANCE, depth, exact, layer_rules, scope_of
-from bertgen_tf.hub_layers import ADDS, gathers, read_layers
-from bertgen_tf.hub_modules import Module
+from bertgen_tf.hub_layers import normalized, read_layers
+from bertgen_tf.hub_modules import Module, Tensors
 from bertgen_tf.hub_search import Found, read_search
+from bertgen_tf.hub_text import (
+    PROBES,
+    Text,
+    check_answers,
+    read_ids,
+    read_source,
+    read_text,
+    read_tokenizer,
+    run_part,
+)
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers import BertTokenizer
 from bertgen_tf.weights import Rule, first_line
 
-Tokenizer = BertTokenizer | BertGenerationTokenizer
-
-# What must be known; all but the last two have no value that would be right for most modules.
+# What must be known; only the last has a value that is right for most modules.
 SETTINGS = (
     "pad_token_id",
     "bos_token_id",
@@ -44,34 +47,20 @@ SETTINGS = (
     "hidden_token_ids",
     "normalize_unfinished",
 )
-PROBES = (
-    "The old house by the river was sold again, and nobody knew why.",
-    "Yes.",
-    "A young woman found the letter that her father had hidden in the garden behind the house "
-    "many years ago; she never told anyone what it said.",
+# What the two are compared on: the last is cut.
+_VERIFIED = (
+    *PROBES,
+    '"Caf\u00e9"  in K\u00f6ln; who\'s there?\tNobody.',
+    " ".join(PROBES * 30),
 )
+# Of a hypothesis that does not exist, at least; scores are sums of log-probabilities.
+_NO_SCORE = -1e6
 _EMBEDDINGS = (
     Rule("bert/embeddings/word_embeddings", "embeddings/word_embeddings/embeddings"),
     Rule("bert/embeddings/position_embeddings", "embeddings/position_embeddings/embeddings"),
     Rule("bert/embeddings/LayerNorm/(gamma|beta)", r"embeddings/layer_norm/\1"),
 )
 _STEP = Rule("(.*/)?global_step", None)
-_REQUIRED = (
-    "bert/embeddings/position_embeddings",
-    "bert/encoder/layer_0/attention/self/query/kernel",
-    "bert/encoder/layer_0/intermediate/dense/kernel",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """The signature of a module: where text goes in and comes out, and the ids between."""
-
-    input: str
-    output: Tensor
-    key: str
-    answer: str
-    source_ids: Tensor
 
 
 def read_original(
@@ -90,29 +79,41 @@ def read_original(
     scope = _check_original(module)
     hub_modules.check_names(module)
     graph = module.graph()
-    tensors = {n.removeprefix(scope): value for n, value in module.tensors.items()}
+    tensors = module.tensors.without(scope)
     shared = not any(n.startswith("bert/decoder/layer_") for n in tensors)
     own = "bert/decoder/embeddings/word_embeddings" in tensors
+    _check_variables(module, graph, scope, shared, own)
     nodes = graph.variables()
-    word = scope + ("bert/decoder" if own else "bert") + "/embeddings/word_embeddings"
-    text = _text(module, graph, nodes[scope + "bert/embeddings/word_embeddings"])
-    vocab_size = len(tensors["bert/embeddings/word_embeddings"])
-    found = read_search(graph, nodes[word], vocab_size, text.output)
-    read_ids = _run(module, graph, text, text.source_ids)
-    found.read("pad_token_id", lambda: int(read_ids(["", PROBES[0]])[0, -1]))
+    stack = "bert/encoder" if shared else "bert/decoder"
+    layers = depth(stack + r"/layer_(\d+)/", tensors)
+    text = read_text(module, graph, nodes[scope + "bert/embeddings/word_embeddings"])
+    vocab_size = tensors.shapes["bert/embeddings/word_embeddings"][0]
+    found = read_search(
+        graph,
+        nodes[scope + ("bert/decoder" if own else "bert") + "/embeddings/word_embeddings"],
+        nodes[f"{scope}{stack}/layer_{layers - 1}/output/LayerNorm/beta"],
+        vocab_size,
+        text.output,
+    )
+    read = read_ids(module, graph, text)
+    found.read("pad_token_id", lambda: int(read(["", PROBES[0]])[0, -1]))
     settings = _Settings(module.handle, found, given, known)
     ids = {n: settings.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
     settings.check()  # the tokenizer needs them
-    tokenizer = _read_tokenizer(module, graph, text, ids)
-    positions = len(tensors["bert/embeddings/position_embeddings"])
-    added = _read_source(module.handle, found, read_ids, tokenizer, positions)
+    tokenizer = read_tokenizer(module, graph, text, ids)
+    _check_known(module.handle, known, shared, tokenizer)
+    positions = tensors.shapes["bert/embeddings/position_embeddings"][0]
+    found.values["max_source_length"], added = read_source(
+        module.handle, read, tokenizer, positions
+    )
+    for problems in (found.unread, found.hidden):
+        if "shown" in problems:
+            problems["hidden_token_ids"] = problems.pop("shown")
     shown = found.values.pop("shown", None)
     if shown is not None:
-        dropped = set(np.flatnonzero(~shown).tolist()) - set(ids.values())
-        found.values["hidden_token_ids"] = tuple(sorted(dropped))
-    elif "shown" in found.unread:
-        found.unread["hidden_token_ids"] = found.unread.pop("shown")
-    found.values.setdefault("normalize_unfinished", False)
+        found.read("hidden_token_ids", lambda: _hidden_ids(shown[: tokenizer.vocab_size], ids))
+    if "normalize_unfinished" not in found.unread:
+        found.values.setdefault("normalize_unfinished", False)
     values = {field: settings.get(field) for field in SETTINGS}
     settings.check()
 
@@ -149,11 +150,15 @@ def read_original(
 
     # In float32 whatever the dtype policy, to be compared with the module.
     model = build(dtype="float32")
+    if found.ids is not None and "hidden_token_ids" not in settings.given:
+        check_answers(module, graph, text, found.ids, model.preprocessor)
     _assign(model, tensors, shared, own, module.handle)
     if verify:
-        _verify(module, graph, scope, text, model, configs[0].num_hidden_layers)
+        _verify(module, graph, scope, text, found.scores, model)
     if model.encoder.dtype_policy == keras.config.dtype_policy():
         return model
+    read = None  # it keeps the module's variables alive
+    module.unload()
     return build(model.encoder.get_weights(), model.decoder.get_weights())
 
 
@@ -184,183 +189,108 @@ class _Settings:
         # What the graph does in another way is no gap, that a table could fill.
         if field in self.known and field not in self.found.unread:
             return self.known[field]
-        self.missing[field] = self.found.unread.get(field, "it is not in the graph")
+        reason = self.found.unread.get(field) or self.found.hidden.get(field)
+        self.missing[field] = reason or "it is not in the graph"
         return None
 
     def check(self) -> None:
-        if problem := self.found.unread.get("logits"):
+        if problem := self.found.unread.get("search"):
             raise ValueError(
-                f"{self.handle} should search with the log-probabilities of BERT's decoder, but "
-                f"{problem}."
+                f"{self.handle} should search as tensor2tensor does, with the log-probabilities of "
+                f"BERT's decoder, but {problem}."
             )
         if self.missing:
             reasons = "; ".join(f"{name} ({why})" for name, why in self.missing.items())
+            remedy = f"Give {', '.join(f'{name}=' for name in self.missing)} to from_hub"
+            if not self.known and not set(self.missing) & set(self.found.unread):
+                remedy += (
+                    ', or original="roberta24_bbc" or such if it is one of bertgen_tf.hub.ORIGINALS'
+                )
             raise ValueError(
                 f"{self.handle} should tell its settings, but could not be read for {reasons}. "
-                f"Give {', '.join(f'{name}=' for name in self.missing)} to from_hub, or "
-                'original="roberta24_bbc" or such if it is one of bertgen_tf.hub.ORIGINALS.'
+                f"{remedy}."
             )
 
 
 def _check_original(module: Module) -> str:
     """The scope of the variables, after a check that they are an original's."""
-    scope = scope_of(module.tensors) or ""
-    names = {name.removeprefix(scope) for name in module.tensors}
-    missing = [name for name in _REQUIRED if name not in names]
-    if not any("/encdec/" in name for name in names):
+    scope = scope_of(module.tensors)
+    missing = []
+    if scope is None:
+        missing.append("bert/embeddings/word_embeddings")
+    if not any("/encdec/" in name for name in module.tensors):
         missing.append("bert/encoder/layer_0/attention/encdec/query/kernel")
-    signatures = getattr(module.loaded, "signatures", {})
-    if "default" not in signatures:
+    if module.signature("default") is None:
         missing.append("signature default")
-    if missing or scope_of(module.tensors) is None:
+    if missing:
         raise ValueError(
             f"{module.handle} should be an encoder-decoder as google/bertseq2seq/*, with the "
-            f"variables of google-research/bert, but it has no "
-            f"{', '.join(missing) or 'bert/embeddings/word_embeddings'}. "
+            f"variables of google-research/bert, but it has no {', '.join(missing)}. "
             f"Found {hub_modules.found_variables(module)}. "
             "from_hub(encoder=...) warm-starts from BERT encoders."
         )
-    return scope
+    return scope or ""
 
 
-def _text(module: Module, graph: Graph, embeddings: str) -> _Text:
-    signature = module.signature("default")
-    sides = (signature.inputs, signature.outputs)
-    string = tf.string.as_datatype_enum
-    if any(len(side) != 1 or next(iter(side.values())).dtype != string for side in sides):
-        raise ValueError(
-            f"{module.handle} should take and give strings, but its signature default takes "
-            f"{', '.join(signature.inputs) or 'nothing'} and gives {', '.join(signature.outputs)}."
+def _check_variables(module: Module, graph: Graph, scope: str, shared: bool, own: bool) -> None:
+    """Raises unless what sizes and the graph's parts are read from is in checkpoint and graph."""
+    sides = ("encoder",) if shared else ("encoder", "decoder")
+    embeddings = ("bert/embeddings", "bert/decoder/embeddings") if own else ("bert/embeddings",)
+    needed = [f"{e}/{part}_embeddings" for e in embeddings for part in ("word", "position")]
+    for side in sides:
+        layers = depth(
+            rf"bert/{side}/layer_(\d+)/", [n.removeprefix(scope) for n in module.tensors]
         )
-    ((key, source),) = signature.inputs.items()
-    ((answer, result),) = signature.outputs.items()
-    text = graph.resolve(source.name)
-    found = set()
-    for _, ids in gathers(graph, embeddings):
-        before = graph.before([ids])
-        if text[0] in before and not graph.loop_variables & set(before):
-            found.add(ids)
-    if len(found) != 1:
-        raise ValueError(
-            f"{module.handle} should look the ids of its text up in its word embeddings once, but "
-            f"does so at {len(found)} places."
-        )
-    return _Text(source.name, graph.resolve(result.name), key, answer, found.pop())
-
-
-def _run(module: Module, graph: Graph, text: _Text, tensor: Tensor) -> Callable:
-    """Texts -> the value of a tensor of the module."""
-    if tensor[0] not in graph.main:
-        raise ValueError(
-            f"{module.handle} should compute {tensor[0]} outside of functions, to be compared."
-        )
-    function = module.loaded.prune(text.input, f"{tensor[0]}:{tensor[1]}")
-
-    def run(texts: list[str]) -> np.ndarray:
-        try:
-            return function(tf.constant(texts)).numpy()
-        except tf.errors.OpError as error:
+        needed += [f"bert/{side}/layer_{i}/output/LayerNorm/beta" for i in range(max(layers, 1))]
+        needed += [
+            f"bert/{side}/layer_0/attention/self/query/kernel",
+            f"bert/{side}/layer_0/intermediate/dense/kernel",
+        ]
+    for where, names in (("checkpoint", module.tensors), ("graph", graph.variables())):
+        missing = [scope + name for name in needed if scope + name not in names]
+        if missing:
+            parts = [n for n in names if re.search(r"/part_\d+$", n)]
+            split = f" ({parts[0]} and such are partitioned variables)" if parts else ""
             raise ValueError(
-                f"{module.handle} should compute {tensor[0]} for texts, but running it failed: "
-                f"{first_line(error)}"
-            ) from error
-
-    return run
-
-
-def _read_tokenizer(module: Module, graph: Graph, text: _Text, ids: dict[str, int]) -> Tokenizer:
-    names = graph.before([text.source_ids])
-    by_op = {graph.nodes[name].op: graph.nodes[name] for name in names}
-    try:
-        if "SentencepieceOp" in by_op:
-            proto = by_op["SentencepieceOp"].attr["model"].s
-            processor = sentencepiece.SentencePieceProcessor(model_proto=proto)
-            pieces = [processor.id_to_piece(i) for i in ids.values()]
-            roles = dict(zip(("pad_token", "bos_token", "eos_token"), pieces, strict=True))
-            return BertGenerationTokenizer(
-                proto, unk_token=processor.id_to_piece(processor.unk_id()), **roles
+                f"{module.handle} should have the variables of google-research/bert, but its "
+                f"{where} has no {', '.join(missing[:4])}{split}."
             )
-        if "WordpieceTokenizeWithOffsets" in by_op:
-            node = by_op["WordpieceTokenizeWithOffsets"]
-            pieces = _read_table(module, graph, node.inputs[1])
-            roles = dict(
-                zip(
-                    ("pad_token", "bos_token", "eos_token"),
-                    (pieces[i] for i in ids.values()),
-                    strict=True,
-                )
+
+
+def _check_known(handle: str, known: dict[str, Any], shared: bool, tokenizer: Any) -> None:
+    """Raises if the module is another than the entry of `ORIGINALS` that it should be."""
+    found = {
+        "shared": shared,
+        "tokenizer": "wordpiece" if isinstance(tokenizer, BertTokenizer) else "sentencepiece",
+    }
+    for field, value in found.items():
+        if known.get(field, value) != value:
+            raise ValueError(
+                f"{handle} should be what bertgen_tf.hub.ORIGINALS tells, with {field}="
+                f"{known[field]!r}, but has {value!r}. Leave original= out, or name another."
             )
-            return BertTokenizer(
-                pieces,
-                lowercase=bool({"CaseFoldUTF8", "StringLower"} & set(by_op)),
-                unk_token=node.attr["unknown_token"].s.decode(),
-                **roles,
-            )
-    except (IndexError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{module.handle} should hold its vocabulary, but reading it failed: "
-            f"{first_line(error)}"
-        ) from error
-    strings = [n for n in names if "Token" in graph.nodes[n].op or "piece" in graph.nodes[n].op]
-    raise ValueError(
-        f"{module.handle} should tokenize with SentencepieceOp or WordpieceTokenizeWithOffsets, "
-        f"but has {graph.ops_of(strings) or graph.ops_of(names)}."
-    )
 
 
-def _read_table(module: Module, graph: Graph, table: Tensor) -> list[str]:
-    """The keys of a table from strings to ids, in the order of ids."""
-    name = graph.source(table)[0]
-    for node, index in graph.uses(name):
-        if index == 0 and node.op.startswith("InitializeTableFromTextFile"):
-            source = graph.source(node.inputs[1])
-            path = module.asset(f"{source[0]}:{source[1]}")
-            columns = (node.attr["key_index"].i, node.attr["value_index"].i)
-            if path and columns == (-2, -1):  # whole lines, and their numbers
-                lines = pathlib.Path(path).read_text(encoding="utf-8").rstrip("\r\n").split("\n")
-                return [line.rstrip("\r") for line in lines]
-        elif index == 0 and node.op in ("InitializeTableV2", "LookupTableImportV2"):
-            keys, ids = (graph.constant(tensor) for tensor in node.inputs[1:3])
-            if keys is not None and ids is not None:
-                pieces = dict(zip(ids.tolist(), keys.tolist(), strict=True))
-                return [pieces[i].decode() for i in range(len(pieces))]
-    raise ValueError(f"the table {name} is not filled from an asset or constants")
-
-
-def _read_source(
-    handle: str, found: Found, read_ids: Callable, tokenizer: Tokenizer, positions: int
-) -> dict[str, bool]:
-    """`max_source_length`, and which special tokens a source gets; by running that part."""
-    short = PROBES[0]
-    ours = tokenizer(short).numpy().tolist()
-    text = " ".join([short] * (2 * positions // max(len(ours), 1) + 2))
-    ours = tokenizer(text).numpy().tolist()
-    theirs = read_ids([text])[0].tolist()
-    for bos, eos in itertools.product((False, True), repeat=2):
-        length = len(theirs) - bos - eos
-        expected = [tokenizer.bos_token_id] * bos + ours[:length] + [tokenizer.eos_token_id] * eos
-        if theirs == expected:
-            found.values["max_source_length"] = min(len(theirs), positions)
-            return {"add_bos": bos, "add_eos": eos}
-    raise ValueError(
-        f"{handle} should read a text as our tokenizer does with its vocabulary, but its ids of a "
-        f"text begin with {theirs[:6]}, and ours with {ours[:6]}."
-    )
+def _hidden_ids(shown: np.ndarray, ids: dict[str, int]) -> tuple[int, ...]:
+    for name in ("pad_token_id", "bos_token_id"):
+        if shown[ids[name]] and ids[name] != ids["eos_token_id"]:
+            raise ValueError(f"it shows {ids[name]}, its {name}, which our text never has")
+    return tuple(sorted(set(np.flatnonzero(~shown).tolist()) - set(ids.values())))
 
 
 def _read_configs(
-    module: Module, graph: Graph, scope: str, tensors: dict, shared: bool, ids: dict[str, int]
+    module: Module, graph: Graph, scope: str, tensors: Tensors, shared: bool, ids: dict[str, int]
 ) -> tuple[BertGenerationConfig, BertGenerationConfig]:
     def config(side: str, embeddings: str, cross: bool) -> BertGenerationConfig:
         bert = re.escape(scope) + "bert/"
         layer = f"bert/{side}/layer_"
-        word = tensors[f"{embeddings}/word_embeddings"]
+        vocab_size, hidden_size = tensors.shapes[f"{embeddings}/word_embeddings"]
         return BertGenerationConfig(
-            vocab_size=word.shape[0],
-            hidden_size=word.shape[1],
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
             num_hidden_layers=depth(layer + r"(\d+)/", tensors),
-            intermediate_size=tensors[f"{layer}0/intermediate/dense/kernel"].shape[1],
-            max_position_embeddings=len(tensors[f"{embeddings}/position_embeddings"]),
+            intermediate_size=tensors.shapes[f"{layer}0/intermediate/dense/kernel"][1],
+            max_position_embeddings=tensors.shapes[f"{embeddings}/position_embeddings"][0],
             add_cross_attention=cross,
             **read_layers(
                 graph,
@@ -380,7 +310,7 @@ def _read_configs(
 
 
 def _assign(
-    model: EncoderDecoderModel, tensors: dict[str, Any], shared: bool, own: bool, source: str
+    model: EncoderDecoderModel, tensors: Tensors, shared: bool, own: bool, source: str
 ) -> None:
     decoder = weights.named_variables(model.decoder)
     if shared:
@@ -403,26 +333,29 @@ def _verify(
     module: Module,
     graph: Graph,
     scope: str,
-    text: _Text,
+    text: Text,
+    scores: tuple[str, str] | None,
     model: EncoderDecoderModel,
-    layers: int,
 ) -> None:
-    """Compares the encoder's output, and what module and model say."""
-    texts = list(PROBES)
+    """Compares the encoder's output, and what module and model say, with its scores."""
+    texts = list(_VERIFIED)
     remedy = "verify=False takes up the weights all the same."
-    try:
-        with exact():
-            batch = model.preprocessor.generate_preprocess(texts)
-            ours = model.encoder(batch["input_ids"], batch["attention_mask"]).numpy()
-            theirs = _run(module, graph, text, _encoder_output(module, graph, scope, layers))(texts)
-            said = model.generate(texts, jit_compile=False)
+    output = _encoder_output(module, graph, scope, model.encoder.config.num_hidden_layers)
+    with exact():
+        batch = model.preprocessor.generate_preprocess(texts)
+        ours = model.encoder(batch["input_ids"], batch["attention_mask"]).numpy()
+        result = model.generate(batch, jit_compile=False)
+        said = model.preprocessor.generate_postprocess(result.sequences[:, 0])
+        try:
+            theirs = run_part(module, graph, text, output)(texts)
             answers = module.loaded.signatures["default"](**{text.key: tf.constant(texts)})
-            expected = [answer.decode() for answer in answers[text.answer].numpy().tolist()]
-    except Exception as error:  # whatever the module's graph raises
-        raise ValueError(
-            f"{module.handle} should answer texts, but running it failed: {first_line(error)}. "
-            f"{remedy}"
-        ) from error
+            expected = answers[text.answer].numpy().tolist()
+            their_scores = _module_scores(module, graph, text, scores, model, texts)
+        except Exception as error:  # whatever the module's graph raises
+            raise ValueError(
+                f"{module.handle} should answer texts, but running it failed: "
+                f"{first_line(error)}. {remedy}"
+            ) from error
     theirs = theirs.reshape(len(texts), -1, ours.shape[-1])[:, : ours.shape[1]]
     difference = np.inf
     if theirs.shape == ours.shape:
@@ -432,12 +365,44 @@ def _verify(
             f"{module.handle} should give the same encoder output as our encoder with its weights, "
             f"within {VERIFY_TOLERANCE}, but differs by {difference:.3g}. {remedy}"
         )
-    for probe, mine, answer in zip(texts, said, expected, strict=True):
+    for probe, mine, answer in zip(texts, said.numpy().tolist(), expected, strict=True):
         if mine != answer:
             raise ValueError(
                 f"{module.handle} should say the same as our model with its weights, but to "
-                f"{probe!r} it says {answer!r} and ours {mine!r}. {remedy}"
+                f"{probe[:160]!r} it says {answer.decode(errors='replace')!r} and ours "
+                f"{mine.decode()!r}. {remedy}"
             )
+    if their_scores is not None:
+        difference = np.abs(result.scores[:, 0] - their_scores) / np.maximum(
+            1, np.abs(their_scores)
+        )
+        if not difference.max() <= VERIFY_TOLERANCE:
+            raise ValueError(
+                f"{module.handle} should give its answers the same scores as our model with its "
+                f"weights, within {VERIFY_TOLERANCE}, but they differ by {difference.max():.3g}. "
+                f"{remedy}"
+            )
+
+
+def _module_scores(
+    module: Module,
+    graph: Graph,
+    text: Text,
+    scores: tuple[str, str] | None,
+    model: EncoderDecoderModel,
+    texts: list[str],
+) -> np.ndarray | None:
+    """The scores of the module's best hypotheses; None where its graph does not tell them."""
+    ends = [graph.after_loop(name) for name in scores or ()]
+    if not ends or None in ends:
+        return None
+    sums, finished = (run_part(module, graph, text, end)(texts) for end in ends)
+    if sums.shape != finished.shape or sums.ndim != 2:
+        return None
+    config = model.generation_config
+    if config.normalize_unfinished:
+        sums = sums / ((5 + config.max_new_tokens) / 6) ** config.gnmt_alpha
+    return np.where(finished[:, 0] > _NO_SCORE, finished[:, 0], sums[:, 0])
 
 
 def _encoder_output(module: Module, graph: Graph, scope: str, layers: int) -> Tensor:
@@ -445,11 +410,7 @@ def _encoder_output(module: Module, graph: Graph, scope: str, layers: int) -> Te
     nodes = graph.variables()
     beta = nodes[f"{scope}bert/encoder/layer_{layers - 1}/output/LayerNorm/beta"]
     cross = {node for name, node in nodes.items() if "/encdec/" in name}
-    for node, _ in graph.uses(beta):
-        names = [node.name] if node.op in ADDS else []
-        if node.op == "Sub":  # batch_normalization: beta - mean * scale, before the rest is added
-            names = [n for n, _ in graph.consumers[node.name] if graph.op((n, 0)) in ADDS]
-        for name in names:
-            if not set(graph.before([(name, 0)])) & (cross | graph.loop_variables):
-                return name, 0
+    for name in normalized(graph, beta):
+        if not set(graph.before([(name, 0)])) & (cross | graph.loop_variables):
+            return name, 0
     raise ValueError(f"{module.handle} should normalise its encoder's output, but does not.")

@@ -1,8 +1,13 @@
 """Reading the search of an original off its graph: start, end, lengths, beams, penalty.
 
-The graph is followed, not its names: the loop is the one that takes the best candidates (TopKV2),
-and functions of its counter (how long it runs, the length penalty) and of ids (which of them are
-shown) are computed and compared with ours.
+The graph is followed, not its names: the loop is the one that takes the best candidates (TopKV2).
+Functions of its counter (how long it runs, the length penalty), of logits (their log-probabilities)
+and of ids (which of them are shown) are computed and compared with ours. Every op between the last
+layer and the first choice of candidates must be known; the condition is run on a few states.
+
+Not read: what becomes of the candidates after that choice (which of them go on, which are kept as
+answers, which answer is the best), and what the loop variables hold at first, besides ids. The
+comparison of answers and scores (`verify`) is what tells of these.
 """
 
 import dataclasses
@@ -12,14 +17,25 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.graph import SAME_VALUES, Graph, Loop, Node, Tensor
-from bertgen_tf.hub_layers import MATMULS, gathers, shortest
+from bertgen_tf.hub_layers import MATMULS, gathers, normalized, shortest
+from bertgen_tf.hub_text import COMPARISONS, shown_ids
 
 _TOP = ("TopKV2", "TopK")
-_COMPARISONS = ("Equal", "NotEqual", "Greater", "GreaterEqual", "Less", "LessEqual")
 _SLICES = ("StridedSlice", "Slice", "GatherV2", "Gather", "GatherNd")
+_DIVISIONS = ("RealDiv", "Div")
+# What may become of scores after they were chosen; other ops could hide a penalty.
+_HARMLESS = frozenset(
+    (*COMPARISONS, *_SLICES, *_DIVISIONS, *_TOP)
+    + tuple("Add AddV2 Mul Sub ConcatV2 Shape Select SelectV2 Max Min IsFinite Merge".split())
+    + ("ZerosLike", "OnesLike")
+)
 # No search is longer.
 _MOST_STEPS = 4096
 _FLOATS = (1, 2, 14, 19)  # DT_FLOAT, DT_DOUBLE, DT_BFLOAT16, DT_HALF
+
+
+class Hidden(ValueError):
+    """A setting is not in the graph, but given to it, or inside an op of its own."""
 
 
 @dataclasses.dataclass
@@ -28,16 +44,25 @@ class Found:
 
     Attributes:
         values: field -> value, of what the graph tells.
+        hidden: field -> why the graph does not tell: it depends on what is given to the module, or
+            is in an op of its own.
         unread: field -> what the graph does instead of what our search can do.
+        scores: the loop variables that hold sums of log-probabilities, and scores of answers.
+        ids: the ids that become text.
     """
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    hidden: dict[str, str] = dataclasses.field(default_factory=dict)
     unread: dict[str, str] = dataclasses.field(default_factory=dict)
+    scores: tuple[str, str] | None = None
+    ids: Tensor | None = None
 
     def read(self, field: str, function: Callable[[], Any]) -> None:
         """Keeps what `function` gives (None: not in the graph) or the message of its error."""
         try:
             value = function()
+        except Hidden as error:
+            self.hidden[field] = str(error)
         except ValueError as error:
             self.unread[field] = str(error)
         else:
@@ -45,42 +70,52 @@ class Found:
                 self.values[field] = value
 
 
-def read_search(graph: Graph, embeddings: str, vocab_size: int, output: Tensor) -> Found:
+def read_search(graph: Graph, embeddings: str, norm: str, vocab_size: int, output: Tensor) -> Found:
     """Reads the settings of the search.
 
     Args:
         graph: of the module.
         embeddings: node of the decoder's word embeddings.
-        vocab_size: rows of these.
+        norm: node of the beta of the decoder's last normalisation.
+        vocab_size: rows of the word embeddings.
         output: the strings that the module gives.
 
     Returns:
         `bos_token_id` (the start token), `eos_token_id`, `max_new_tokens`, `num_beams`,
         `gnmt_alpha`, `normalize_unfinished` and `shown`, a bool [vocab_size]: which ids become
-        text. Under `logits`, if it is unread, stands what else is done to them.
+        text. If unread, under `search` stands what is done to the scores, or to stop.
     """
     found = Found()
     loops = [loop for loop in graph.loops if _tops(graph, loop)]
     if len(loops) != 1:
-        for field in ("bos_token_id", "eos_token_id", "max_new_tokens", "num_beams", "gnmt_alpha"):
-            found.unread[field] = (
-                f"the graph has {len(loops)} loops that choose the best candidates with TopKV2, "
-                "instead of one"
-            )
+        reason = (
+            f"the graph has {len(loops)} loops that choose the best candidates with TopKV2, "
+            "instead of one"
+        )
+        fields = ("bos_token_id", "eos_token_id", "max_new_tokens", "num_beams", "gnmt_alpha")
+        (found.unread if loops else found.hidden).update(dict.fromkeys(fields, reason))
         return found
-    search = _Search(graph, loops[0], embeddings, vocab_size)
-    found.read("logits", search.check_log_probs)
+    search = _Search(graph, loops[0], embeddings, norm, vocab_size)
+    found.read("search", search.check_scores)
     found.read("num_beams", search.num_beams)
     found.read("bos_token_id", search.start)
     found.read("eos_token_id", search.end)
     found.read("max_new_tokens", search.steps)
     found.read("gnmt_alpha", search.alpha)
+    if "search" not in found.unread:
+        found.read("search", lambda: search.check_stop(found.values.get("num_beams", 4)))
+    found.scores = search.kept_scores()
     steps, alpha = found.values.get("max_new_tokens"), found.values.get("gnmt_alpha")
     if steps and alpha is not None:
         found.read("normalize_unfinished", lambda: search.normalizes(steps, alpha))
     end = found.values.get("eos_token_id")
     if end is not None:
-        found.read("shown", lambda: _shown_ids(graph, output, vocab_size, end))
+
+        def shown() -> np.ndarray | None:
+            found.ids, each = shown_ids(graph, output, vocab_size, end) or (None, None)
+            return each
+
+        found.read("shown", shown)
     return found
 
 
@@ -96,10 +131,11 @@ def _tops(graph: Graph, loop: Loop) -> list[Node]:
 class _Search:
     """The beam search of one loop."""
 
-    def __init__(self, graph: Graph, loop: Loop, embeddings: str, vocab_size: int):
+    def __init__(self, graph: Graph, loop: Loop, embeddings: str, norm: str, vocab_size: int):
         self.graph = graph
         self.loop = loop
         self.embeddings = embeddings
+        self.norm = norm
         self.vocab_size = vocab_size
         self.names = _iteration(graph, loop)
         self.inside = set(self.names)
@@ -110,6 +146,9 @@ class _Search:
             if not any(graph.nodes[n].op in _TOP for n in graph.before(top.inputs))
         ]
         self.later = [top for top in tops if top not in self.first]
+        # What the candidates are chosen by: the log-probabilities, and the sums they are added to.
+        self.log_probs: str | None = None
+        self.sums: str | None = None
         # Counters: name -> first value. They grow by one in each iteration.
         self.counters: dict[str, int] = {}
         for name in loop.variables:
@@ -120,16 +159,18 @@ class _Search:
                 continue
             others = [t for t in node.inputs if graph.source(t)[0] != name]
             if len(others) == 1 and value.size == 1 and graph.constant(others[0]) == 1:
-                self.counters[name] = int(value)
+                self.counters[name] = int(value.item())
 
-    def num_beams(self) -> int | None:
+    def num_beams(self) -> int:
         """From how many candidates are kept: twice the beams, then the beams."""
         graph = self.graph
         if len(self.first) != 1:
             raise ValueError(f"{len(self.first)} TopKV2 choose among all tokens, instead of one")
-        sizes = [graph.constant(_size(top)) for top in (*self.first, *self.later)]
+        tops = (*self.first, *self.later)
+        sizes = [graph.constant(_size(top)) for top in tops]
         if any(size is None for size in sizes):
-            return None
+            names = graph.before([_size(top) for top in tops])
+            raise Hidden(f"it depends on {_listed(graph.leaves(names))}")
         candidates, *kept = (int(size) for size in sizes)
         if not kept or set(kept) != {candidates // 2} or candidates % 2:
             raise ValueError(
@@ -138,30 +179,81 @@ class _Search:
             )
         return kept[0]
 
-    def check_log_probs(self) -> None:
-        """Raises unless logits are the decoder's output times its word embeddings."""
+    def check_scores(self) -> None:
+        """Raises unless candidates are chosen by sums of the decoder's log-probabilities.
+
+        They are followed back from the choice: a penalty, the sums, log-probabilities, logits, the
+        word embeddings, the last normalisation.
+        """
         graph = self.graph
-        logits = [
+        products = [
             node
             for node, _ in graph.uses(self.embeddings)
             if node.op in MATMULS and node.name in self.inside
         ]
-        if len(logits) != 1:
+        one_hot = [node for node, _ in gathers(graph, self.embeddings)]
+        products = [node for node in products if node not in one_hot]
+        if len(products) != 1 or len(self.first) != 1:
             raise ValueError(
-                f"the decoder's word embeddings give logits at {len(logits)} places of the search"
+                f"the decoder's word embeddings give logits at {len(products)} places of the "
+                f"search, and {len(self.first)} TopKV2 choose among them"
             )
-        queue = [logits[0].name]
-        for name in queue:  # grows
-            for consumer, _ in graph.consumers[name]:
-                op = graph.nodes[consumer].op
-                if op in SAME_VALUES or op in _SLICES or op == "ConcatV2":
-                    queue.append(consumer)
-                elif consumer in self.inside and op not in ("LogSoftmax", "Sub", "Max", "Shape"):
-                    raise ValueError(f"{op} {consumer} changes the logits before their softmax")
-        names = graph.before([top.inputs[0] for top in self.first])
-        ops = {graph.nodes[name].op for name in names}
-        if "LogSoftmax" not in ops and not {"Exp", "Log"} <= ops:
-            raise ValueError("the scores are no log-probabilities: there is no LogSoftmax")
+        (product,) = products
+        through = {*SAME_VALUES, *_SLICES}
+        tensor = graph.source(self.first[0].inputs[0], through)
+        while graph.op(tensor) in (*_DIVISIONS, "Mul"):  # of which `alpha` is read
+            node = graph.nodes[tensor[0]]
+            of = [t for t in node.inputs if product.name in graph.before([t])]
+            tensor = graph.source(of[0], through) if len(of) == 1 else ("", 0)
+        if graph.op(tensor) not in ("Add", "AddV2"):
+            raise ValueError(
+                f"{self._describe(tensor)} gives what candidates are chosen by, instead of a sum "
+                "of log-probabilities"
+            )
+        parts = [graph.source(t, through) for t in graph.nodes[tensor[0]].inputs]
+        parts.sort(key=lambda part: part[0] in self.loop.variables)
+        if parts[0][0] in self.loop.variables or parts[1][0] not in self.loop.variables:
+            raise ValueError(
+                f"log-probabilities are added to {self._describe(parts[1])} instead of their sum"
+            )
+        self.log_probs, self.sums = parts[0][0], parts[1][0]
+        self._check_softmax(parts[0], (product.name, 0))
+        states = [t for t in product.inputs if graph.variable(t) != self.embeddings]
+        if graph.source(states[0], through)[0] not in normalized(graph, self.norm):
+            state = graph.source(states[0], through)
+            raise ValueError(
+                f"{self._describe(state)} stands between the decoder's last normalisation and its "
+                "logits"
+            )
+
+    def _check_softmax(self, log_probs: Tensor, logits: Tensor) -> None:
+        graph = self.graph
+        shape = (3, self.vocab_size)
+        values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        expected = values - np.log(np.exp(values).sum(-1, keepdims=True))
+        problem = ""
+        for feed in (values, values[np.newaxis]):  # axes are numbers in the graph
+            feeds = {logits: feed}
+            try:
+                given = graph.evaluate(log_probs, feeds, elementwise=True, without=_SLICES)
+            except ValueError as error:
+                problem = str(error)
+            else:
+                if given.size == expected.size and np.allclose(
+                    given.reshape(shape), expected, atol=1e-4
+                ):
+                    return
+                problem = "they are another function"
+                break
+        names = graph.before([log_probs], stop=[logits[0]])
+        between = [n for n in names if n != logits[0] and graph.nodes[n].op != "Const"]
+        raise ValueError(
+            f"{graph.ops_of(between)} stand between the logits and {log_probs[0]}, which should "
+            f"be their log-probabilities: {problem}"
+        )
+
+    def _describe(self, tensor: Tensor) -> str:
+        return f"{self.graph.op(tensor) or 'nothing known'} {tensor[0]}".strip()
 
     def start(self) -> int | None:
         """The first element of what the loop looks up in the embeddings at first."""
@@ -169,7 +261,8 @@ class _Search:
         looked_up = [
             ids for node, ids in gathers(graph, self.embeddings) if node.name in self.inside
         ]
-        names = {n for ids in looked_up for n in graph.before([ids]) if n in self.loop.variables}
+        names = {n for ids in looked_up for n in graph.before([ids], values=True)}
+        names &= set(self.loop.variables)
         values = {graph.first_element(graph.nodes[n].inputs[0]) for n in names - set(self.counters)}
         if len(values) > 1:
             raise ValueError(f"the search starts with any of {sorted(map(str, values))}")
@@ -194,45 +287,160 @@ class _Search:
             raise ValueError(f"the chosen tokens are compared with {sorted(found)}: one end token")
         return found.pop() if found else None
 
-    def steps(self) -> int | None:
-        """How often the loop runs at most, from the parts of its condition that count."""
-        found = []
-        queue = [self.loop.condition]
-        for tensor in queue:  # grows
-            source = self.graph.source(tensor)
+    def _conditions(self) -> list[tuple[Tensor, bool]]:
+        """The parts of the loop's condition, all of which must be this (False: negated)."""
+        found, queue = [], [(self.loop.condition, True)]
+        for tensor, wanted in queue:  # grows
+            source = self.graph.source(tensor, SAME_VALUES)
             node = self.graph.nodes.get(source[0])
-            if node is not None and node.op == "LogicalAnd":
-                queue += node.inputs
-                continue
-            names = self.graph.before([source])
-            used = {name for name in names if name in self.loop.variables}
-            if used and used <= set(self.counters):
-                if leaves := self.graph.leaves(names):
-                    raise ValueError(f"the number of steps depends on {', '.join(leaves[:4])}")
-                goes_on = self._of_counter(source, _MOST_STEPS)
-                found.append(_MOST_STEPS if goes_on.all() else int(np.argmin(goes_on)))
-        return min(found) if found and min(found) < _MOST_STEPS else None
+            op = node.op if node is not None else ""
+            if op == "LogicalNot":
+                queue.append((node.inputs[0], not wanted))
+            elif op == ("LogicalAnd" if wanted else "LogicalOr"):
+                queue += [(t, wanted) for t in node.inputs]
+            else:
+                found.append((source, wanted))
+        return found
 
-    def alpha(self) -> float | None:
-        """The exponent of the length penalty, from the divisions of scores by what counts."""
-        graph, found = self.graph, {}
-        scores = {node.name for node in self.first}
-        scores |= {n for n in self.names if graph.nodes[n].op == "LogSoftmax"}
-        for name in self.names:
-            node = graph.nodes[name]
-            if node.op not in ("RealDiv", "Div", "Mul"):
+    def steps(self) -> int:
+        """How often the loop runs at most, from the parts of its condition that count."""
+        graph, found = self.graph, []
+        for part, wanted in self._conditions():
+            used = set(graph.before([part])) & set(self.loop.variables)
+            if not used & set(self.counters):
                 continue
-            for i in (1,) if node.op != "Mul" else (0, 1):
-                penalty, score = node.inputs[i], node.inputs[1 - i]
-                if self._counts([penalty]) and scores & set(graph.before([score])):
-                    values = self._of_counter(penalty, 64)
-                    if node.op == "Mul" and values[-1] < 1:
-                        values = 1 / values  # else it makes the sum of a score again
-                    found[name] = (values, penalty)
-        alphas = {self._exponent(name, *values) for name, values in found.items()}
-        if len(alphas) > 1:
-            raise ValueError(f"scores are divided by several penalties, {sorted(alphas)}")
-        return alphas.pop() if alphas else None
+            if used - set(self.counters):
+                raise ValueError(f"{self._describe(part)} counts steps, and something else")
+            if leaves := graph.leaves(graph.before([part])):
+                raise Hidden(f"the number of steps depends on {_listed(leaves)}")
+            goes_on = self._of_counter(part, _MOST_STEPS) == wanted
+            found.append(_MOST_STEPS if goes_on.all() else int(np.argmin(goes_on)))
+        if not found or min(found) == _MOST_STEPS:
+            raise ValueError("the loop's condition bounds no counter of steps")
+        return min(found)
+
+    def check_stop(self, beams: int) -> None:
+        """Raises if the search would stop where our search goes on.
+
+        It may stop by itself only where no hypothesis can win any more. So its condition is run on
+        states with a hypothesis that is better than all answers.
+        """
+        graph = self.graph
+        for part, wanted in self._conditions():
+            names = graph.before([part])
+            used = {n for n in names if n in self.loop.variables} - set(self.counters)
+            if not used:
+                continue
+            # Limit and exponent, if they are hidden: any number serves.
+            hidden: dict[Tensor, Any] = {t: np.int32(9) for t in self._limits() if t[0] in names}
+            for leaf in graph.leaves(names):
+                node = graph.nodes[leaf]
+                if node.op == "PlaceholderWithDefault" and node.attr["dtype"].type == 1:
+                    hidden[leaf, 0] = np.float32(0.7)
+            for answers in (0, 1, beams):
+                exist = np.arange(beams)[None] < answers
+                feeds: dict[Tensor, Any] = dict(hidden)
+                for name in used:
+                    kind = graph.nodes[name].attr["T"].type
+                    if kind == 10:  # DT_BOOL
+                        feeds[name, 0] = exist
+                    elif kind != 1:
+                        raise ValueError(f"{self._describe(part)}, which is no score, may stop it")
+                    elif name == self.sums:
+                        feeds[name, 0] = -0.1 - np.arange(beams, dtype=np.float32)[None]
+                    else:
+                        feeds[name, 0] = np.where(exist, -5.0, -1e9).astype(np.float32)
+                for name in set(names) & set(self.counters):
+                    kind = np.int64 if graph.nodes[name].attr["T"].type == 9 else np.int32
+                    feeds[name, 0] = kind(self.counters[name])
+                try:
+                    goes_on = graph.evaluate(part, feeds) == wanted
+                except ValueError as error:
+                    raise ValueError(f"when it stops cannot be told: {error}") from error
+                if not np.all(goes_on):
+                    raise ValueError(
+                        f"{self._describe(part)} stops it while a hypothesis could still win"
+                    )
+
+    def _limits(self) -> list[Tensor]:
+        """What counters are compared with, where that is no constant."""
+        graph, found = self.graph, []
+        for part, _ in self._conditions():
+            node = graph.nodes.get(part[0])
+            if node is not None and node.op in COMPARISONS:
+                ends = [graph.source(t) for t in node.inputs]
+                if any(t[0] in self.counters for t in ends):
+                    found += [t for t in ends if graph.leaves(graph.before([t]))]
+        return found
+
+    def kept_scores(self) -> tuple[str, str] | None:
+        """The loop variables with sums of log-probabilities, and with the scores of answers."""
+        graph = self.graph
+        found = set()
+        for top in self.later:
+            joined = graph.nodes.get(graph.source(top.inputs[0], SAME_VALUES)[0])
+            if joined is not None and joined.op == "ConcatV2":
+                parts = [graph.source(part, SAME_VALUES)[0] for part in joined.inputs[:-1]]
+                found |= {part for part in parts if part in self.loop.variables}
+        return (self.sums, found.pop()) if self.sums and len(found) == 1 else None
+
+    def alpha(self) -> float:
+        """The exponent of the length penalty, from the divisions of scores.
+
+        Scores are followed from the log-probabilities to the end of the iteration. Without a
+        division it is 0.
+        """
+        graph = self.graph
+        if self.log_probs is None:
+            raise ValueError("its scores are not followed")
+        found: dict[str, float] = {}
+        others = []
+        queue = [self.log_probs]
+        for name in queue:  # grows
+            for consumer, index in graph.consumers[name]:
+                node = graph.nodes[consumer]
+                if consumer not in self.inside or (
+                    node.inputs[index][1] and graph.nodes[name].op in _TOP
+                ):
+                    continue
+                if node.op in (*_DIVISIONS, "Mul") and (index == 0 or node.op == "Mul"):
+                    alpha = self._penalty(node, node.inputs[1 - index])
+                    if alpha is not None:
+                        found[consumer] = alpha
+                elif node.op not in _HARMLESS and node.op not in SAME_VALUES:
+                    others.append(consumer)
+                hands_on = {*SAME_VALUES, *_SLICES, *_DIVISIONS, "TopK", "TopKV2"}
+                if consumer not in queue and consumer not in self.loop.variables:
+                    if node.op not in (*COMPARISONS, "Shape") and (
+                        index == 0 or node.op not in hands_on
+                    ):
+                        queue.append(consumer)
+        if len(set(found.values())) > 1:
+            raise ValueError(f"scores are divided by several penalties, {sorted(found.values())}")
+        if not found and others:
+            raise ValueError(f"scores go into {graph.ops_of(others)}, which may be a penalty")
+        return next(iter(found.values()), 0.0)
+
+    def _penalty(self, node: Node, penalty: Tensor) -> float | None:
+        graph = self.graph
+        names = graph.before([penalty])
+        if self._counts([penalty]):
+            values = self._of_counter(penalty, 64)
+            if node.op == "Mul" and values[-1] < 1:
+                values = 1 / values  # else it makes the sum of a score again
+            return self._exponent(node.name, values, penalty)
+        used = {n for n in names if n in self.loop.variables}
+        if node.op == "Mul" and not used & set(self.counters):
+            constant = graph.constant(penalty)
+            if self.first and self.first[0].name in graph.before([(node.name, 0)]):
+                return None  # flags of candidates that are chosen already
+            if constant is not None and np.all(constant == 1):
+                return None
+        leaves = graph.leaves(names)
+        if used and used <= set(self.counters):
+            raise Hidden(f"the length penalty of {node.name} depends on {_listed(leaves)}")
+        what = "it counts no steps" if used or not leaves else f"depends on {_listed(leaves)}"
+        raise ValueError(f"{node.name} divides scores by {self._describe(penalty)}: {what}")
 
     def _exponent(self, name: str, values: np.ndarray, penalty: Tensor) -> float:
         graph = self.graph
@@ -254,10 +462,9 @@ class _Search:
     def normalizes(self, steps: int, alpha: float) -> bool | None:
         """Whether a score that did not finish is divided, after the loop, by the penalty."""
         graph = self.graph
-        sums = self._sums()
         during = self.inside | set(graph.before([self.loop.condition]))
-        users = [use for name in sums for use in _after_loop(graph, name, during)]
-        divisions = [n for n in users if n.op in ("RealDiv", "Div")]
+        users = _after_loop(graph, self.sums, during) if self.sums else []
+        divisions = [n for n in users if n.op in _DIVISIONS]
         for node in divisions:
             value = graph.constant(node.inputs[1])
             if value is None or not np.allclose(value, ((5 + steps) / 6) ** alpha, rtol=1e-4):
@@ -265,13 +472,6 @@ class _Search:
         if divisions:
             return True
         return False if any(node.op.startswith("Select") for node in users) else None
-
-    def _sums(self) -> list[str]:
-        """The loop variables that the log-probabilities of the next token are added to."""
-        graph = self.graph
-        stop = {n for n in self.names if graph.nodes[n].op in ("LogSoftmax", *MATMULS)}
-        names = graph.before(self.first[0].inputs[:1], stop) if self.first else []
-        return [n for n in names if n in self.loop.variables and n not in self.counters]
 
     def _counts(self, tensors: Iterable[Tensor]) -> bool:
         """Whether tensors are computed from counters and constants alone, and from a counter."""
@@ -291,6 +491,10 @@ class _Search:
         return np.broadcast_to(values, [steps])
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) or "what is no constant"
+
+
 def _size(top: Node) -> Tensor:
     if len(top.inputs) < 2:
         raise ValueError(f"{top.name} has its size as an attribute")
@@ -303,7 +507,7 @@ def _after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
     for current in queue:  # grows
         for consumer, index in graph.consumers[current]:
             node = graph.nodes[consumer]
-            if consumer in during and node.op != "Switch":
+            if consumer in during and node.op != "LoopSwitch":
                 continue
             if node.op in SAME_VALUES or node.op in _SLICES:
                 if index == 0 and consumer not in queue:
@@ -311,51 +515,3 @@ def _after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
             elif node not in found:
                 found.append(node)
     return found
-
-
-def _shown_ids(graph: Graph, output: Tensor, vocab_size: int, end: int) -> np.ndarray | None:
-    """Which ids become text, from the mask that is applied to them after the search."""
-    found, problems = [], []
-    for name in graph.before([output]):
-        if graph.nodes[name].op == "Where":
-            try:
-                found.append(_masked_ids(graph, graph.nodes[name], vocab_size, end))
-            except ValueError as error:  # of another mask, by which text is put together
-                problems.append(str(error))
-    if not found and problems:
-        raise ValueError(problems[0])
-    if any((other != found[0]).any() for other in found):
-        raise ValueError(f"{len(found)} different masks are applied to the ids")
-    return found[0] if found else None
-
-
-def _masked_ids(graph: Graph, where: Node, vocab_size: int, end: int) -> np.ndarray:
-    mask = graph.source(where.inputs[0], SAME_VALUES)
-    operands: dict[str, Tensor] = {}
-    for name in graph.before([mask]):
-        node = graph.nodes[name]
-        for i in (0, 1) if node.op in _COMPARISONS else ():
-            value = graph.constant(node.inputs[i])
-            other = graph.source(node.inputs[1 - i])
-            if value is not None and value.dtype.kind in "iu":
-                if graph.loop_variables & set(graph.before([other])):
-                    operands[name] = other
-    # The ids themselves, not what is counted from such comparisons of them.
-    compared = {ids for ids in operands.values() if not set(operands) & set(graph.before([ids]))}
-    if len(compared) != 1:
-        raise ValueError(f"the ids are masked by {graph.ops_of(graph.before([mask])[:9])}")
-    ids = compared.pop()
-    integers = [np.int32, np.int64]
-    for dtype in integers:
-        try:
-            each = graph.evaluate(mask, {ids: np.arange(vocab_size, dtype=dtype)[:, None]})
-            other = int(np.argmax(each.ravel()))
-            ended = graph.evaluate(mask, {ids: np.array([[other, end, other]], dtype)})
-        except ValueError:
-            if dtype == integers[-1]:
-                raise
-        else:
-            break
-    if ended.ravel().tolist() != [True, False, False]:
-        raise ValueError(f"{where.name} also shows ids from the first end token on")
-    return each.reshape(vocab_size)

@@ -11,16 +11,17 @@ follow is an error, and one error lists all of a kind.
 import os
 import pathlib
 import re
+from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import folders, warm_start, weights
+from bertgen_tf import folders, warm_start
 from bertgen_tf import huggingface_config as configs
 from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_tokenizers as tokenizers
 from bertgen_tf import huggingface_weights as names
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.weights import assign, named_variables
+from bertgen_tf.weights import assign, first_line, named_variables
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"
@@ -61,12 +62,15 @@ def load_encoder_decoder(
     Args:
         folder: a BertGeneration encoder-decoder. Its start token (`decoder_start_token_id`) is
             what we call bos. Its settings of generation are taken over; where they tell no length,
-            it is that of a new model (at most 64 tokens) and not transformers' 20.
+            it is that of a new model (at most 64 tokens) and not transformers' 20. Texts are read
+            up to the positions, unless `save` stored other lengths; special tokens that they spell
+            out are special tokens, as in transformers, unless `split_special_tokens` is stored.
         encoder, decoder: instead of `folder`, checkpoints of encoders (bert-generation, bert,
             roberta); without `decoder`, the same one for both sides.
         share: one set of variables for both sides, besides cross-attention. Of `folder`, None does
-            what it says (`tie_encoder_decoder`), True needs equal stacks, False makes two. Of
-            `encoder`, None is False.
+            what it says (`tie_encoder_decoder`), or makes two stacks if both are stored and differ,
+            as transformers 5 trains them; True needs equal stacks, False makes two. Of `encoder`,
+            None is False.
         cross_attention: of `encoder` only: "random" (the default) or "self_attention", as for
             `warm_start.build_decoder`.
         num_layers: of `encoder` only: keeps the first n layers, or those of a list.
@@ -155,42 +159,36 @@ def load_decoder(
     source = os.fspath(folder)
     tensors = names.without_prefix(files.read_tensors(path), "bert.", source)
     names.untie_head(tensors, source)
+    names.check_sizes(tensors, stack.config, source)
     kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
     whole = BertGenerationDecoder(stack.config)
     assign(named_variables(whole), tensors, names.decoder_rules(), source=source)
-    added = cross_attention is not None and not stack.config.add_cross_attention
-    if len(kept) == len(whole.blocks) and not added:
+    crossed = stack.config.add_cross_attention
+    if len(kept) == len(whole.blocks) and (crossed or cross_attention is None):
         return whole
-    config = stack.config.replace(
-        num_hidden_layers=len(kept),
-        add_cross_attention=added or stack.config.add_cross_attention,
+    decoder = BertGenerationDecoder(
+        stack.config.replace(
+            num_hidden_layers=len(kept),
+            add_cross_attention=crossed or cross_attention is not None,
+        )
     )
-    decoder = BertGenerationDecoder(config)
-    wanted = {old: new for new, old in enumerate(kept)}
-    renamed = {}
-    for name, variable in named_variables(whole).items():
-        match = re.match(r"layer_(\d+)/", name)
-        if match is None:
-            renamed[name] = variable
-        elif int(match[1]) in wanted:
-            renamed[f"layer_{wanted[int(match[1])]}/{name[match.end() :]}"] = variable
-    assign(
-        named_variables(decoder),
-        renamed,
-        [weights.Rule("(.*)", r"\1")],
-        source=source,
-        new=r"layer_\d+/cross_attention/.*" if added else r"(?!)",
-    )
-    if added and cross_attention == "self_attention":
-        for block in decoder.blocks:
-            block.cross_attention.set_weights(block.self_attention.get_weights())
+    decoder.embeddings.set_weights(whole.embeddings.get_weights())
+    decoder.output_bias.assign(whole.output_bias)
+    parts = ("self_attention", "feed_forward", *(["cross_attention"] if crossed else []))
+    for block, index in zip(decoder.blocks, kept, strict=True):
+        for part in parts:
+            stored = getattr(whole.blocks[index], part)
+            getattr(block, part).set_weights(stored.get_weights())
+    if cross_attention == "self_attention" and not crossed:
+        warm_start.copy_self_attention(decoder)
     return decoder
 
 
 def save(
     model: EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder,
     folder: str | os.PathLike,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "1GB",
+    check: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
     """Writes a checkpoint that transformers 5 loads with `from_pretrained`, and that we read back.
 
@@ -203,7 +201,9 @@ def save(
     Args:
         model: whatever its dtype policy, its weights are written in float32.
         folder: must not exist, be empty, or hold what this function wrote only.
-        max_shard_size: bytes, or a string such as "5GB"; more than that becomes several files.
+        max_shard_size: bytes, or a string such as "5GB"; more than that becomes several files. One
+            of them at a time is in memory.
+        check: gets the folder before it takes its name; what it raises keeps an older one.
 
     Raises:
         OSError: the folder holds other files, or cannot be written.
@@ -231,16 +231,23 @@ def save(
             tokenizers.write_tokenizer(path, tokenizer)
         files.write_tensors(path, tensors, sizes, size)
 
-    folders.write_folder(folder, write, is_ours, "a HuggingFace checkpoint")
+    folders.write_folder(folder, write, is_ours, "a HuggingFace checkpoint", check)
 
 
 def is_ours(folder: pathlib.Path) -> bool:
-    """Whether a folder holds what `save` wrote, and nothing else, which would be lost."""
+    """Whether a folder holds what `save` wrote, and nothing else, which would be lost.
+
+    transformers keeps our key when it saves a model that it trained, and tells its version.
+    """
     try:
         config = files.read_json(folder / _CONFIG)
     except (FileNotFoundError, ValueError):
         return False
-    return configs.OWN in config and all(re.fullmatch(_OURS, name) for name in os.listdir(folder))
+    return (
+        configs.OWN in config
+        and "transformers_version" not in config
+        and all(re.fullmatch(_OURS, name) for name in os.listdir(folder))
+    )
 
 
 def _load_pair(
@@ -272,18 +279,37 @@ def _load_pair(
         names.fold_embeddings(tensors, pair.encoder.first_position, source, "encoder.")
     if "all" in (sharing, pair.sharing):
         names.complete_stacks(tensors)
-    names.check_shared(tensors, sharing, source)
-    settings = {"generation_config": pair.generation, **pair.preprocessor}
+    differing = names.unify_shared(tensors, sharing)
+    if differing:
+        if share:
+            raise ValueError(
+                f"{source} should hold equal weights of encoder and decoder to share them, but "
+                f"{len(differing)} tensors differ, such as {', '.join(differing[:3])}. Without "
+                "share=True there are two stacks."
+            )
+        sharing = "none"
+    names.check_sizes(tensors, pair.encoder.config, source, "encoder.")
+    names.check_sizes(tensors, pair.decoder.config, source, "decoder.bert.")
+    settings = {
+        "generation_config": pair.generation,
+        "max_source_length": pair.encoder.config.max_position_embeddings,
+        "max_target_length": pair.decoder.config.max_position_embeddings,
+        **pair.preprocessor,
+    }
     settings |= {name: value for name, value in kwargs.items() if value is not None}
     encoder = BertGenerationEncoder(pair.encoder.config)
-    model = EncoderDecoderModel(
-        encoder,
-        BertGenerationDecoder(
-            pair.decoder.config, encoder=None if sharing == "none" else encoder, sharing=sharing
-        ),
-        tokenizer,
-        **settings,
+    decoder = BertGenerationDecoder(
+        pair.decoder.config, encoder=None if sharing == "none" else encoder, sharing=sharing
     )
+    try:
+        model = EncoderDecoderModel(encoder, decoder, tokenizer, **settings)
+    except (TypeError, ValueError) as error:
+        if not pair.preprocessor:
+            raise
+        raise ValueError(
+            f"{source}/config.json should hold settings under {configs.OWN} that make a model with "
+            f"the arguments given, but building it failed: {first_line(error)}"
+        ) from error
     assign(named_variables(model), tensors, names.pair_rules(), source=source)
     return model
 
@@ -304,7 +330,6 @@ def _load_encoder(
             f"{source} should hold an encoder, but holds a decoder with cross-attention: "
             "BertGenerationDecoder.from_huggingface reads it."
         )
-    kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
     own, changes = None, {}
     if need_ids:
         # A BERT's configuration tells no bos and eos, or ids that nobody ever used.
@@ -321,7 +346,7 @@ def _load_encoder(
         elif not stack.has_ids:
             raise ValueError(
                 f"{source} tells no bos_token_id and eos_token_id and has no vocabulary that would "
-                "tell them. Pass tokenizer=."
+                "tell them. In Python: from_huggingface(..., tokenizer=...)."
             )
     tensors = files.read_tensors(path)
     prefix = "roberta." if stack.kind == "roberta" else "bert."
@@ -330,12 +355,13 @@ def _load_encoder(
         names.untie_head(tensors, source)
     else:
         names.fold_embeddings(tensors, stack.first_position, source)
+    names.check_sizes(tensors, stack.config, source)
+    kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
     if tokenizer is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
         rows = tokenizers.rows_by_piece(own, tokenizer)
         changes["vocab_size"] = tokenizer.vocab_size
-        matrix = tensors.get(names.WORD_EMBEDDINGS)
-        if matrix is not None and matrix.ndim == 2 and len(matrix) == stack.config.vocab_size:
-            tensors[names.WORD_EMBEDDINGS] = tokenizers.permuted_rows(matrix, rows)
+        matrix = tensors[names.WORD_EMBEDDINGS]
+        tensors[names.WORD_EMBEDDINGS] = tokenizers.permuted_rows(matrix, rows)
     try:
         config = stack.config.replace(**changes)
     except ValueError as error:

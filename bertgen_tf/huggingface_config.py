@@ -7,15 +7,17 @@ dozens of defaults, into `config.json`.
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+import math
 from typing import Any
 
+from bertgen_tf import huggingface_generation as generations
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 
 # The key in config.json for what HuggingFace has no place for.
 OWN = "bertgen_tf"
 ENCODER_DECODER = "encoder-decoder"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
 BERT_GENERATION = "bert-generation"
 
 # Fields of one name and meaning there and here.
@@ -31,7 +33,8 @@ _SIZES = (
     "initializer_range",
     "layer_norm_eps",
 )
-_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+_IDS = generations.IDS
+_SHARING = ("none", "word_embeddings", "all")
 _BERT_BASE = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -77,7 +80,6 @@ _HARMLESS = {
 }
 # Fields that change nothing with these values.
 _NEUTRAL: dict[str, tuple] = {
-    "cross_attention_hidden_size": (None,),
     "per_layer_config": (None, {}),
     "position_embedding_type": (None, "absolute"),
     "prefix": (None, ""),
@@ -85,78 +87,6 @@ _NEUTRAL: dict[str, tuple] = {
     "tie_last_hidden_states": (None,),
     "tie_word_embeddings": (None, True),
 }
-
-# Settings of generation: HuggingFace's field -> ours. `max_length` and `min_length`, which count
-# the start token, are translated apart.
-GENERATION_FIELDS = {
-    "max_new_tokens": "max_new_tokens",
-    "min_new_tokens": "min_new_tokens",
-    "num_beams": "num_beams",
-    "num_return_sequences": "num_return_sequences",
-    "length_penalty": "length_penalty",
-    "early_stopping": "early_stopping",
-    "suppress_tokens": "suppress_tokens",
-}
-_GENERATION_HARMLESS = {
-    *(
-        *_IDS,
-        "decoder_start_token_id",
-        "_from_model_config",
-        "transformers_version",
-        "_commit_hash",
-    ),
-    # Forms of the output, caches and speed.
-    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "compile_config"),
-    *("disable_compile", "output_attentions", "output_hidden_states", "output_scores"),
-    *("output_logits", "return_dict_in_generate", "remove_invalid_values", "low_memory"),
-    *("is_assistant", "num_assistant_tokens"),
-    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
-    *("target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size"),
-    # Only read with do_sample, which is refused.
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
-    *("eta_cutoff",),
-}
-# None is everywhere the default.
-_GENERATION_NEUTRAL: dict[str, tuple] = {
-    "assistant_early_exit": (),
-    "assistant_ensemble_weight": (),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
-    "constraints": ([],),
-    "diversity_penalty": (0.0,),
-    "do_sample": (False,),
-    "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "exponential_decay_length_penalty": (),
-    "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "guidance_scale": (1.0,),
-    "max_time": (),
-    "no_repeat_ngram_size": (0,),
-    "num_beam_groups": (1,),
-    "penalty_alpha": (0.0,),
-    "prompt_lookup_num_tokens": (),
-    "renormalize_logits": (False,),
-    "repetition_penalty": (1.0,),
-    "sequence_bias": ({}, []),
-    "speculation_type": (),
-    "stop_strings": ([],),
-    "token_healing": (False,),
-    "use_mtp": (False,),
-    "watermarking_config": (),
-}
-_GENERATION = {
-    *GENERATION_FIELDS,
-    *_GENERATION_HARMLESS,
-    *_GENERATION_NEUTRAL,
-    *("max_length", "min_length"),
-}
-# transformers 4 writes it into the dictionary of the decoder, whether anybody chose it or not.
-_DEFAULT_MAX_LENGTH = 20
-# Settings of ours that HuggingFace has no place for, all of the scorer "gnmt".
-_OWN_GENERATION = ("beam_scorer", "gnmt_alpha", "normalize_unfinished")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +156,9 @@ def read_stack(values: dict[str, Any], where: str) -> Stack:
             "is_decoder=True (BERT's decoder has a head of its own, and is no warm start)"
         )
     stack = _stack(values, "", problems)
-    _refuse(where, problems)
+    errors = _refusal(where, problems)
+    if errors:
+        raise ValueError(errors[0])
     return stack
 
 
@@ -249,23 +181,8 @@ def read_pair(
     Raises:
         ValueError: all that is refused, with its values.
     """
-    problems: list[str] = []
-    sides = {}
-    for side, kinds in (("encoder", STACKS), ("decoder", (BERT_GENERATION,))):
-        sides[side] = values.get(side)
-        kind = sides[side].get("model_type") if isinstance(sides[side], dict) else None
-        if kind not in kinds:
-            raise ValueError(
-                f"{where}/config.json should have {side} with model_type {' or '.join(kinds)}, but "
-                f"tells {kind!r}."
-                + (
-                    " The head of that decoder (a dense layer and a layer normalisation before "
-                    "the softmax) has no place in BertGeneration."
-                    if side == "decoder" and kind in STACKS
-                    else ""
-                )
-            )
-        _check_fields(sides[side], f"{side}.", problems)
+    problems: dict[str, list[str]] = {_CONFIG: [], _GENERATION: []}
+    ours = problems[_CONFIG]
     _check_fields(
         {
             field: value
@@ -273,51 +190,52 @@ def read_pair(
             if field not in ("encoder", "decoder", "is_encoder_decoder", "vocab_size")
         },
         "",
-        problems,
+        ours,
         top=True,
     )
-    encoder, decoder = (dict(sides[side]) for side in ("encoder", "decoder"))
-    for field in ("is_decoder", "add_cross_attention"):
-        if decoder.get(field) is not True:
-            problems.append(f"decoder.{field}={decoder.get(field)!r} (only True)")
-        if encoder.get(field):
-            problems.append(f"encoder.{field}={encoder[field]!r} (only False)")
-    decoder.update(_generation_ids(values, generation, decoder, problems))
-    for field in _IDS:
-        if encoder.get(field) is None:
-            encoder[field] = decoder[field]
-    stacks = [_stack(encoder, "encoder.", problems), _stack(decoder, "decoder.", problems)]
-    if all(stacks) and stacks[0].config.hidden_size != stacks[1].config.hidden_size:
-        problems.append(
-            f"encoder.hidden_size={stacks[0].config.hidden_size} with "
-            f"decoder.hidden_size={stacks[1].config.hidden_size} (only equal ones)"
+    encoder = _side(values, "encoder", STACKS, ours)
+    decoder = _side(values, "decoder", (BERT_GENERATION,), ours)
+    stacks: dict[str, Stack | None] = {}
+    if decoder is not None:
+        for field in ("is_decoder", "add_cross_attention"):
+            if decoder.get(field) is not True:
+                ours.append(f"decoder.{field}={decoder.get(field)!r} (only True)")
+        decoder.update(_generation_ids(values, generation, decoder, problems))
+        stacks["decoder"] = _stack(decoder, "decoder.", ours)
+    if encoder is not None:
+        for field in ("is_decoder", "add_cross_attention"):
+            if encoder.get(field):
+                ours.append(f"encoder.{field}={encoder[field]!r} (only False)")
+        _fill_ids(encoder, decoder or {})
+        stacks["encoder"] = _stack(encoder, "encoder.", ours)
+    sizes = {side: stack.config.hidden_size for side, stack in stacks.items() if stack}
+    if len(set(sizes.values())) > 1:
+        ours.append(
+            f"encoder.hidden_size={sizes['encoder']} with "
+            f"decoder.hidden_size={sizes['decoder']} (only equal ones)"
         )
     own = values.get(OWN) or {}
     if not _is_own(own):
-        problems.append(f"{OWN}={own!r} (only what save_to_huggingface wrote)")
-    _refuse(f"{where}/config.json", problems)
+        ours.append(f"{OWN}={own!r} (only what save_to_huggingface wrote)")
+        own = {}
+    errors = [e for file, found in problems.items() for e in _refusal(f"{where}/{file}", found)]
     settings = None
     if read_generation:
+        file, source = _GENERATION, generation
         if generation is None:
-            settings = _read_generation(
-                {
-                    **{
-                        f: v
-                        for f, v in _generation_of(decoder).items()
-                        if (f, v) != ("max_length", _DEFAULT_MAX_LENGTH)
-                    },
-                    **{f: v for f, v in _generation_of(values).items() if v is not None},
-                },
-                own,
-                stacks[1].config,
-                f"{where}/config.json",
-            )
-        else:
-            settings = _read_generation(
-                generation, own, stacks[1].config, f"{where}/generation_config.json"
-            )
+            file, source = _CONFIG, _settings_in_config(values, decoder or {})
+        stack = stacks.get("decoder")
+        positions = stack.config.max_position_embeddings if stack else math.inf
+        try:
+            settings = generations.read_generation(source, own, positions, f"{where}/{file}")
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError(" ".join(errors))
     sharing = "all" if values.get("tie_encoder_decoder") else own.get("sharing", "none")
-    return Pair(stacks[0], stacks[1], sharing, settings, own.get("preprocessor", {}))
+    return Pair(
+        stacks["encoder"], stacks["decoder"], sharing, settings, own.get("preprocessor", {})
+    )
 
 
 def write_stack(config: BertGenerationConfig, architecture: str) -> dict[str, Any]:
@@ -339,19 +257,9 @@ def write_pair(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     own: dict[str, Any] = {"sharing": model.decoder.sharing}
     if model.preprocessor is not None:
         own["preprocessor"] = model.preprocessor.get_config()
-    settings = model.generation_config.to_dict()
-    defaults = GenerationConfig().to_dict()
-    # transformers counts the start token.
-    generation = {**ids, "max_length": settings["max_new_tokens"] + 1}
-    generation |= {
-        theirs: settings[ours]
-        for theirs, ours in GENERATION_FIELDS.items()
-        if ours != "max_new_tokens" and settings[ours] != defaults[ours]
-    }
-    if "suppress_tokens" in generation:
-        generation["suppress_tokens"] = list(generation["suppress_tokens"])
-    if settings["beam_scorer"] != defaults["beam_scorer"]:
-        own["generation"] = {field: settings[field] for field in _OWN_GENERATION}
+    generation, further = generations.write_generation(model.generation_config)
+    if further:
+        own["generation"] = further
     config = {
         **ids,
         "model_type": ENCODER_DECODER,
@@ -365,16 +273,19 @@ def write_pair(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if model.decoder.sharing == "all":
         # transformers 4 ties the stacks; 5 keeps the flag and loads two that are equal.
         config["tie_encoder_decoder"] = True
-    return config, generation
+    return config, {**ids, **generation}
 
 
 def _check_fields(
     values: dict[str, Any], prefix: str, problems: list[str], *, top: bool = False
 ) -> None:
-    known = {*_HARMLESS, *_GENERATION, "tie_encoder_decoder", OWN}
+    known = {*_HARMLESS, *generations.GENERATION, "tie_encoder_decoder", OWN}
     if not top:
         known |= {*_SIZES, "hidden_act", "is_decoder", "add_cross_attention"}
-    neutral = _NEUTRAL if top else {**_NEUTRAL, "is_encoder_decoder": (None, False)}
+    # transformers 4 wants the encoder's hidden size there, which is the decoder's for us.
+    neutral = {**_NEUTRAL, "cross_attention_hidden_size": (None, values.get("hidden_size"))}
+    if not top:
+        neutral["is_encoder_decoder"] = (None, False)
     for field, value in values.items():
         if field in neutral:
             if not any(value == harmless for harmless in neutral[field]):
@@ -398,41 +309,112 @@ def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | 
         if fields[field] is None:  # an encoder never reads them
             fields[field] = 0
     is_decoder = bool(values.get("is_decoder"))
-    try:
-        first_position = fields["pad_token_id"] + 1 if kind == "roberta" else 0
+    first_position = 0
+    if kind == "roberta" and all(
+        isinstance(fields[field], int) for field in ("pad_token_id", "max_position_embeddings")
+    ):
+        first_position = fields["pad_token_id"] + 1
         fields["max_position_embeddings"] -= first_position
-        config = BertGenerationConfig(
-            **fields,
-            hidden_act=HIDDEN_ACTS[act],
-            add_cross_attention=bool(is_decoder and values.get("add_cross_attention")),
-        )
-    except (TypeError, ValueError) as error:
-        problems.append(f"{prefix.rstrip('.')}: {error}" if prefix else str(error))
+    errors = _field_errors(fields)
+    if errors:
+        problems += [f"{prefix.rstrip('.')}: {error}" if prefix else error for error in errors]
         return None
+    config = BertGenerationConfig(
+        **fields,
+        hidden_act=HIDDEN_ACTS[act],
+        add_cross_attention=bool(is_decoder and values.get("add_cross_attention")),
+    )
     return Stack(kind, config, first_position, is_decoder, has_ids)
+
+
+def _field_errors(fields: dict[str, Any]) -> list[str]:
+    """What is wrong with each field, alone or with the one that limits it."""
+    limits = {"num_attention_heads": "hidden_size", **dict.fromkeys(_IDS, "vocab_size")}
+    errors = {}  # in order, each once
+    for field, value in fields.items():
+        few = {**dict.fromkeys(_IDS, 0), "num_attention_heads": 1, field: value}
+        if field in limits:
+            few[limits[field]] = fields[limits[field]]
+        try:
+            BertGenerationConfig(**few)
+        except (TypeError, ValueError) as error:
+            errors[str(error)] = None
+    return list(errors)
+
+
+def _side(
+    values: dict[str, Any], side: str, kinds: tuple[str, ...], problems: list[str]
+) -> dict[str, Any] | None:
+    """A copy of what is told of one stack; None, and a problem, if it is not of these kinds."""
+    stack = values.get(side)
+    kind = stack.get("model_type") if isinstance(stack, dict) else None
+    if kind in kinds:
+        _check_fields(stack, f"{side}.", problems)
+        return dict(stack)
+    why = ""
+    if side == "decoder" and kind in STACKS:
+        why = (
+            ": the head of that decoder, a dense layer and a layer normalisation before the "
+            "softmax, has no place in BertGeneration"
+        )
+    problems.append(f"{side} with model_type {kind!r} (only {' or '.join(kinds)}{why})")
+    return None
+
+
+def _fill_ids(encoder: dict[str, Any], decoder: dict[str, Any]) -> None:
+    """Ids that an encoder does not tell: its kind's, which place RoBERTa's positions, or others."""
+    size = encoder.get("vocab_size", math.inf)
+    for field in _IDS:
+        if encoder.get(field) is None:
+            encoder[field] = _DEFAULTS[encoder["model_type"]].get(field)
+        if (
+            encoder[field] is None
+            and isinstance(size, int | float)
+            and decoder.get(field, size) < size
+        ):
+            encoder[field] = decoder[field]
 
 
 def _generation_ids(
     values: dict[str, Any],
     generation: dict[str, Any] | None,
     decoder: dict[str, Any],
-    problems: list[str],
-) -> dict[str, Any]:
+    problems: dict[str, list[str]],
+) -> dict[str, int]:
     """The ids that generation uses; the start token is what we call bos."""
-    sources = (generation or {}, values, decoder)
+    sources = (
+        (_GENERATION, "", generation or {}),
+        (_CONFIG, "", values),
+        (_CONFIG, "decoder.", decoder),
+    )
     defaults = BertGenerationConfig()
+    size = decoder.get("vocab_size", defaults.vocab_size)
+    if not isinstance(size, int):
+        size = math.inf  # refused elsewhere
 
-    def first(*fields: str) -> Any:
-        found = (source[f] for f in fields for source in sources if source.get(f) is not None)
-        return next(found, getattr(defaults, fields[-1]))
+    def first(*fields: str) -> int:
+        for field in fields:
+            for file, prefix, source in sources:
+                token = source.get(field)
+                if isinstance(token, list) and len(token) == 1:
+                    token = token[0]
+                if token is None:
+                    continue
+                if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < size:
+                    return token
+                problems[file].append(
+                    f"{prefix}{field}={source[field]!r} (only an id below vocab_size={size})"
+                )
+                return 0
+        return getattr(defaults, fields[-1])
 
     starts = {
         source["decoder_start_token_id"]
-        for source in sources[:2]
+        for _, _, source in sources[:2]
         if isinstance(source.get("decoder_start_token_id"), int)
     }
     if len(starts) > 1:
-        problems.append(
+        problems[_CONFIG].append(
             f"decoder_start_token_id={values['decoder_start_token_id']!r} "
             f"(generation_config.json says {generation['decoder_start_token_id']!r})"
         )
@@ -443,62 +425,36 @@ def _generation_ids(
     }
 
 
-def _generation_of(values: dict[str, Any]) -> dict[str, Any]:
-    return {field: value for field, value in values.items() if field in _GENERATION}
-
-
-def _read_generation(
-    values: dict[str, Any], own: dict[str, Any], decoder: BertGenerationConfig, where: str
-) -> GenerationConfig:
-    values = {field: value for field, value in values.items() if value is not None}
-    problems = []
-    ours: dict[str, Any] = {
-        # transformers stops after 20 tokens where nothing is said, which fits few models.
-        "max_new_tokens": min(GenerationConfig().max_new_tokens, decoder.max_position_embeddings)
+def _settings_in_config(values: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    """The settings of generation that transformers 4 wrote into `config.json`."""
+    settings = {
+        field: value
+        for field, value in decoder.items()
+        if field in generations.GENERATION
+        and (field, value) != ("max_length", generations.DEFAULT_MAX_LENGTH)
     }
-    for field, counted in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if isinstance(values.get(field), int):
-            ours[counted] = max(values[field] - 1, 0)
-        elif field in values:
-            problems.append(f"{field}={values[field]!r}")
-    for field, value in values.items():
-        if field in GENERATION_FIELDS:
-            ours[GENERATION_FIELDS[field]] = value
-        elif field in _GENERATION_NEUTRAL:
-            if value not in _GENERATION_NEUTRAL[field]:
-                problems.append(f"{field}={value!r}")
-        elif field not in _GENERATION:
-            problems.append(f"{field}={value!r}")
-    if ours.get("num_beams", 1) == 1:  # transformers does not read it then
-        ours.pop("early_stopping", None)
-    override = "Pass generation_config=GenerationConfig(...) to replace these settings."
-    if problems:
-        raise ValueError(
-            f"{where} has settings of generation that are not supported here: "
-            f"{', '.join(problems)}. {override}"
-        )
-    if own.get("generation"):
-        ours.update(own["generation"])
-    try:
-        settings = GenerationConfig.from_dict(ours)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error} {override}") from error
-    if settings.max_new_tokens > decoder.max_position_embeddings:
-        raise ValueError(
-            f"{where} lets {settings.max_new_tokens} tokens be generated, but the decoder has "
-            f"{decoder.max_position_embeddings} positions. {override}"
-        )
-    return settings
+    return settings | {
+        field: value
+        for field, value in values.items()
+        if field in generations.GENERATION and value is not None
+    }
 
 
 def _is_own(own: Any) -> bool:
     if not isinstance(own, dict):
         return False
     arguments = set(inspect.signature(Seq2SeqPreprocessor).parameters) - {"tokenizer"}
-    parts = ((own.get("preprocessor", {}), arguments), (own.get("generation", {}), _OWN_GENERATION))
-    return all(isinstance(part, dict) and set(part) <= set(known) for part, known in parts)
+    parts = (
+        (own.get("preprocessor", {}), arguments),
+        (own.get("generation", {}), generations.OWN_GENERATION),
+    )
+    return own.get("sharing", "none") in _SHARING and all(
+        isinstance(part, dict) and set(part) <= set(known) for part, known in parts
+    )
 
 
-def _refuse(where: str, problems: Sequence[str]) -> None:
-    if problems:
-        raise ValueError(f"{where} asks for what is not supported here: {'; '.join(problems)}.")
+def _refusal(where: str, problems: list[str]) -> list[str]:
+    """The error that lists them, if there are any."""
+    if not problems:
+        return []
+    return [f"{where} asks for what is not supported here: {'; '.join(problems)}."]

@@ -42,17 +42,28 @@ TORCH_PATTERNS = (TORCH, TORCH + INDEX, "pytorch_model-*-of-*.bin")
 _BUFFERS = r"(.*\.)?embeddings\.(position_ids|token_type_ids)"
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether it is `org/name` of a repository on the hub, and no path on this machine."""
+    return (
+        re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+        and not os.path.exists(name)
+        and not os.path.isdir(name.split("/")[0])
+        and not name.endswith((".tar.gz", ".tgz"))
+    )
+
+
 def resolve(name: str | os.PathLike) -> pathlib.Path:
     """The folder of a checkpoint: a local one, or `org/name` of the hub, downloaded if need be.
 
     Raises:
         FileNotFoundError: there is neither.
-        ImportError: it is the name of a hub repository, and huggingface_hub is not installed.
+        ImportError: it is the name of a hub repository, and huggingface_hub is not installed, or
+            torch is not and the repository has no safetensors.
     """
     name = os.fspath(name)
     if os.path.isdir(name):
         return pathlib.Path(name)
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) or os.path.exists(name):
+    if not is_hub_name(name):
         raise FileNotFoundError(
             f"{name} should be the folder of a HuggingFace checkpoint, or org/name of one on its "
             "hub, but there is no such folder."
@@ -68,14 +79,20 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS))
         )
+        found = _weights_file(folder)
         # Only where there is nothing else; they are twice the size of all.
-        if not _weights_file(folder) and _has_torch():
+        if not found and _has_torch():
             huggingface_hub.snapshot_download(name, allow_patterns=[*PATTERNS, *TORCH_PATTERNS])
     except Exception as error:  # huggingface_hub raises its own, those of httpx and of the system
         raise FileNotFoundError(
             f"{name} is no folder here and could not be fetched from the HuggingFace hub: "
             f"{first_line(error)}"
         ) from error
+    if not found and not _has_torch():
+        raise ImportError(
+            f"{name} has no {SAFETENSORS} on the HuggingFace hub, and a {TORCH} is read by torch, "
+            'which is not installed: pip install "bertgen_tf[torch]".'
+        )
     return folder
 
 
@@ -146,7 +163,9 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
             f"{' and more' if len(other) > 6 else ''}. Quantized checkpoints cannot be read."
         )
     with np.errstate(over="ignore"):  # too large for float32: an inf, which is refused later
-        return {name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()}
+        for name in tensors:  # one by one: not all in two types at once
+            tensors[name] = tensors[name].astype(np.float32, copy=False)
+    return tensors
 
 
 def write_tensors(
@@ -265,10 +284,11 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {
-            name: (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-            for name, tensor in state.items()
-        }
+        arrays = {}
+        for name in list(state):
+            tensor = state.pop(name)
+            arrays[name] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+        return arrays
     except Exception as error:  # pickle, zipfile and torch raise classes of their own
         raise ValueError(
             f"{path} should be a PyTorch file that holds tensors only, but reading it failed: "

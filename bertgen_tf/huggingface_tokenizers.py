@@ -29,7 +29,8 @@ def read_tokenizer(folder: pathlib.Path, ids: dict[str, int] | None) -> Tokenize
     """The tokenizer of a checkpoint, or None where it has no file for one.
 
     `spiece.model` is read first, then `vocab.txt`, `vocab.json` with `merges.txt`, and
-    `tokenizer.json` (WordPiece, or byte-level BPE).
+    `tokenizer.json` (WordPiece, or byte-level BPE). As in transformers, special tokens that a text
+    spells out are special tokens for a `spiece.model`, unless `split_special_tokens` is stored.
 
     Args:
         folder: the checkpoint.
@@ -38,7 +39,8 @@ def read_tokenizer(folder: pathlib.Path, ids: dict[str, int] | None) -> Tokenize
             and end of a target, its [CLS] and [SEP] serve.
 
     Raises:
-        ValueError: a file is damaged, or asks for what is not supported.
+        ValueError: a file is damaged, or asks for what is not supported, such as tokens that were
+            added to the vocabulary (but for a separator that it lacks: there is none then).
     """
     options = _options(folder)
     try:
@@ -60,7 +62,7 @@ def read_tokenizer(folder: pathlib.Path, ids: dict[str, int] | None) -> Tokenize
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} should hold a tokenizer, but reading it failed: {first_line(error)} "
-            "Pass tokenizer= to use another one."
+            "To use another one, in Python: from_huggingface(..., tokenizer=...)."
         ) from error
     return tokenizer
 
@@ -160,12 +162,13 @@ def _read_sentencepiece(
     names = {"unk_token": processor.id_to_piece(processor.unk_id())}
     names |= _names(options, ids, pieces)
     names.pop("mask_token", None)
-    further = {
-        field: options[field]
-        for field in ("sp_model_kwargs", "split_special_tokens")
-        if options.get(field) is not None
-    }
-    return BertGenerationTokenizer(content, **names, **further)
+    return BertGenerationTokenizer(
+        content,
+        **names,
+        # transformers' default, which is not ours.
+        split_special_tokens=options.get("split_special_tokens") or False,
+        sp_model_kwargs=options.get("sp_model_kwargs"),
+    )
 
 
 def _read_word_piece(
@@ -244,6 +247,10 @@ def _refuse_added_tokens(
     if (folder / "added_tokens.json").is_file():
         added |= {i: token for token, i in read_json(folder / "added_tokens.json").items()}
     beyond = [token for i, token in sorted(added.items()) if i >= tokenizer.vocab_size]
+    # transformers adds the separator that a vocabulary lacks; the model has no row for it.
+    if tokenizer.sep_token_id is None:
+        separator = options.get("sep_token", "<::::>")
+        beyond = [token for token in beyond if token != separator]
     if beyond:
         raise ValueError(
             f"Tokens were added that the vocabulary lacks: {', '.join(map(repr, beyond[:6]))}."

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.weights import Rule, named_variables
 
 _LAYER = "encoder.layer.N."
@@ -42,6 +43,7 @@ def _stack_names() -> list[tuple[str, str]]:
 STACK_NAMES = tuple(_stack_names())
 HEAD_NAME = ("lm_head.bias", "output_bias")
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+POSITION_EMBEDDINGS = "embeddings.position_embeddings.weight"
 # What checkpoints of encoders hold besides: heads, poolers, and cross-attention where they were
 # converted from a stack that is encoder and decoder in one.
 NOT_IN_ENCODER = Rule(
@@ -120,21 +122,61 @@ def complete_stacks(tensors: dict[str, np.ndarray]) -> None:
         tensors.setdefault(other, tensors[name])
 
 
-def check_shared(tensors: dict[str, np.ndarray], sharing: str, source: str) -> None:
-    """Raises a ValueError if encoder and decoder do not have equal weights where they share."""
-    differing = [
-        name
-        for name, other in _counterparts(tensors)
-        if name.startswith("encoder.")
-        and other in tensors
-        and (sharing == "all" or sharing == "word_embeddings" and name.endswith(WORD_EMBEDDINGS))
-        and not np.array_equal(tensors[name], tensors[other])
-    ]
-    if differing:
+def unify_shared(tensors: dict[str, np.ndarray], sharing: str) -> list[str]:
+    """The names in the encoder of what differs between the stacks where they share.
+
+    What is equal is one array afterwards.
+    """
+    differing = []
+    for name, other in _counterparts(tensors):
+        if not name.startswith("encoder.") or other not in tensors:
+            continue
+        if sharing == "all" or sharing == "word_embeddings" and name.endswith(WORD_EMBEDDINGS):
+            if np.array_equal(tensors[name], tensors[other]):
+                tensors[name] = tensors[other]
+            else:
+                differing.append(name)
+    return differing
+
+
+def check_sizes(
+    tensors: dict[str, np.ndarray], config: BertGenerationConfig, source: str, prefix: str = ""
+) -> None:
+    """Compares a configuration with the tensors before a model of its sizes is built.
+
+    Args:
+        tensors: after `fold_embeddings`.
+        config: of the stack whose tensors begin with `prefix`.
+        source: the folder, for errors.
+
+    Raises:
+        ValueError: the model would be larger than the tensors, or other than the main ones.
+    """
+    expected = {
+        WORD_EMBEDDINGS: (config.vocab_size, config.hidden_size),
+        POSITION_EMBEDDINGS: (config.max_position_embeddings, config.hidden_size),
+        f"{_LAYER}intermediate.dense.weight".replace(".N.", ".0."): (
+            config.intermediate_size,
+            config.hidden_size,
+        ),
+    }
+    problems = []
+    for name, shape in expected.items():
+        tensor = tensors.get(prefix + name)
+        if tensor is None:
+            problems.append(f"there is no {prefix}{name}")
+        elif tensor.shape != shape:
+            problems.append(f"{prefix}{name} has shape {tensor.shape}, not {shape}")
+    pattern = re.escape(prefix + _LAYER).replace(r"\.N\.", r"\.(\d+)\.")
+    layers = {match[1] for name in tensors if (match := re.match(pattern, name))}
+    if len(layers) < config.num_hidden_layers:
+        problems.append(
+            f"there are {len(layers)} layers {prefix}{_LAYER}*, not {config.num_hidden_layers}"
+        )
+    if problems:
         raise ValueError(
-            f"{source} should hold equal weights of encoder and decoder to share them, but "
-            f"{len(differing)} tensors differ, such as {', '.join(differing[:3])}. share=False "
-            "makes two stacks."
+            f"{source} should hold weights of the sizes in its config.json, but "
+            f"{'; '.join(problems)}."
         )
 
 
@@ -155,13 +197,14 @@ def fold_embeddings(
     Raises:
         ValueError: a tensor is missing, or the two do not fit.
     """
-    name = f"{prefix}embeddings.position_embeddings.weight"
+    name = prefix + POSITION_EMBEDDINGS
     types = f"{prefix}embeddings.token_type_embeddings.weight"
     positions, type_rows = tensors.get(name), tensors.pop(types, None)
     if (
         positions is None
         or type_rows is None
         or positions.ndim != 2
+        or type_rows.ndim != 2
         or not len(type_rows)
         or type_rows.shape[1:] != positions.shape[1:]
     ):

@@ -57,7 +57,7 @@ class BertGenerationEncoder(keras.Model):
 
         return huggingface.load_encoder(folder, num_layers=num_layers)
 
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "5GB") -> None:
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
         """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
         from bertgen_tf import huggingface
 
@@ -187,7 +187,7 @@ class BertGenerationDecoder(keras.Model):
             folder, cross_attention=cross_attention, num_layers=num_layers
         )
 
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "5GB") -> None:
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
         """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
         from bertgen_tf import huggingface
 

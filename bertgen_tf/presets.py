@@ -10,6 +10,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import h5py
@@ -28,11 +29,20 @@ VOCABULARIES = {
 }
 
 
-def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
+def save(
+    model: EncoderDecoderModel,
+    folder: str | os.PathLike,
+    check: Callable[[pathlib.Path], None] | None = None,
+) -> None:
     """Writes `model` to `folder`, which must not exist, be empty, or hold an older preset only.
 
     The folder appears, or is replaced, only when everything is written. Optimizer and metrics are
     not part of it: Keras's `model.save` keeps them.
+
+    Args:
+        model: what to write.
+        folder: where to.
+        check: gets the finished folder under another name; what it raises leaves `folder` alone.
 
     Raises:
         OSError: see `bertgen_tf.folders.check_writable`.
@@ -52,7 +62,7 @@ def save(model: EncoderDecoderModel, folder: str | os.PathLike) -> None:
         bare = EncoderDecoderModel(model.encoder, model.decoder)
         bare.save_weights(path / WEIGHTS_FILE)
 
-    folders.write_folder(folder, write, is_preset, "a preset")
+    folders.write_folder(folder, write, is_preset, "a preset", check)
 
 
 def check_writable(folder: str | os.PathLike) -> None:

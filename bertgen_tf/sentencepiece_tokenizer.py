@@ -52,10 +52,6 @@ class BertGenerationTokenizer(TextTokenizer):
     differences that `TextTokenizer` names and these:
 
     - `tokenizer(text)` is the graph call, not a dictionary of lists.
-    - A special token that is spelled out in the text is text here, in every call, as it is for the
-      TF Hub originals: nobody can smuggle an eos into a source. HuggingFace cuts such tokens out
-      before SentencePiece sees the rest; `split_special_tokens=False` does the same here, again in
-      every call. It is HuggingFace's argument of that name, whose default there is False.
     - Byte pieces become their characters in `decode`, where HuggingFace shows "<0xE2>".
     - `save_vocabulary` makes the folder and returns one path, not a tuple.
 
@@ -65,7 +61,10 @@ class BertGenerationTokenizer(TextTokenizer):
         sep_token: piece between the sentences of a split; `sep_token_id` is None where the model
             has none. It is part of the text in both directions: `detokenize` shows it unless the
             model calls it a control piece.
-        split_special_tokens: whether special tokens in a text are text, see above.
+        split_special_tokens: what a special token is that is spelled out in a text, in every call.
+            False, as in HuggingFace: the special token, cut out before SentencePiece sees the
+            rest. True: text as any other, as for the TF Hub originals, so that nobody can smuggle
+            an eos into a source.
         sp_model_kwargs: sampling of pieces while training, HuggingFace's names: `enable_sampling`
             (bool), `nbest_size` (over 1: sample among the best; below 0, the default: among all;
             BPE models ignore it), `alpha` (default 0.1: smoothing, in BPE models the probability
@@ -91,7 +90,7 @@ class BertGenerationTokenizer(TextTokenizer):
         eos_token: str = "</s>",
         unk_token: str = "<unk>",
         sep_token: str = "<::::>",
-        split_special_tokens: bool = True,
+        split_special_tokens: bool = False,
         sp_model_kwargs: dict[str, Any] | None = None,
     ):
         where = "The SentencePiece model" if isinstance(proto, bytes) else os.fspath(proto)

@@ -37,6 +37,9 @@ def trim_vocabulary(
     config["generation_config"]["suppress_tokens"] = [
         new_ids[old] for old in model.generation_config.suppress_tokens if old in new_ids
     ]
+    config["hidden_token_ids"] = [
+        new_ids[old] for old in model.preprocessor.hidden_token_ids if old in new_ids
+    ]
     trimmed = EncoderDecoderModel.from_config(config)
 
     def rows(tensor: np.ndarray) -> np.ndarray:

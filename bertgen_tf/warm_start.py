@@ -87,9 +87,14 @@ def build_decoder(
             new=NEW_IN_DECODER,
         )
     if cross_attention == "self_attention":
-        for block in decoder.blocks:
-            block.cross_attention.set_weights(block.self_attention.get_weights())
+        copy_self_attention(decoder)
     return decoder
+
+
+def copy_self_attention(decoder: BertGenerationDecoder) -> None:
+    """Starts the cross-attention of each layer with the weights of its self-attention."""
+    for block in decoder.blocks:
+        block.cross_attention.set_weights(block.self_attention.get_weights())
 
 
 def load_encoder_decoder(

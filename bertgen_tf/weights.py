@@ -103,6 +103,9 @@ def assign(
 def first_line(error: Exception) -> str:
     """Another library's exception in one line, to be quoted in a message of ours."""
     lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Graph execution error"):
+        # TensorFlow then tells where, and what last.
+        lines = [line for line in lines if line.strip() and not line.startswith((" ", "[["))][-1:]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from conftest import make_model
+from conftest import make_model, write_checkpoint
 
 import bertgen_tf as bg
 from bertgen_tf import cli, text_files
@@ -259,6 +259,19 @@ def test_finetune_settings_that_do_not_fit(changes, message, preset, tmp_path, c
     train = write_pairs(tmp_path / "train.tsv")
     start = ["--preset", preset, "--train", train, "--output", tmp_path / "new"]
     assert message in fails(capsys, "finetune", *start, *changes)
+
+
+def test_finetune_from_huggingface(tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "bert")
+    train = write_pairs(tmp_path / "train.tsv")
+    start = ["finetune", "--train", train, "--encoder", str(checkpoint), "--num-layers", "1"]
+    start += ["--share", "--steps", "1", "--batch-size", "2", "--output", str(tmp_path / "new")]
+    assert cli.main(start) == 0
+    assert bg.EncoderDecoderModel.from_preset(tmp_path / "new").decoder.sharing == "all"
+    capsys.readouterr()
+    bare = str(tmp_path / "bare")
+    make_model().encoder.save_to_huggingface(bare)
+    assert f"{bare} has no tokenizer" in fails(capsys, *start, "--encoder", bare)
 
 
 def test_finetune_settings_that_the_module_refuses(hub_module, tmp_path, capsys):

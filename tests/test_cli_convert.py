@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from conftest import HUB_CONFIG, PIECES, make_model, write_checkpoint
 from make_tf1_module import make_shared_original
+from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
 from bertgen_tf import cli, cli_convert
@@ -126,8 +128,14 @@ def test_differences_are_found(preset, tmp_path, capsys, monkeypatch):
         return model
 
     monkeypatch.setattr(cli_convert.EncoderDecoderModel, "from_huggingface", other)
-    status, _, err = run(capsys, preset, str(tmp_path / "weights"))
-    assert status == 2 and "should give what was read, but gives something else" in err
+    older = tmp_path / "older"
+    make_model("all").save_to_huggingface(older)
+    files = {path.name: path.read_bytes() for path in older.iterdir()}
+    for target in (older, tmp_path / "new"):
+        status, _, err = run(capsys, preset, str(target))
+        assert status == 2 and f"{target} was not written, because what was written for it" in err
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["older"]
     assert run(capsys, preset, str(tmp_path / "unseen"), "--no-verify")[0] == 0
 
     def longer(folder):
@@ -138,6 +146,43 @@ def test_differences_are_found(preset, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli_convert.EncoderDecoderModel, "from_huggingface", longer)
     assert run(capsys, preset, str(tmp_path / "settings"))[0] == 2
 
+    def cased(folder):
+        config = read(folder).get_config()
+        config["tokenizer"]["config"]["lowercase"] = False
+        model = bg.EncoderDecoderModel.from_config(config)
+        model.set_weights(read(folder).get_weights())
+        return model
+
+    monkeypatch.setattr(cli_convert.EncoderDecoderModel, "from_huggingface", cased)
+    assert run(capsys, preset, str(tmp_path / "tokenizer"))[0] == 2
+
+
+def test_presets_of_another_dtype_policy(tmp_path, capsys):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        make_model().save_to_preset(tmp_path / "half")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    status, out, err = run(capsys, str(tmp_path / "half"), str(tmp_path / "there"))
+    assert (status, err) == (0, "")
+    assert "verified: read again, it gives the same logits" in out
+    bg.EncoderDecoderModel.from_huggingface(tmp_path / "there")
+
+
+def test_stacks_that_transformers_4_stored_once(tmp_path, capsys):
+    """transformers 5 has no tie_encoder_decoder and would leave the encoder random."""
+    reason = 'needs transformers and torch: pip install -e ".[compare]"'
+    pytest.importorskip("transformers", reason=reason)
+    pytest.importorskip("torch", reason=reason)
+    folder = tmp_path / "once"
+    make_model("all").save_to_huggingface(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: array for name, array in tensors.items() if not name.startswith("encoder.")}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    status, out, err = run(capsys, str(folder), str(tmp_path / "preset"))
+    assert (status, err) == (0, "")
+    assert "verified with transformers: encoder hidden states: max abs difference" in out
+
 
 def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monkeypatch):
     there = str(tmp_path / "there")
@@ -145,7 +190,7 @@ def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monk
     folders = []
 
     def compare(model, folder):
-        folders.append(folder)
+        folders.append((type(model).__name__, Path(folder).parent.name))
         return [
             cli_convert.Check("decoder logits", "max abs difference 0.3", False),
             cli_convert.Check("greedy search", "3 of 3 sequences the same", True),
@@ -158,9 +203,17 @@ def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monk
     assert not (tmp_path / "back").exists()
     monkeypatch.setattr(cli_convert, "compare_with_huggingface", lambda *_: compare(*_)[1:])
     status, out, _ = run(capsys, there, str(tmp_path / "back"))
-    assert status == 0 and "verified: greedy search: 3 of 3 sequences the same\n" in out
+    line = "verified with transformers: greedy search: 3 of 3 sequences the same\n"
+    assert status == 0 and line in out
     assert run(capsys, preset, str(tmp_path / "again"))[0] == 0
-    assert folders == [there, there, str(tmp_path / "again")]
+    checkpoint = str(write_checkpoint(tmp_path / "encoders" / "bert"))
+    assert line in run(capsys, checkpoint, str(tmp_path / "encoder"))[1]
+    out = run(capsys, checkpoint, str(tmp_path / "some"), "--num-layers", "2")[1]
+    assert line not in out and "not compared with HuggingFace's own outputs: not all" in out
+    assert folders == [
+        *[("EncoderDecoderModel", tmp_path.name)] * 3,
+        ("BertGenerationEncoder", "encoders"),
+    ]
     monkeypatch.setattr(
         cli_convert.importlib.util, "find_spec", lambda name: None if name == "torch" else name
     )
@@ -186,6 +239,7 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
         ([plain, target], f"{plain} should be a preset that save_to_preset wrote"),
         ([str(empty), target], f"{empty} should hold a TF Hub module"),
         ([str(tmp_path / "none" / "there"), target], "there is no such folder"),
+        ([f"{tmp_path.name}/x.tar.gz", target], "there is no such"),
         ([str(tmp_path / "file.txt"), target], "file.txt"),
         ([preset, target, "--share"], f"--share applies to an encoder, and {preset} is a preset"),
         ([preset, target, "--num-layers", "1"], "--num-layers applies to an encoder"),
@@ -205,6 +259,8 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
 def test_names_on_the_huggingface_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here" / "there").mkdir(parents=True)
+    assert not cli_convert.is_huggingface("here/elsewhere")
+    assert not cli_convert.is_huggingface("elsewhere/module.tar.gz")
     assert cli_convert.is_huggingface("google/bert_for_seq_generation_L-24_bbc_encoder")
     assert not cli_convert.is_huggingface("here/there")
     assert not cli_convert.is_huggingface("./elsewhere")

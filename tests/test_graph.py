@@ -104,5 +104,59 @@ def test_functions_are_inlined():
         Graph(v1.MetaGraphDef(graph_def=definition))
 
 
+def read(build) -> Graph:
+    before = v1.control_flow_v2_enabled()
+    v1.disable_control_flow_v2()
+    try:
+        with tf.Graph().as_default() as plain:
+            build()
+            return Graph(v1.MetaGraphDef(graph_def=plain.as_graph_def()))
+    finally:
+        (v1.enable_control_flow_v2 if before else v1.disable_control_flow_v2)()
+
+
+def test_outputs_of_ops_in_functions():
+    @tf.function
+    def places(x):
+        return tf.split(tf.unique(x).idx, 2)[1] + 1
+
+    graph = read(lambda: tf.identity(places(tf.constant([5, 7, 5, 9])), "result"))
+    assert graph.constant(("result", 0)).tolist() == [1, 3]
+
+
+def test_no_branch_of_a_conditional_is_taken_for_its_value():
+    def build():
+        given = v1.placeholder_with_default(True, [], "given")
+        for name, predicate in (("asked", given), ("known", tf.constant(True))):
+            value = v1.cond(predicate, lambda: tf.constant(3), lambda: tf.constant(6))
+            tf.add(value, 1, name=name)
+
+    graph = read(build)
+    for name in ("asked", "known"):
+        assert graph.constant((name, 0)) is None
+        assert graph.leaves(graph.before([(name, 0)]))
+        with pytest.raises(ValueError, match="computed from Merge"):
+            graph.evaluate((name, 0), {})
+
+
+def test_first_elements_are_not_guessed():
+    def build():
+        rows = v1.placeholder(tf.int32, [], "rows")
+        full, empty = tf.fill([rows, 1], 3), tf.fill([rows, 0], 8)
+        begin = v1.placeholder_with_default([0, 0], [2], "begin")
+        tf.concat([empty, full], 1, name="after_nothing")
+        mixed = tf.concat([full, tf.fill([rows, 1], 4)], 1)
+        tf.slice(mixed, [0, 1], [-1, 1], name="second")
+        tf.slice(mixed, begin, [1, 1], name="any")
+        tf.slice(mixed, [0, 0], [-1, 1], name="first")
+        tf.gather(mixed, [1], axis=1, name="gathered")
+        tf.debugging.check_numerics(tf.constant(0.0) / 0.0, "no number", name="broken")
+
+    graph = read(build)
+    names = ("after_nothing", "second", "any", "first", "gathered")
+    assert [graph.first_element((n, 0)) for n in names] == [3, None, None, 3, None]
+    assert graph.constant(("broken", 0)) is None or np.isnan(graph.constant(("broken", 0)))
+
+
 def test_names_of_tensors():
     assert parse("a/b:1") == ("a/b", 1) and parse("a/b") == ("a/b", 0)

@@ -6,16 +6,20 @@ import re
 import shutil
 import tarfile
 import threading
+import tracemalloc
 import urllib.parse
+import weakref
 from pathlib import Path
 
 import keras
 import make_hub_module as maker
+import make_tf1_module as tf1_maker
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_hub
 from conftest import PIECES, SHARED, write_checkpoint
+from tensorflow_hub import resolver
 
 import bertgen_tf as bg
 from bertgen_tf import hub_modules
@@ -937,6 +941,58 @@ def tar(*members: tuple[str, object]) -> bytes:
     return buffer.getvalue()
 
 
+def long_name(kind: str) -> bytes:
+    """A small .tar.gz with a header of 16 MiB: a long name of GNU's format, or pax attributes."""
+    long = "x" * 2**24
+    form = tarfile.GNU_FORMAT if kind == "name" else tarfile.PAX_FORMAT
+    buffer = io.BytesIO()
+    pax = {"comment": long}
+    options = {"format": form, "pax_headers": pax if kind == "global" else None}
+    with tarfile.open(fileobj=buffer, mode="w:gz", **options) as archive:
+        if kind != "global":
+            archive.addfile(tarfile.TarInfo("first"))
+        member = tarfile.TarInfo(long if kind == "name" else "saved_model.pb")
+        member.linkname = long if kind == "link" else ""
+        member.pax_headers = pax if kind == "member" else {}
+        archive.addfile(member)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["name", "link", "member", "global"])
+def test_headers_cannot_fill_the_memory(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "cache"))
+    content = long_name(kind)
+    assert len(content) < 10**5
+    (tmp_path / "bomb.tar.gz").write_bytes(content)
+    tracemalloc.start()
+    check_error(
+        tmp_path / "bomb.tar.gz", ValueError, "a header in the archive has more than 1048576 bytes"
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_long_names_and_many_files_are_read(tmp_path):
+    """What the bound leaves: names beyond the 100 bytes of a plain header, and large files."""
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        name = "/".join(["assets", *["folder" * 8] * 6, "vocab.txt"])
+        contents = {name: b"a" * 3 * 2**20, "saved_model.pb": b"", "other": b"b" * (2**20 + 1)}
+        contents |= {f"{name}{i}": bytes([i]) for i in range(9)}
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w:gz", format=form) as archive:
+            for path, content in contents.items():
+                member = tarfile.TarInfo(path)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        folder = tmp_path / str(form)
+        buffer.seek(0)
+        hub_modules.unpack(buffer, str(folder))
+        for path, content in contents.items():
+            assert (folder / path).read_bytes() == content
+
+
 OUTSIDE = "member .* of the archive would lie outside its folder"
 NO_FILE = "member .* of the archive is no plain file or folder"
 HOSTILE = {
@@ -1014,6 +1070,122 @@ def test_an_archive_file_is_unpacked_once_under_its_content(
         tmp_path / name, ValueError, "should be a .tar.gz of a TF Hub module, but .* failed"
     )
     check_error(tmp_path / "absent.tar.gz", FileNotFoundError, "or a .tar.gz file of one")
+
+
+@pytest.fixture
+def unset(tmp_path, monkeypatch):
+    """No TFHUB_CACHE_DIR, and a home of its own."""
+    monkeypatch.delenv("TFHUB_CACHE_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("xdg", [None, "relative", "XDG"])
+def test_without_a_cache_modules_are_kept_for_the_user_alone(xdg, module_of, unset, monkeypatch):
+    if xdg is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg.replace("XDG", str(unset / "xdg")))
+    content = pack(module_of("tanh"))
+    (unset / "model.tar.gz").write_bytes(content)
+    umask = os.umask(0)
+    try:
+        path = hub_modules.resolve(str(unset / "model.tar.gz"))
+    finally:
+        os.umask(umask)
+    root = unset / ("xdg" if xdg == "XDG" else "home/.cache") / "bertgen_tf/hub"
+    assert Path(path) == root / hashlib.sha256(content).hexdigest()
+    assert root.stat().st_mode & 0o777 == 0o700
+    assert bg.BertGenerationEncoder.from_hub(path, verify=False).config.hidden_act == "gelu_new"
+
+    # What tensorflow_hub fetches itself goes there too, and no setting stays behind.
+    monkeypatch.setattr(tensorflow_hub, "resolve", lambda _: resolver.tfhub_cache_dir() + "/own")
+    (root / "own").mkdir()
+    (root / "own/saved_model.pb").touch()
+    assert hub_modules.resolve("gs://bucket/module.tar.gz") == str(root / "own")
+    assert "TFHUB_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(unset))
+    (unset / "own").mkdir()
+    (unset / "own/saved_model.pb").touch()
+    assert hub_modules.resolve("gs://bucket/module.tar.gz") == str(unset / "own")
+    assert os.environ["TFHUB_CACHE_DIR"] == str(unset)
+
+
+def test_a_cache_that_others_can_write_is_refused(module_of, unset, monkeypatch):
+    (unset / "model.tar.gz").write_bytes(pack(module_of("tanh")))
+    root = unset / "home/.cache/bertgen_tf/hub"
+    root.mkdir(parents=True)
+    for mode in (0o777, 0o770, 0o702):
+        root.chmod(mode)
+        check_error(
+            unset / "model.tar.gz", ValueError, f"writable for nobody .* mode {mode:o}: change"
+        )
+    root.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
+        check_error(unset / "model.tar.gz", ValueError, "should be the user's own")
+    hub_modules.resolve(str(unset / "model.tar.gz"))
+
+
+# What is read, and when
+
+
+def test_variables_are_read_when_asked_for(tmp_path, monkeypatch):
+    folder = tmp_path / "module"
+    tf1_maker.make_encoder(folder, PIECES, num_layers=1, scope="outer/")
+    expected = tf1_maker.read_weights(folder)
+    load = tensorflow_hub.load
+    monkeypatch.setattr(tensorflow_hub, "load", None)  # TensorFlow's copy is not needed for it
+    module = hub_modules.open_module(str(folder))
+    reads = []
+    read = module.tensors._read
+    module.tensors._read = lambda name: reads.append(name) or read(name)
+    assert set(module.names) == set(module.tensors) == set(expected)
+    assert module.tensors.shapes == {name: array.shape for name, array in expected.items()}
+    short = module.tensors.without("outer/")
+    name = "bert/pooler/dense/bias"
+    assert name in short and name not in module.tensors and f"outer/{name}" not in short
+    assert short.shapes[name] == (12,) and len(short) == len(expected)
+    assert reads == []
+    np.testing.assert_array_equal(short[name], expected[f"outer/{name}"])
+    assert reads == [f"outer/{name}"]
+    assert short[name] is not short[name]  # none is kept
+    with pytest.raises(KeyError):
+        module.tensors[name]
+    for name, array in module.tensors.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+    copies = []
+
+    def remember(path):
+        loaded = load(path)
+        copies.append((weakref.ref(loaded), weakref.ref(loaded.variables[0])))
+        return loaded
+
+    monkeypatch.setattr(tensorflow_hub, "load", remember)
+    assert module.loaded is module.loaded and len(copies) == 1
+    ids = tf.constant([[3, 4]])
+    module.loaded.signatures["tokens"](input_ids=ids, input_mask=ids, segment_ids=ids - ids)
+    module.loaded.prune("input_ids:0", "input_ids:0")(ids)
+    module.unload()
+    assert all(copy() is None for copy in copies[0])
+    assert "tokens" in module.loaded.signatures and len(copies) == 2
+
+
+def test_two_variables_for_one_are_told():
+    tensors = hub_modules.Tensors("a module", {"x/bert/a": (1,), "bert/a": (2,)}, None)
+    with pytest.raises(ValueError, match="a module should name each .* has x/bert/a and bert/a"):
+        tensors.without("x/")
+    assert set(tensors.without("y/")) == set(tensors)
+
+
+def test_what_the_table_does_not_know_is_told():
+    for name, original in bg.hub.ORIGINALS.items():
+        assert (original.gnmt_alpha == 0.6) == ("translation" in original.task)
+        assert original.gnmt_alpha is None or original.tokenizer == "wordpiece"
+        assert original.card_output
+        if original.card_input is None:
+            assert "whole article" in original.note, name
+    assert "bos and eos" in bg.hub.ORIGINALS["google/bertseq2seq/roberta24_wikisplit/1"].note
 
 
 def test_no_server_is_there(server):

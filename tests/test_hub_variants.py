@@ -5,6 +5,7 @@ checked first, by a search in plain numpy; then our models must say what the mod
 """
 
 import dataclasses
+import io
 import math
 
 import make_tf1_module as maker
@@ -16,6 +17,7 @@ import tensorflow_hub
 from conftest import CORPUS, PIECES
 
 import bertgen_tf as bg
+from bertgen_tf import graph
 
 TEXTS = [
     *CORPUS,
@@ -44,6 +46,7 @@ CASED_IDS = {
     "start_id": CASED_PIECES.index("[CLS]"),
     "eos_id": CASED_PIECES.index("[SEP]"),
 }
+SMALL = {"num_layers": 1, "decode_length": 6}
 ACTIVATIONS = {"erf": "gelu", "tanh": "gelu_new", "relu": "relu"}
 
 # Vocabulary and settings. Seeds: the models say different things, some of which end in time.
@@ -381,22 +384,154 @@ def test_original_settings_are_read(original, read):
         assert read.tokenizer.lowercase == made.lower_case
 
 
+def test_scores_are_those_of_the_module(original, read):
+    texts = TEXTS[::4]
+    expected = original.loaded.prune("input_texts:0", "search/scores:0")(tf.constant(texts)).numpy()
+    result = read.generate(read.preprocessor.generate_preprocess(texts), jit_compile=False)
+    np.testing.assert_allclose(result.scores[:, 0], expected, rtol=1e-4)
+
+
+# Small ones, to be read: as settings of the maker, keywords, and what is to be read.
+READ = {
+    "flat": ({"lookup": "flat"}, {}, {}),
+    "one_hot": ({"lookup": "one_hot", "functional": True}, {}, {}),
+    "no_penalty": ({"penalty": "none"}, {"original": "roberta24_bbc"}, {"gnmt_alpha": 0.0}),
+    "not_or": ({"go_on": "not_or"}, {"original": "roberta24_bbc"}, {}),
+    "penalty": ({"penalty": "hidden"}, {"gnmt_alpha": 0.6}, {}),
+    "beams": ({"hidden_beams": True}, {"num_beams": 3}, {}),
+    "cond": ({"limit": "cond"}, {"max_new_tokens": 3}, {"max_new_tokens": 3}),
+    "rows": ({"extra_rows": 5}, {}, {}),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_other_ways_are_read(case, tmp_path, spiece):
+    settings, given, expected = READ[case]
+    maker.make_shared_original(tmp_path / "module", spiece, **SMALL, **settings)
+    model = bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"), verify=False, **given)
+    config = model.generation_config
+    read = {name: getattr(config, name) for name in ("max_new_tokens", "num_beams", "gnmt_alpha")}
+    assert read == {"max_new_tokens": 6, "num_beams": 3, "gnmt_alpha": 0.6, **expected}
+    loaded = tensorflow_hub.load(str(tmp_path / "module")).signatures["default"]
+    answers = loaded(default=tf.constant(TEXTS))["default"].numpy().tolist()
+    assert model.generate(TEXTS, jit_compile=False) == [answer.decode() for answer in answers]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_a_table_gives_what_the_graph_hides(functional, tmp_path, spiece):
+    """A limit beyond the source's length, as in tensor2tensor, is 32 for one of the seven."""
+    settings = {"limit": "source", "max_positions": 64, "functional": functional}
+    maker.make_shared_original(tmp_path / "module", spiece, **SMALL, **settings)
+    folder = str(tmp_path / "module")
+    with pytest.raises(ValueError, match=r'max_new_tokens .*input_texts.*original="roberta') as _:
+        bg.EncoderDecoderModel.from_hub(folder)
+    model = bg.EncoderDecoderModel.from_hub(folder, original="roberta24_gigaword", verify=False)
+    assert model.generation_config.max_new_tokens == 32
+    assert model.generation_config.num_beams == 3  # the graph goes before the table
+    given = bg.EncoderDecoderModel.from_hub(folder, max_new_tokens=9, verify=False)
+    assert given.generation_config.max_new_tokens == 9
+
+
+def test_no_table_gives_another_alpha_than_it_has(tmp_path, spiece):
+    maker.make_shared_original(tmp_path / "module", spiece, **SMALL, penalty="hidden")
+    with pytest.raises(ValueError, match=r"gnmt_alpha .*exponent.* Give gnmt_alpha= to from_hub.$"):
+        bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"), original="roberta24_bbc")
+
+
+def test_ids_as_the_originals_have_them(tmp_path):
+    """Padding 0, eos 1, bos 2, unknown 100, nothing between, and more rows than pieces."""
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*CORPUS, " ".join(PIECES[9:])] * 4),
+        model_writer=content,
+        vocab_size=150,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=100,
+        control_symbols=[f"<reserved_{i}>" for i in range(97)],
+        minloglevel=2,
+        num_threads=1,
+    )
+    spiece = content.getvalue()
+    settings = {"hidden_ids": tuple(range(101)), "extra_rows": 7, "seed": 3, "lookup": "flat"}
+    original = make_original(tmp_path / "module", spiece, "spiece", settings)
+    model = bg.EncoderDecoderModel.from_hub(original.folder)
+    tokenizer = model.tokenizer
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    assert ids == (0, 1, 2) and tokenizer.unk_token_id == 100
+    assert model.preprocessor.hidden_token_ids == tuple(range(3, 101))
+    assert model.decoder.config.vocab_size == tokenizer.vocab_size + 7
+    assert len(set(original.answers)) > 4
+    assert model.generate(TEXTS, jit_compile=False) == original.answers
+
+
 REFUSED = {
-    "penalty": ({"penalty": "power"}, "penalty|Pow"),
+    "power": ({"penalty": "power"}, "gnmt_alpha .the length penalty of .* is not"),
+    "ids": ({"penalty": "ids"}, "gnmt_alpha .* divides scores by Pow .* counts no steps"),
     "placeholder": ({"limit": "placeholder"}, "decode_limit"),
-    "source": ({"limit": "source"}, "length|limit|steps"),
+    "cond": ({"limit": "cond"}, "max_new_tokens .*search/cond"),
+    "cond_functional": ({"limit": "cond", "functional": True}, "max_new_tokens .*search/short"),
+    "beams": ({"hidden_beams": True}, "num_beams .it depends on search/beam_width"),
     "variable": ({"extra_variables": ("bert/adapter/scale",)}, "bert/adapter/scale"),
-    "logits": ({"logit_scale": 0.5}, "logits|Mul"),
+    "logits": ({"logit_scale": 0.5}, "stand between the logits and .* log-prob.* another function"),
+    "hidden": ({"twist": "hidden"}, "Mul .* between the decoder's last normalisation and its log"),
+    "ban": ({"twist": "ban"}, "Sub, .* stand between the logits and"),
+    "late_ban": ({"twist": "late_ban"}, "Sub, .* log-probabilities: .* computed from Merge"),
+    "once": ({"twist": "penalize_once"}, "RealDiv, .* stand between the logits and"),
+    "first": ({"twist": "first"}, "All .* stops it while a hypothesis could still win"),
+    "quotes": ({"twist": "quotes"}, "RegexReplace .* changes the text before SentencePiece"),
+    "period": ({"twist": "period"}, "RegexReplace .* changes the text after SentencePiece"),
+    "cut_last": ({"twist": "cut_last", "add_eos": True}, "adds them first and then cuts them off"),
+    "show_pad": ({"twist": "show_pad"}, "hidden_token_ids .it shows 3, its pad_token_id"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_read_is_refused(case, tmp_path, spiece):
     settings, message = REFUSED[case]
-    maker.make_shared_original(tmp_path / "module", spiece, **settings)
+    maker.make_shared_original(tmp_path / "module", spiece, **SMALL, **settings)
     with pytest.raises(ValueError, match=message) as caught:
         bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("twist", "message"),
+    [
+        ("limit_words", "max_bytes_per_word 30 instead of 100"),
+        ("quotes", "RegexReplace .* changes the text before WordPiece"),
+        ("period", r"turn ids into text as our tokenizer does, but of \[.* it makes"),
+    ],
+)
+def test_what_word_pieces_do_otherwise_is_refused(twist, message, tmp_path):
+    maker.make_unshared_original(tmp_path / "module", PIECES, **SMALL, twist=twist)
+    with pytest.raises(ValueError, match=message):
+        bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"), verify=False)
+
+
+def test_a_module_is_not_taken_for_another(tmp_path, spiece):
+    maker.make_shared_original(tmp_path / "module", spiece, **SMALL)
+    for original, message in (("bert24_en_de", "with shared=False, but has True"),):
+        with pytest.raises(ValueError, match=message):
+            bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"), original=original)
+
+
+def test_missing_variables_are_named(tmp_path, spiece, monkeypatch):
+    settings = {"shared": False, "decoder_embeddings": True}
+    maker.make_shared_original(tmp_path / "module", spiece, **SMALL, **settings)
+    variables = graph.Graph.variables
+
+    def partitioned(self: graph.Graph) -> dict[str, str]:
+        found = variables(self)
+        name = "module/bert/embeddings/word_embeddings"
+        return {f"{n}/part_0" if n == name else n: node for n, node in found.items()}
+
+    monkeypatch.setattr(graph.Graph, "variables", partitioned)
+    message = "graph has no module/bert/embeddings/word_embeddings .*part_0 and such are partit"
+    with pytest.raises(ValueError, match=message):
+        bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"))
 
 
 @pytest.mark.parametrize("case", ENCODERS)

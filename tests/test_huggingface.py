@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 import bertgen_tf as bg
 from bertgen_tf import huggingface
 from bertgen_tf import huggingface_config as configs
+from bertgen_tf import huggingface_generation as generations
+from bertgen_tf import huggingface_weights as names
 from bertgen_tf.weights import named_variables
 
 needs_shared = pytest.mark.skipif(
@@ -242,19 +244,40 @@ def test_differing_stacks_are_not_shared(tmp_path, copy):
     stored = load_file(tmp_path / "twice/model.safetensors")
     stored["encoder.encoder.layer.1.output.dense.bias"][3] += 1
     save_file(stored, tmp_path / "twice/model.safetensors", metadata={"format": "pt"})
+    read = bg.EncoderDecoderModel.from_huggingface
     with pytest.raises(ValueError, match=r"1 tensors differ, such as encoder.encoder.layer.1.out"):
-        bg.EncoderDecoderModel.from_huggingface(tmp_path / "twice")
-    two = bg.EncoderDecoderModel.from_huggingface(tmp_path / "twice", share=False)
-    assert two.decoder.sharing == "none"
+        read(tmp_path / "twice", share=True)
+    for share in (None, False):  # transformers 5 unties the stacks, trains them, keeps the flag
+        two = read(tmp_path / "twice", share=share)
+        assert two.decoder.sharing == "none"
+        bias = two.encoder.blocks[1].feed_forward.output_dense.bias
+        np.testing.assert_array_equal(bias, stored["encoder.encoder.layer.1.output.dense.bias"])
+    make_model("word_embeddings").save_to_huggingface(tmp_path / "words")
+    assert read(tmp_path / "words").decoder.sharing == "word_embeddings"
+    stored = load_file(tmp_path / "words/model.safetensors")
+    stored["encoder.embeddings.word_embeddings.weight"][5] += 1
+    save_file(stored, tmp_path / "words/model.safetensors", metadata={"format": "pt"})
+    assert read(tmp_path / "words").decoder.sharing == "none"
 
     def untie(values):
         del values["tie_encoder_decoder"]
 
     # Without the flag, transformers 5 misses what is stored once; share=True knows better.
     once = copy("v4_shared", config=untie)
-    with pytest.raises(ValueError, match="nothing found for 36 names .encoder/embeddings"):
+    with pytest.raises(ValueError, match="there is no encoder.embeddings.word_embeddings.weight"):
         bg.EncoderDecoderModel.from_huggingface(once)
     assert bg.EncoderDecoderModel.from_huggingface(once, share=True).decoder.sharing == "all"
+
+
+def test_what_is_shared_is_in_memory_once():
+    """A large checkpoint stores it twice."""
+    one = np.arange(6.0).reshape(2, 3)
+    words = "embeddings.word_embeddings.weight"
+    tensors = {f"encoder.{words}": one, f"decoder.bert.{words}": one.copy(), "encoder.x": one}
+    tensors["decoder.bert.x"] = one + 1
+    assert names.unify_shared(tensors, "word_embeddings") == []
+    assert tensors[f"encoder.{words}"] is tensors[f"decoder.bert.{words}"]
+    assert names.unify_shared(tensors, "all") == ["encoder.x"]
 
 
 def test_the_head_must_be_tied(copy):
@@ -374,6 +397,7 @@ def test_all_that_config_asks_for_in_vain_is_one_error(copy):
             position_embedding_type="relative_key", hidden_act="silu", is_decoder=False
         )
         values["encoder"].update(pruned_heads={"0": [1]}, new_option=7, vocab_size=0)
+        values["encoder"].update(hidden_dropout_prob=2, num_attention_heads="x")
         values["tie_word_embeddings"] = False
 
     folder = copy("v4_shared", config=change)
@@ -386,10 +410,190 @@ def test_all_that_config_asks_for_in_vain_is_one_error(copy):
         "encoder.pruned_heads={'0': [1]} (only {})",
         "encoder.new_option=7 (unknown)",
         "encoder: vocab_size must be an integer of at least 1, received 0",
+        "encoder: hidden_dropout_prob must be a number in [0, 1), received 2",
+        "encoder: num_attention_heads must be an integer of at least 1, received 'x'",
         "tie_word_embeddings=False (only True)",
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_settings_of_generation_are_in_the_same_error(copy):
+    """Also where version 4 wrote all into config.json, and beside a decoder that cannot be."""
+
+    def change(values):
+        values["decoder"].update(hidden_act="silu", no_repeat_ngram_size=3)
+        values["encoder"]["new_option"] = 7
+
+    folder = copy("v4_shared", config=change)
+    (folder / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match="decoder.hidden_act='silu'.*no_repeat_ngram_size=3") as e:
+        bg.EncoderDecoderModel.from_huggingface(folder)
+    assert "\n" not in str(e.value)
+    values = json.loads((folder / "config.json").read_text())
+    values["decoder"]["model_type"] = "roberta"
+    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    with pytest.raises(ValueError, match="new_option=7.*'roberta'.*n_config.json.*do_sample=True"):
+        bg.EncoderDecoderModel.from_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "side", "field", "token"),
+    [
+        ("generation_config.json", None, "decoder_start_token_id", 99),
+        ("generation_config.json", None, "pad_token_id", "x"),
+        ("config.json", None, "eos_token_id", -1),
+        ("config.json", "decoder", "bos_token_id", 47),
+    ],
+)
+def test_ids_that_cannot_be(copy, file, side, field, token):
+    """The error names the file and the field, and nothing else."""
+    folder = copy("v4_shared")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        if name == "config.json":
+            for ids in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                values["encoder"].pop(ids, None)
+        for part in (values, values.get("decoder", {})):
+            part.pop(field, None)
+            if field == "bos_token_id":
+                part.pop("decoder_start_token_id", None)
+        if name == file:
+            (values[side] if side else values)[field] = token
+        (folder / name).write_text(json.dumps(values))
+    name = f"{side}.{field}" if side else field
+    with pytest.raises(ValueError) as error:
+        bg.EncoderDecoderModel.from_huggingface(folder)
+    message = f"here: {name}={token!r} (only an id below vocab_size=47)."
+    assert str(error.value).endswith(f"{file} asks for what is not supported {message}")
+
+
+def test_cross_attention_hidden_size(copy):
+    """transformers 4 wants it where it is the encoder's own."""
+
+    def change(size):
+        return lambda values: values["decoder"].update(cross_attention_hidden_size=size)
+
+    folder = copy("v4_shared", config=change(12))
+    assert bg.EncoderDecoderModel.from_huggingface(folder).decoder.sharing == "all"
+    folder = copy("v5_pair", config=change(15))
+    with pytest.raises(ValueError, match=r"decoder.cross_attention_hidden_size=15 \(only 12\)"):
+        bg.EncoderDecoderModel.from_huggingface(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 10**30}, r"word_embeddings.weight has shape \(47, 12\), not \(1000"),
+        ({"vocab_size": 46}, r"word_embeddings.weight has shape \(47, 12\), not \(46, 12\)"),
+        ({"max_position_embeddings": 10**13}, r"position_embeddings.weight has shape \(20, 12\)"),
+        ({"num_hidden_layers": 10**9}, r"there are 2 layers encoder.encoder.layer.N.*, not 10000"),
+        ({"intermediate_size": 10**13}, r"layer.0.intermediate.dense.weight has shape \(10, 12\)"),
+        (
+            {"hidden_size": 12 * 10**12},
+            r"word_embeddings.weight has shape \(47, 12\), not \(47, 1200",
+        ),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_built(copy, change, message):
+    """Of both stacks, and of lone ones; sizes that no memory holds."""
+
+    def both(values):
+        for side in ("encoder", "decoder"):
+            values[side].update(change)
+
+    folder = copy("v4_shared", config=both)
+    with pytest.raises(ValueError, match="v4_shared should hold weights of the sizes.*" + message):
+        bg.EncoderDecoderModel.from_huggingface(folder)
+    alone = copy("v5_language_model", config=lambda values: values.update(change))
+    with pytest.raises(ValueError, match="_model should hold weights of the sizes in its config"):
+        bg.BertGenerationDecoder.from_huggingface(alone)
+    bert = copy("v5_bert", config=lambda values: values.update(change))
+    with pytest.raises(ValueError, match="v5_bert should hold weights of the sizes in its config"):
+        bg.BertGenerationEncoder.from_huggingface(bert)
+
+
+def test_token_types_of_a_strange_shape(copy):
+    def change(tensors):
+        tensors["roberta.embeddings.token_type_embeddings.weight"] = np.array(3, np.float32)
+
+    folder = copy("v5_roberta", tensors=change)
+    with pytest.raises(ValueError, match=r"v5_roberta should hold .* are \(25, 12\) and \(\)"):
+        bg.BertGenerationEncoder.from_huggingface(folder)
+
+
+def test_positions_of_a_roberta_that_tells_no_padding(checkpoints, copy):
+    """Its own default counts, not the padding of the decoder."""
+
+    def change(values):
+        assert values["decoder"]["pad_token_id"] == 0
+        assert values["encoder"].pop("pad_token_id") == 1
+
+    model = bg.EncoderDecoderModel.from_huggingface(copy("v5_mixed", config=change))
+    golden = np.load(checkpoints / "v5_mixed/golden.npz")
+    mask = golden["attention_mask"]
+    memory = model.encoder(golden["input_ids"], mask)
+    assert_close(memory, golden["encoder_last_hidden_state"], mask)
+
+
+def test_a_roberta_becomes_a_decoder(checkpoints):
+    """All that an encoder has, of which the numbers are held to transformers'; with its ids."""
+    encoder = named_variables(bg.BertGenerationEncoder.from_huggingface(checkpoints / "v5_roberta"))
+    decoder = bg.BertGenerationDecoder.from_huggingface(checkpoints / "v5_roberta")
+    assert decoder.config.add_cross_attention
+    config = decoder.config
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (1, 0, 2)
+    ours = named_variables(decoder)
+    for name, variable in encoder.items():
+        np.testing.assert_array_equal(ours.pop(name), variable, err_msg=name)
+    assert all(name == "output_bias" or "/cross_attention/" in name for name in ours)
+
+
+def test_names_and_shapes_are_those_of_transformers(checkpoints, tmp_path):
+    """What we write, against what transformers wrote of the same models."""
+
+    def shapes(folder):
+        return {
+            name: tensor.shape
+            for path in folder.glob("*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+
+    model = bg.EncoderDecoderModel.from_huggingface(checkpoints / "v5_pair")
+    model.save_to_huggingface(tmp_path / "pair")
+    pair = shapes(checkpoints / "v5_pair")
+    assert len(pair) > 60 and shapes(tmp_path / "pair") == pair
+    for side in ("encoder", "decoder"):
+        getattr(model, side).save_to_huggingface(tmp_path / side)
+        alone = {n.removeprefix(f"{side}."): s for n, s in pair.items() if n.startswith(f"{side}.")}
+        assert shapes(tmp_path / side) == alone
+    decoder = bg.BertGenerationDecoder.from_huggingface(checkpoints / "v5_language_model")
+    decoder.save_to_huggingface(tmp_path / "model")
+    assert shapes(tmp_path / "model") == shapes(checkpoints / "v5_language_model")
+
+
+def test_tokenizer_that_transformers_wrote(checkpoints, copy, tmp_path):
+    """Its separator has no row; special tokens in a text are special tokens there."""
+    folder = copy("v4_shared")
+    theirs = checkpoints / "v5_tokenizer"
+    for name in ("spiece.model", "tokenizer_config.json", "added_tokens.json"):
+        (folder / name).write_bytes((theirs / name).read_bytes())
+    model = bg.EncoderDecoderModel.from_huggingface(folder)
+    golden = json.loads((theirs / "golden.json").read_text())
+    assert model.tokenizer(golden["texts"]).to_list() == golden["ids"]
+    assert model.tokenizer.sep_token_id is None
+    model.save_to_huggingface(tmp_path / "out")
+    assert_same_model(model, bg.EncoderDecoderModel.from_huggingface(tmp_path / "out"))
+    (folder / "added_tokens.json").write_text('{"<new>": 42, "<::::>": 43}')
+    with pytest.raises(ValueError, match="added that the vocabulary lacks: '<new>'"):
+        bg.EncoderDecoderModel.from_huggingface(folder)
+    (folder / "added_tokens.json").unlink()
+    values = json.loads((folder / "tokenizer_config.json").read_text())
+    values.update(split_special_tokens=True, sp_model_kwargs={"enable_sampling": True})
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    tokenizer = bg.EncoderDecoderModel.from_huggingface(folder).tokenizer
+    assert tokenizer.split_special_tokens and tokenizer.sp_model_kwargs == {"enable_sampling": True}
 
 
 @pytest.mark.parametrize(
@@ -399,9 +603,12 @@ def test_all_that_config_asks_for_in_vain_is_one_error(copy):
         (lambda v: v.update(model_type="t5"), "but tells 't5'"),
         (
             lambda v: v["decoder"].update(model_type="bert"),
-            "decoder with model_type bert-generation, but tells 'bert'. The head of that decoder",
+            r"decoder with model_type 'bert' \(only bert-generation: the head of that decoder",
         ),
-        (lambda v: v.update(encoder=None), "should have encoder with model_type .* tells None"),
+        (
+            lambda v: v.update(encoder=None),
+            r"encoder with model_type None \(only bert-generation or",
+        ),
         (
             lambda v: v["encoder"].update(hidden_size=15),
             "encoder.hidden_size=15 with decoder.hidden_size=12",
@@ -462,10 +669,13 @@ def test_settings_of_generation(copy, changes, settings):
     [
         (
             {"do_sample": True, "no_repeat_ngram_size": 3, "what": 1},
-            "not supported here: do_sample=True, no_repeat_ngram_size=3, what=1. Pass generation",
+            "not supported here: do_sample=True, no_repeat_ngram_size=3, what=1. Other settings",
         ),
         ({"max_length": 30}, "lets 29 tokens be generated, but the decoder has 20 positions"),
-        ({"num_beams": 0}, "num_beams must be an integer of at least 1, received 0. Pass"),
+        (
+            {"num_beams": 0},
+            "num_beams must be an integer of at least 1, received 0. Other settings",
+        ),
         ({"max_length": "long"}, "max_length='long'"),
     ],
 )
@@ -534,6 +744,35 @@ def test_there_and_back(tmp_path, spiece, sharing):
     whole = load_file(tmp_path / "one/model.safetensors")
     assert set(index["weight_map"]) == set(whole)
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
+
+
+def test_texts_are_read_up_to_the_positions(tmp_path):
+    """Of checkpoints that we did not write; keywords come first."""
+    model = make_model()
+    long = model.encoder.config.replace(max_position_embeddings=150)
+    decoder = model.decoder.config.replace(max_position_embeddings=140)
+    settings = bg.GenerationConfig(max_new_tokens=3)
+    model = bg.EncoderDecoderModel(
+        bg.BertGenerationEncoder(long),
+        bg.BertGenerationDecoder(decoder),
+        model.tokenizer,
+        generation_config=settings,
+    )
+    model.save_to_huggingface(tmp_path / "out")
+    read = bg.EncoderDecoderModel.from_huggingface
+
+    def lengths(**kwargs):
+        config = read(tmp_path / "out", **kwargs).preprocessor.get_config()
+        return config["max_source_length"], config["max_target_length"]
+
+    assert lengths() == (128, 128)  # what we stored
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    del values["bertgen_tf"]
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    assert lengths() == (150, 140)
+    assert lengths(max_source_length=9) == (9, 140)
+    ids, _ = read(tmp_path / "out").preprocessor.generate_preprocess(["the man " * 100]).values()
+    assert ids.shape == (1, 150)
 
 
 def test_settings_there_and_back(tmp_path):
@@ -650,7 +889,32 @@ def test_what_is_replaced(tmp_path, model):
         model.save_to_huggingface(folder)
     with pytest.raises(ValueError, match="max_shard_size must be bytes .* received '5 pounds'"):
         model.save_to_huggingface(tmp_path / "new", max_shard_size="5 pounds")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "theirs"]
+    trained = tmp_path / "trained"
+    model.save_to_huggingface(trained)
+    values = json.loads((trained / "config.json").read_text())
+    values["transformers_version"] = "5.23.0"  # which keeps our key
+    (trained / "config.json").write_text(json.dumps(values))
+    with pytest.raises(FileExistsError, match="holds other files"):
+        model.save_to_huggingface(trained)
+    names = ["out", "theirs", "trained"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_what_is_written_can_be_checked_before_it_counts(tmp_path, model):
+    seen = []
+
+    def check(folder):
+        seen.append(bg.EncoderDecoderModel.from_huggingface(folder))
+        if len(seen) > 1:
+            raise ValueError("not the same")
+
+    huggingface.save(model, tmp_path / "out", check=check)
+    assert_same_model(model, seen[0])
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="not the same"):
+        huggingface.save(make_model(seed=5), tmp_path / "out", check=check)
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_warm_start_from_bert(tmp_path):
@@ -796,7 +1060,7 @@ def test_word_pieces_of_transformers_5(tmp_path):
         ("tokenizer_config.json", '{"unk_token": "<what>"}', "not found: unk_token='<what>'"),
         ("added_tokens.json", '{"<new>": 80}', "Tokens were added .* lacks: '<new>'"),
         ("tokenizer_config.json", "{", "tokenizer_config.json should be a JSON file"),
-        ("spiece.model", "no model", "is no SentencePiece model. Pass tokenizer="),
+        ("spiece.model", "no model", "is no SentencePiece model. To use another one"),
         ("vocab.txt", "one\ntwo\n", "must contain every special token"),
     ],
 )
@@ -816,19 +1080,38 @@ def test_tokenizers_that_cannot_be_followed(tmp_path, name, content, message):
 
 def test_every_setting_has_its_place():
     """A field that is added to a config and forgotten here would be lost in silence."""
-    fields = {*configs.GENERATION_FIELDS.values(), *configs._OWN_GENERATION}
+    fields = {*generations.GENERATION_FIELDS.values(), *generations.OWN_GENERATION}
     assert fields == set(bg.GenerationConfig.__dataclass_fields__)
     fields = {*configs._SIZES, *configs._IDS, "hidden_act", "add_cross_attention"}
     assert fields == set(bg.BertGenerationConfig.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
-    "own", [3, {"preprocessor": {"name": "x"}}, {"preprocessor": 5}, {"generation": {"top_k": 1}}]
+    "own",
+    [
+        3,
+        {"preprocessor": {"name": "x"}},
+        {"preprocessor": 5},
+        {"generation": {"top_k": 1}},
+        {"sharing": "some"},
+        {"sharing": ["all"]},
+    ],
 )
 def test_own_settings_that_are_not_ours(copy, own):
     folder = copy("v4_shared", config=lambda values: values.update(bertgen_tf=own))
     with pytest.raises(ValueError, match="bertgen_tf=.* .only what save_to_huggingface wrote"):
         bg.EncoderDecoderModel.from_huggingface(folder)
+
+
+@pytest.mark.parametrize("own", [{"max_source_length": "x"}, {"max_target_length": 10**30}])
+def test_own_settings_that_fit_no_model(tmp_path, model, own):
+    """The error names the file, and is one of values."""
+    model.save_to_huggingface(tmp_path / "out")
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    values["bertgen_tf"]["preprocessor"].update(own)
+    (tmp_path / "out/config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="out/config.json should hold settings under bertgen_tf"):
+        bg.EncoderDecoderModel.from_huggingface(tmp_path / "out")
 
 
 def test_special_tokens_by_name(tmp_path):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import types
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def test_all_problems_come_in_one_error_and_nothing_is_half_loaded(folder, model
     before = [np.array(variable) for variable in model.weights]
 
     def edit(tensors):
-        tensors.pop("encoder.embeddings.word_embeddings.weight")
+        tensors.pop("encoder.embeddings.LayerNorm.weight")
         tensors[BIAS][0] = np.nan
         tensors["more"] = tensors[BIAS]
 
@@ -243,6 +245,40 @@ def test_pickles_are_never_unpickled_without_torch(folder, tmp_path, monkeypatch
     assert not (tmp_path / "unpickled").exists()
 
 
+def test_torch_is_told_to_load_weights_only(folder, monkeypatch, model):
+    """A stand-in for torch, whose own default was another one for years."""
+
+    class Tensor:
+        def __init__(self, array):
+            self.array = array
+
+        def is_floating_point(self):
+            return True
+
+        def float(self):
+            return Tensor(self.array.astype(np.float32))
+
+        def numpy(self):
+            return self.array
+
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    calls = []
+
+    def load(path, **kwargs):
+        calls.append((path, kwargs))
+        return {name: Tensor(tensor) for name, tensor in tensors.items()}
+
+    module = types.ModuleType("torch")
+    module.load = load
+    monkeypatch.setitem(sys.modules, "torch", module)
+    monkeypatch.setattr(files, "_has_torch", lambda: True)
+    for one, two in zip(read(folder).weights, model.weights, strict=True):
+        np.testing.assert_array_equal(one, two)
+    kwargs = {"map_location": "cpu", "weights_only": True}
+    assert calls == [(folder / "pytorch_model.bin", kwargs)]
+
+
 def test_torch_files(folder, tmp_path, monkeypatch, model):
     torch = pytest.importorskip("torch", reason="needs the extra torch")
     import pickle
@@ -269,6 +305,42 @@ def test_torch_files(folder, tmp_path, monkeypatch, model):
     weight_map = dict.fromkeys(state, "pytorch_model-00001-of-00001.bin")
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     read(folder)
+
+
+def test_layout_of_the_first_checkpoints(tmp_path):
+    """google/roberta2roberta_*: both names, buffers and the head's copies in pytorch_model.bin."""
+    torch = pytest.importorskip("torch", reason="needs the extra torch")
+    with zipfile.ZipFile(Path(__file__).parent / "data/huggingface.zip") as file:
+        file.extractall(tmp_path)
+    folder = tmp_path / "v4_shared"
+    (folder / "spiece.model").write_bytes((tmp_path / "v5_tokenizer/spiece.model").read_bytes())
+    golden = np.load(folder / "golden.npz")
+    state = {n: torch.tensor(t) for n, t in load_file(folder / "model.safetensors").items()}
+    for name in list(state):
+        if name.startswith("decoder.bert.") and ".crossattention." not in name:
+            state[name.replace("decoder.bert.", "encoder.")] = state[name]
+    for stack in ("encoder", "decoder.bert"):
+        state[f"{stack}.embeddings.position_ids"] = torch.arange(20)[None]
+    state["decoder.lm_head.decoder.weight"] = state[
+        "decoder.bert.embeddings.word_embeddings.weight"
+    ]
+    state["decoder.lm_head.decoder.bias"] = state["decoder.lm_head.bias"]
+    torch.save(state, folder / "pytorch_model.bin")
+    for name in ("model.safetensors", "generation_config.json"):
+        (folder / name).unlink()
+    values = json.loads((folder / "config.json").read_text())
+    assert values["tie_encoder_decoder"]
+    values["decoder"].update(max_length=12, num_beams=3, length_penalty=0.7)
+    (folder / "config.json").write_text(json.dumps(values))
+    model = read(folder)
+    assert model.decoder.sharing == "all"
+    assert model.generation_config == bg.GenerationConfig(
+        max_new_tokens=11, num_beams=3, length_penalty=0.7
+    )
+    inputs = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+    logits = model({name: golden[name] for name in inputs})
+    np.testing.assert_allclose(logits, golden["decoder_logits"], rtol=0, atol=1e-4)
+    assert isinstance(model.generate("the old man", max_new_tokens=3, jit_compile=False), str)
 
 
 def test_hub_names(folder, monkeypatch, model):
@@ -301,6 +373,11 @@ def test_hub_names(folder, monkeypatch, model):
     monkeypatch.setattr(files, "_has_torch", lambda: True)
     refused("org/model", "should hold the weights", FileNotFoundError)
     assert calls[1] == ("org/model", (*files.PATTERNS, *files.TORCH_PATTERNS))
+    calls.clear()
+    monkeypatch.setattr(files, "_has_torch", lambda: False)
+    with pytest.raises(ImportError, match=r'org/model has no model.safeten.*"bertgen_tf\[torch\]"'):
+        read("org/model")
+    assert calls == [("org/model", files.PATTERNS)]
 
 
 def test_hub_names_without_the_package(monkeypatch):

@@ -77,6 +77,33 @@ def test_encoder_decoder(tmp_path, sharing, shard_size):
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("sharing", ["word_embeddings", "all"])
+def test_what_it_trains_it_also_unties(tmp_path, sharing):
+    """Version 5 keeps tie_encoder_decoder and our key, and has two stacks; its numbers count."""
+    make_model(sharing).save_to_huggingface(tmp_path / "out")
+    theirs = load(transformers.EncoderDecoderModel, tmp_path / "out")
+    if theirs.encoder.embeddings.word_embeddings is theirs.decoder.get_input_embeddings():
+        pytest.skip("this version of transformers ties the stacks")
+    with torch.no_grad():
+        for parameter in theirs.encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "trained")
+    model = bg.EncoderDecoderModel.from_huggingface(
+        tmp_path / "trained", tokenizer=bg.BertTokenizer(list(PIECES))
+    )
+    assert model.decoder.sharing == "none"
+    batch = {
+        "input_ids": random_ids(MASK, len(PIECES)),
+        "attention_mask": MASK,
+        "decoder_input_ids": random_ids(TARGET_MASK, len(PIECES)),
+        "decoder_attention_mask": TARGET_MASK,
+    }
+    assert_close(model(batch), theirs(**tensors(**batch)).logits, TARGET_MASK)
+    # It is theirs now, and is not overwritten.
+    with pytest.raises(FileExistsError, match="holds other files"):
+        model.save_to_huggingface(tmp_path / "trained")
+
+
 def test_gnmt_is_not_taken_for_a_length_penalty(tmp_path):
     settings = bg.GenerationConfig(
         max_new_tokens=7, num_beams=4, beam_scorer="gnmt", gnmt_alpha=0.9

@@ -140,6 +140,19 @@ def test_settings_go_along():
     assert model.generation_config == settings
 
 
+def test_hidden_tokens_stay_hidden():
+    """Ids move, so that an old one is out of range, or hides another piece."""
+    the, bird, house, sang = (PIECES.index(word) for word in ("the", "bird", "house", "sang"))
+    model = make_model(hidden_token_ids=(the, house, sang))
+    trimmed = bg.trim_vocabulary(model, [the, bird, sang])
+    pieces = trimmed.tokenizer.get_config()["vocabulary"]
+    hidden = [pieces[i] for i in trimmed.preprocessor.hidden_token_ids]
+    assert sorted(hidden) == ["sang", "the"]
+    ids = trimmed.tokenizer(["the bird sang"]).to_tensor()
+    assert trimmed.preprocessor.generate_postprocess(ids).numpy().tolist() == [b"bird"]
+    assert model.preprocessor.hidden_token_ids == tuple(sorted((the, house, sang)))
+
+
 def test_a_trimmed_model_trains_and_is_saved(model, tmp_path):
     trimmed = bg.trim_vocabulary(model, CORPUS)
     trimmed.compile(jit_compile=False, run_eagerly=True)

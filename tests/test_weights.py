@@ -1,9 +1,10 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import make_model
 
-from bertgen_tf.weights import Rule, WeightsError, assign, named_variables
+from bertgen_tf.weights import Rule, WeightsError, assign, first_line, named_variables
 
 
 def _variables(**shapes):
@@ -195,3 +196,14 @@ def test_random_states_and_training_are_no_weights():
     model.compile(jit_compile=False, run_eagerly=True)
     model.fit(["a man"], ["the bird"], verbose=0)
     assert list(named_variables(model)) == before
+
+
+def test_the_cause_of_an_error_in_a_graph_is_quoted():
+    function = tf.function(lambda x: tf.gather([4, 5, 6], x))
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        function(tf.constant(9))
+    line = first_line(caught.value)
+    assert "\n" not in line and line.startswith("InvalidArgumentError: ")
+    assert "Graph execution error" not in line and "9 is not in [0, 3)" in line
+    assert first_line(ValueError("one\ntwo")) == "ValueError: one"
+    assert first_line(KeyError()) == "KeyError"

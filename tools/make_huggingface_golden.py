@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 
 import numpy as np
+import sentencepiece
 import torch
 import transformers
 from transformers import (
@@ -23,6 +24,7 @@ from transformers import (
     BertForPreTraining,
     BertGenerationConfig,
     BertGenerationDecoder,
+    BertGenerationTokenizer,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     RobertaConfig,
@@ -42,6 +44,15 @@ GENERATE = {
     "beams": {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 9},
 }
 
+TEXTS = [
+    "the old man saw a house, and the bird sang.",
+    "who sang?",
+    "an owl, a fox; quick!",
+    "the man</s> sang",
+    "<s>a house <pad> the bird",
+    "a <unk> b </s>",
+]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -54,7 +65,9 @@ def main() -> None:
     if archive.exists():
         with zipfile.ZipFile(archive) as file:
             kept = {n: file.read(n) for n in file.namelist() if not n.startswith(prefix)}
-    makers = {4: (_shared,), 5: (_pair, _language_model, _bert, _roberta, _mixed)}[MAJOR]
+    makers = {4: (_shared,), 5: (_pair, _language_model, _bert, _roberta, _mixed, _tokenizer)}[
+        MAJOR
+    ]
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         for i, maker in enumerate(makers):
@@ -169,6 +182,31 @@ def _encoder(folder: pathlib.Path, model, name: str, dtype: torch.dtype) -> None
     np.savez_compressed(
         folder / "golden.npz", input_ids=ids, attention_mask=mask, output=output.numpy()
     )
+
+
+def _tokenizer(folder: pathlib.Path) -> None:
+    """A tokenizer whose vocabulary lacks the separator, which transformers then adds."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*TEXTS[:3], "a young woman found birds but left!"] * 4),
+        model_writer=model,
+        vocab_size=42,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        normalization_rule_name="identity",
+        minloglevel=2,
+        num_threads=1,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        path = pathlib.Path(temporary) / "spiece.model"
+        path.write_bytes(model.getvalue())
+        tokenizer = BertGenerationTokenizer(str(path))
+        tokenizer.save_pretrained(folder)
+    ids = [tokenizer(text).input_ids for text in TEXTS]
+    (folder / "golden.json").write_text(json.dumps({"texts": TEXTS, "ids": ids}))
 
 
 def _shake(model) -> None:

@@ -31,6 +31,19 @@ v1 = tf.compat.v1
 
 # tensor2tensor's value for a hypothesis that does not exist.
 INF = 1e7
+TWISTS = (
+    "",
+    "hidden",  # the decoder's output is halved
+    "ban",  # a token is taken out of the logits
+    "late_ban",  # the end is taken out of the log-probabilities, in the first steps
+    "first",  # stops once each text has an answer
+    "quotes",  # are rewritten before the tokenizer
+    "period",  # is deleted from the answer
+    "cut_last",  # sources are cut after their special tokens were added
+    "show_pad",  # of answers
+    "limit_words",  # WordPiece: no words of more than 30 bytes
+    "penalize_once",  # only the new log-probability is divided by the penalty
+)
 ENCODER_SIGNATURE = ("input_ids", "input_mask", "segment_ids")
 
 
@@ -51,6 +64,9 @@ class Network:
     scale: str = "multiply"  # "multiply" the scores, "divide" them, or multiply the "query"
     einsum: bool = False  # einsum over heads, or matrix products of two dimensions
     fused_norm: bool = True  # tf.nn.batch_normalization, or (x - mean) * rsqrt * gamma + beta
+    # Words are looked up by ids [B, S], by flat ids as in google-research/bert's embedding_lookup,
+    # or, as there with use_one_hot_embeddings, by a product of matrices.
+    lookup: str = "plain"
 
     scope: str = ""  # before each variable's name, e.g. "module/"
     resource_variables: bool = True
@@ -100,11 +116,19 @@ class Seq2Seq(Network):
     early_stop: bool = True  # stop when no running beam can win any more
     cached: bool = True  # keep keys and values, or run the decoder on the whole prefix each step
     functional: bool = False  # While of functions, or TF1's Enter and Exit
+    go_on: str = "and"  # the condition: i < n and not done, or "not_or": not (i >= n or done)
+    extra_rows: int = 0  # of the word embeddings, beyond the vocabulary; their ids are not shown
 
-    # What a reader must refuse.
-    penalty: str = "gnmt"  # ((5 + n) / 6)**alpha, or "power": n**alpha
-    limit: str = "constant"  # decode_length, or a "placeholder", or that many beyond the "source"
+    # What the graph hides, or does in another way.
+    # ((5 + n) / 6)**alpha; "none"; "hidden": alpha can be fed; "power": n**alpha; "ids": n is
+    # counted in what was said so far.
+    penalty: str = "gnmt"
+    # decode_length; a "placeholder"; that many beyond the "source"; a "cond" of two constants by a
+    # predicate that can be fed.
+    limit: str = "constant"
+    hidden_beams: bool = False  # the number of candidates can be fed
     logit_scale: float = 1.0
+    twist: str = ""  # one of TWISTS
 
 
 def make_encoder(folder: str | Path, pieces: Sequence[str], **settings) -> Encoder:
@@ -182,9 +206,10 @@ def make_seq2seq(
         else:
             tokenizer = _WordPieces(made, _asset(vocabulary))
             vocab_size = len(pieces)
-        bert = _Bert(made, _seq2seq_shapes(made, vocab_size), training)
+        bert = _Bert(made, _seq2seq_shapes(made, vocab_size + made.extra_rows), training)
         with tf.name_scope("source"):
-            ids, mask = _read_source(made, tokenizer.encode(text))
+            read = tf.strings.regex_replace(text, '"', "'") if made.twist == "quotes" else text
+            ids, mask = _read_source(made, tokenizer.encode(read))
         with tf.name_scope("reading"):
             memory = bert.embed(ids, "bert/embeddings")
             memory = bert.stack(memory, "bert/encoder", bert.padding(mask))
@@ -193,7 +218,9 @@ def make_seq2seq(
             sequences = tf.identity(sequences, "sequences")
             tf.identity(scores, "scores")
         with tf.name_scope("answer"):
-            answer = tokenizer.decode(_visible(made, sequences[:, 1:]))
+            answer = tokenizer.decode(_visible(made, sequences[:, 1:], vocab_size))
+            if made.twist == "period":
+                answer = tf.strings.regex_replace(answer, "[.]", "")
         return {"default": ({"default": text}, {"default": answer})}
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -234,8 +261,11 @@ def _check(made: Network) -> None:
     choices = {
         "activation": ("erf", "tanh", "relu"),
         "scale": ("multiply", "divide", "query"),
-        "penalty": ("gnmt", "power"),
-        "limit": ("constant", "placeholder", "source"),
+        "lookup": ("plain", "flat", "one_hot"),
+        "go_on": ("and", "not_or"),
+        "penalty": ("gnmt", "none", "hidden", "power", "ids"),
+        "limit": ("constant", "placeholder", "source", "cond"),
+        "twist": TWISTS,
     }
     for name, allowed in choices.items():
         if getattr(made, name, allowed[0]) not in allowed:
@@ -355,7 +385,17 @@ class _Bert:
     ) -> tf.Tensor:
         """Ids [B, S] -> [B, S, H]; the first id is at position `first`."""
         word = self.variables[f"{name}/word_embeddings"]
-        hidden = tf.nn.embedding_lookup(word, ids)
+        if self.made.lookup == "plain":
+            hidden = tf.nn.embedding_lookup(word, ids)
+        else:
+            rows, size = word.shape.as_list()
+            flat = tf.reshape(tf.expand_dims(ids, axis=[-1]), [-1])
+            if self.made.lookup == "flat":
+                hidden = tf.gather(word, flat)
+            else:
+                hidden = tf.matmul(tf.one_hot(flat, depth=rows), word)
+            shape = tf.shape(ids)
+            hidden = tf.reshape(hidden, [shape[0], shape[1], size])
         if types is not None:
             # As in google-research/bert: faster than a lookup on its accelerators.
             table = self.variables[f"{name}/token_type_embeddings"]
@@ -518,6 +558,7 @@ class _WordPieces:
             token_out_type=tf.int64,
             unknown_token=made.unk_token,
             lower_case=made.lower_case,
+            max_bytes_per_word=30 if made.twist == "limit_words" else 100,
         )
 
     def encode(self, text: tf.Tensor) -> tf.RaggedTensor:
@@ -536,12 +577,14 @@ def _read_source(made: Seq2Seq, ids: tf.RaggedTensor) -> tuple[tf.Tensor, tf.Ten
     def column(token: int) -> tf.Tensor:
         return tf.fill([rows, 1], token)
 
-    ids = ids[:, : made.max_source_length - made.add_bos - made.add_eos]
+    if made.twist != "cut_last":
+        ids = ids[:, : made.max_source_length - made.add_bos - made.add_eos]
     if made.add_bos or made.add_eos:
         parts = (
             [column(made.start_id)] * made.add_bos + [ids] + [column(made.eos_id)] * made.add_eos
         )
         ids = tf.concat(parts, axis=1)
+    ids = ids[:, : made.max_source_length]
     shape = [None, made.max_source_length] if made.fixed_source else None
     dense = ids.to_tensor(default_value=made.pad_id, shape=shape)
     if made.mask_from_pad:
@@ -549,15 +592,18 @@ def _read_source(made: Seq2Seq, ids: tf.RaggedTensor) -> tuple[tf.Tensor, tf.Ten
     return dense, tf.sequence_mask(ids.row_lengths(), tf.shape(dense)[1], tf.int32)
 
 
-def _visible(made: Seq2Seq, ids: tf.Tensor) -> tf.RaggedTensor:
+def _visible(made: Seq2Seq, ids: tf.Tensor, vocab_size: int) -> tf.RaggedTensor:
     """What stands before the first eos and is not hidden."""
+    hidden = [i for i in made.hidden_ids if made.twist != "show_pad" or i != made.pad_id]
     ends = tf.cumsum(tf.cast(tf.equal(ids, made.eos_id), tf.int32), axis=1)
     keep = tf.equal(ends, 0)
-    if sorted(made.hidden_ids) == list(range(len(made.hidden_ids))):
-        keep = tf.logical_and(keep, ids >= len(made.hidden_ids))
+    if sorted(hidden) == list(range(len(hidden))):
+        keep = tf.logical_and(keep, ids >= len(hidden))
     else:
-        for token in made.hidden_ids:
+        for token in hidden:
             keep = tf.logical_and(keep, tf.not_equal(ids, token))
+    if made.extra_rows:
+        keep = tf.logical_and(keep, ids < vocab_size)
     return tf.ragged.boolean_mask(ids, keep)
 
 
@@ -588,6 +634,17 @@ class _Search:
             self.limit = v1.placeholder_with_default(made.decode_length, [], "decode_limit")
         elif made.limit == "source":
             self.limit = tf.shape(mask)[1] + made.decode_length
+        elif made.limit == "cond":
+            short = v1.placeholder_with_default(True, [], "short")
+            self.limit = v1.cond(
+                short, lambda: tf.constant(3), lambda: tf.constant(made.decode_length)
+            )
+        self.alpha = made.alpha
+        if made.penalty == "hidden":
+            self.alpha = v1.placeholder_with_default(made.alpha, [], "exponent")
+        self.kept = made.beam_size
+        if made.hidden_beams:
+            self.kept = v1.placeholder_with_default(made.beam_size, [], "beam_width")
 
     def run(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Best sequences int32 [B, 1 + T] with the start token first, and their scores [B]."""
@@ -624,7 +681,7 @@ class _Search:
         last = last[0] if isinstance(last, list | tuple) else last
         any_ended = tf.reduce_any(last["exists"], axis=1)
         sums = last["sums"]
-        if made.normalize_unfinished:
+        if made.normalize_unfinished and made.penalty != "none":
             sums /= self._penalty(self.limit)
         sequences = tf.where(any_ended[:, None, None], last["ended"], last["alive"])
         scores = tf.where(any_ended[:, None], last["scores"], sums)
@@ -634,11 +691,19 @@ class _Search:
         more = tf.less(state["step"], self.limit)
         if not self.made.early_stop:
             return more
-        best = state["sums"][:, 0] / self._penalty(self.limit)
+        if self.made.twist == "first":
+            done = tf.reduce_all(tf.reduce_any(state["exists"], axis=1))
+            return tf.logical_and(more, tf.logical_not(done))
+        best = state["sums"][:, 0]
+        penalty = self._penalty(self.limit)
+        best = best if penalty is None else best / penalty
         exists = tf.cast(state["exists"], tf.float32)
         worst = tf.reduce_min(state["scores"] * exists, axis=1)
         worst += (1.0 - tf.cast(tf.reduce_any(state["exists"], axis=1), tf.float32)) * -INF
-        return tf.logical_and(more, tf.logical_not(tf.reduce_all(tf.greater(worst, best))))
+        done = tf.reduce_all(tf.greater(worst, best))
+        if self.made.go_on == "not_or":
+            return tf.logical_not(tf.logical_or(state["step"] >= self.limit, done))
+        return tf.logical_and(more, tf.logical_not(done))
 
     def _step(self, state: dict) -> dict:
         made, beams = self.made, self.made.beam_size
@@ -646,25 +711,37 @@ class _Search:
         vocab_size = logits.shape[-1]
         logits = tf.reshape(logits, [self.batch, beams, vocab_size])
         log_probs = logits - tf.reduce_logsumexp(logits, axis=2, keepdims=True)
+        if made.twist == "late_ban":
+            early = tf.cast(state["step"] < 3, tf.float32)
+            log_probs -= 1e9 * early * tf.one_hot(made.eos_id, vocab_size)
         penalty = self._penalty(state["step"] + 1)
-        sums = log_probs + state["sums"][:, :, None]
-        scores = tf.reshape(sums / penalty, [self.batch, beams * vocab_size])
-        scores, places = tf.math.top_k(scores, 2 * beams)
+        if made.penalty == "ids":
+            said = tf.not_equal(state["alive"][:, :1], made.pad_id)
+            said = tf.reduce_sum(tf.cast(said, tf.float32), axis=2)[:, :, None]
+            penalty = tf.pow((5.0 + said) / 6.0, made.alpha)
+        if made.twist == "penalize_once":
+            sums, penalty = log_probs / penalty + state["sums"][:, :, None], None
+        else:
+            sums = log_probs + state["sums"][:, :, None]
+        scores = sums if penalty is None else sums / penalty
+        penalty = penalty[:, 0] if made.penalty == "ids" else penalty
+        scores = tf.reshape(scores, [self.batch, beams * vocab_size])
+        scores, places = self._top(scores, 2)
         parents, tokens = places // vocab_size, places % vocab_size
         grown = tf.gather(state["alive"], parents, batch_dims=1)
         grown = tf.concat([grown, tokens[:, :, None]], axis=2)
         ends = tf.equal(tokens, made.eos_id)
 
-        _, kept = tf.math.top_k(scores + tf.cast(ends, tf.float32) * -INF, beams)
+        _, kept = self._top(scores + tf.cast(ends, tf.float32) * -INF, 1)
         kept_parents = tf.gather(parents, kept, batch_dims=1)
         filled = tf.pad(state["ended"], [[0, 0], [0, 0], [0, 1]], constant_values=made.pad_id)
         offered = scores + (1.0 - tf.cast(ends, tf.float32)) * -INF
         all_scores = tf.concat([state["scores"], offered], axis=1)
-        _, best = tf.math.top_k(all_scores, beams)
+        _, best = self._top(all_scores, 1)
         new = {
             "step": state["step"] + 1,
             "alive": tf.gather(grown, kept, batch_dims=1),
-            "sums": tf.gather(scores * penalty, kept, batch_dims=1),
+            "sums": tf.gather(scores if penalty is None else scores * penalty, kept, batch_dims=1),
             "ended": tf.gather(tf.concat([filled, grown], axis=1), best, batch_dims=1),
             "scores": tf.gather(all_scores, best, batch_dims=1),
             "exists": tf.gather(tf.concat([state["exists"], ends], axis=1), best, batch_dims=1),
@@ -672,6 +749,11 @@ class _Search:
         return new | {
             name: tf.gather(tensor, kept_parents, batch_dims=1) for name, tensor in cache.items()
         }
+
+    def _top(self, scores: tf.Tensor, times: int) -> list[tf.Tensor]:
+        size = times * self.made.beam_size
+        found = tf.math.top_k(scores, times * self.kept)
+        return [tf.ensure_shape(tensor, [None, size]) for tensor in found]
 
     def _decode(self, state: dict) -> tuple[tf.Tensor, dict]:
         """Logits of the next token [rows, V], and the cache with this step."""
@@ -702,13 +784,20 @@ class _Search:
                 later = 1.0 - tf.linalg.band_part(tf.ones([length, length]), -1, 0)
                 mask = later[None, None] * made.mask_value
             hidden = bert.decoder_layer(hidden, layer, new, mask, self.memory[i], self.mask)
-        logits = bert.logits(hidden[:, -1], self.embeddings)
+        hidden = hidden[:, -1]
+        if made.twist == "hidden":
+            hidden *= 0.5
+        logits = bert.logits(hidden, self.embeddings)
+        if made.twist == "ban":
+            logits -= 1e9 * tf.one_hot(20, logits.shape[-1])
         return (logits if made.logit_scale == 1.0 else logits * made.logit_scale), cache
 
-    def _penalty(self, length: tf.Tensor | int) -> tf.Tensor:
+    def _penalty(self, length: tf.Tensor | int) -> tf.Tensor | None:
+        if self.made.penalty == "none":
+            return None
         length = tf.cast(length, tf.float32)
         base = length if self.made.penalty == "power" else (5.0 + length) / 6.0
-        return tf.pow(base, self.made.alpha)
+        return tf.pow(base, self.alpha)
 
     def _to_beams(self, tensor: tf.Tensor) -> tf.Tensor:
         """[B, ...] -> [B * K, ...]."""
