@@ -32,7 +32,13 @@ def write_folder(
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     old = temporary.with_name(f"{temporary.name}-old")
     try:
+        probe = temporary / "probe"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
         write(temporary)
+        for path in temporary.iterdir():
+            path.chmod(mode)  # safetensors makes files that only their owner can read
         if check is not None:
             check(temporary)
         os.chmod(temporary, 0o755)

@@ -169,9 +169,9 @@ def load_encoder(
     """A `BertGenerationEncoder` with the weights of a TF Hub BERT module.
 
     Args:
-        handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`), which is
-            unpacked under `TFHUB_CACHE_DIR`; or a .tar.gz file, unpacked there too. In TF2
-            SavedModel or TF1 Hub format.
+        handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`); or a .tar.gz
+            file; the last two are unpacked as this module's first lines tell. In TF2 SavedModel or
+            TF1 Hub format.
         num_layers: keeps the first n layers, or the layers of a list, counted from 0.
         verify: runs the module on a probe batch and raises if the encoder differs from it.
 

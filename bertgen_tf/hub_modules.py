@@ -14,6 +14,7 @@ import hashlib
 import os
 import pathlib
 import re
+import stat
 import tarfile
 import urllib.parse
 import urllib.request
@@ -36,6 +37,8 @@ MAX_UNPACKED_BYTES = 8 * 2**30
 MAX_MEMBERS = 10_000
 # Long names and extended attributes are read whole into memory; real ones have a few hundred bytes.
 MAX_HEADER_BYTES = 2**20
+# No path on Linux is longer.
+MAX_NAME_LENGTH = 4096
 CACHE_VARIABLE = "TFHUB_CACHE_DIR"
 _ARCHIVES = (".tar.gz", ".tgz")
 _TIMEOUT_SECONDS = 60
@@ -280,7 +283,8 @@ def resolve(handle: str) -> str:
 
     It is unpacked under `TFHUB_CACHE_DIR`, or, where that is unset, under `bertgen_tf/hub` in the
     user's folder for caches: `XDG_CACHE_HOME`, or `~/.cache`. That one is made for the user alone
-    (mode 0700). What is there stays, 3 GB for the largest, until it is deleted.
+    (mode 0700), and must be writable for nobody else. What is there stays, 3 GB for the largest,
+    until it is deleted.
 
     Args:
         handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`), kept under
@@ -289,8 +293,8 @@ def resolve(handle: str) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or the user's folder
-            is open to others.
+        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or others can write to
+            the user's folder, or nobody.
     """
     is_url = "://" in handle
     is_archive = os.path.isfile(handle) and handle.endswith(_ARCHIVES)
@@ -299,6 +303,8 @@ def resolve(handle: str) -> str:
             f"{handle} should be the folder of a TF Hub module or a URL, or a .tar.gz file of one, "
             "but there is no such folder."
         )
+    if is_url or is_archive:
+        _check_cache(handle)
     try:
         if is_url:
             path = _fetch(handle)
@@ -355,6 +361,16 @@ def _unpack_file(path: str) -> str:
     return resolver.atomic_download(path, extract, _cache_folder(name))
 
 
+def _check_cache(handle: str) -> None:
+    try:
+        _cache_folder("")
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        raise ValueError(
+            f"{handle} should be unpacked, but there is no folder for that: {first_line(error)}. "
+            f"Mend that, or set {CACHE_VARIABLE} to a folder."
+        ) from error
+
+
 def _cache_folder(name: str) -> str:
     folder = resolver.tfhub_cache_dir()
     if folder is None:
@@ -369,15 +385,19 @@ def _users_folder() -> str:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # as its specification asks
         base = os.path.expanduser("~/.cache")
-    folder = os.path.join(base, "bertgen_tf", "hub")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    status = os.stat(folder)
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise ValueError(
-            f"{folder} should be the user's own and writable for nobody else, but has owner "
-            f"{status.st_uid} and mode {status.st_mode & 0o777:o}: change that, or set "
-            f"{CACHE_VARIABLE}"
-        )
+    os.makedirs(base, exist_ok=True)
+    folder = base
+    for name in ("bertgen_tf", "hub"):
+        folder = os.path.join(folder, name)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        status = os.lstat(folder)
+        open_to_others = status.st_uid != os.getuid() or status.st_mode & 0o022
+        if open_to_others or not stat.S_ISDIR(status.st_mode):
+            raise ValueError(
+                f"{folder} should be a folder of the user's own and writable for nobody else, but "
+                f"has owner {status.st_uid} and mode {stat.filemode(status.st_mode)}"
+            )
     return folder
 
 
@@ -422,8 +442,15 @@ def unpack(file: BinaryIO, folder: str) -> None:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for count, member in enumerate(archive, 1):
                 name = member.name
+                if len(name) > MAX_NAME_LENGTH:
+                    raise ValueError(
+                        f"a member of the archive has a name of {len(name)} characters, more than "
+                        f"{MAX_NAME_LENGTH}"
+                    )
                 size += member.size
-                if not (member.isreg() or member.isdir()) or member.issparse():
+                # A folder's size would count as read, though nothing of it is.
+                plain_folder = member.isdir() and member.size == 0
+                if not (member.isreg() or plain_folder) or member.issparse():
                     raise ValueError(f"member {name!r} of the archive is no plain file or folder")
                 if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
                     raise ValueError(f"member {name!r} of the archive would lie outside its folder")

@@ -11,6 +11,7 @@ comparison of answers and scores (`verify`) is what tells of these.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -331,14 +332,19 @@ class _Search:
             used = {n for n in names if n in self.loop.variables} - set(self.counters)
             if not used:
                 continue
+            integers = {graph.nodes[name].attr["T"].type for name in self.counters}
+            integer = np.int64 if 9 in integers else np.int32
             # Limit and exponent, if they are hidden: any number serves.
-            hidden: dict[Tensor, Any] = {t: np.int32(9) for t in self._limits() if t[0] in names}
+            hidden: dict[Tensor, Any] = {t: integer(9) for t in self._limits() if t[0] in names}
             for leaf in graph.leaves(names):
                 node = graph.nodes[leaf]
                 if node.op == "PlaceholderWithDefault" and node.attr["dtype"].type == 1:
                     hidden[leaf, 0] = np.float32(0.7)
-            for answers in (0, 1, beams):
-                exist = np.arange(beams)[None] < answers
+            for answers, order in itertools.product((0, 1, beams), (1, -1)):
+                # Beside a text whose search is over: all answers are there, and none is better.
+                exist = np.stack([np.arange(beams) < answers, np.ones(beams, bool)])[::order]
+                sums = np.stack([-0.1 - np.arange(beams), -1e6 - np.arange(beams)])[::order]
+                scores = np.where(exist, np.array([[-5.0], [-0.01]])[::order], -1e9)
                 feeds: dict[Tensor, Any] = dict(hidden)
                 for name in used:
                     kind = graph.nodes[name].attr["T"].type
@@ -346,13 +352,10 @@ class _Search:
                         feeds[name, 0] = exist
                     elif kind != 1:
                         raise ValueError(f"{self._describe(part)}, which is no score, may stop it")
-                    elif name == self.sums:
-                        feeds[name, 0] = -0.1 - np.arange(beams, dtype=np.float32)[None]
                     else:
-                        feeds[name, 0] = np.where(exist, -5.0, -1e9).astype(np.float32)
+                        feeds[name, 0] = np.float32(sums if name == self.sums else scores)
                 for name in set(names) & set(self.counters):
-                    kind = np.int64 if graph.nodes[name].attr["T"].type == 9 else np.int32
-                    feeds[name, 0] = kind(self.counters[name])
+                    feeds[name, 0] = integer(self.counters[name])
                 try:
                     goes_on = graph.evaluate(part, feeds) == wanted
                 except ValueError as error:
@@ -417,7 +420,7 @@ class _Search:
                         queue.append(consumer)
         if len(set(found.values())) > 1:
             raise ValueError(f"scores are divided by several penalties, {sorted(found.values())}")
-        if not found and others:
+        if others:
             raise ValueError(f"scores go into {graph.ops_of(others)}, which may be a penalty")
         return next(iter(found.values()), 0.0)
 
@@ -432,8 +435,6 @@ class _Search:
         used = {n for n in names if n in self.loop.variables}
         if node.op == "Mul" and not used & set(self.counters):
             constant = graph.constant(penalty)
-            if self.first and self.first[0].name in graph.before([(node.name, 0)]):
-                return None  # flags of candidates that are chosen already
             if constant is not None and np.all(constant == 1):
                 return None
         leaves = graph.leaves(names)

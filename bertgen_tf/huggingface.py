@@ -11,6 +11,7 @@ follow is an error, and one error lists all of a kind.
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -287,6 +288,11 @@ def _load_pair(
                 f"{len(differing)} tensors differ, such as {', '.join(differing[:3])}. Without "
                 "share=True there are two stacks."
             )
+        warnings.warn(
+            f"{source} says that encoder and decoder share weights, but {len(differing)} tensors "
+            f"differ, such as {', '.join(differing[:3])}: they are read as two stacks.",
+            stacklevel=2,
+        )
         sharing = "none"
     names.check_sizes(tensors, pair.encoder.config, source, "encoder.")
     names.check_sizes(tensors, pair.decoder.config, source, "decoder.bert.")

@@ -54,6 +54,10 @@ def assign(
 ) -> None:
     """Assigns every tensor to its variable, or raises one `WeightsError` that lists what is wrong.
 
+    Each tensor is read twice, to be checked and to be assigned: those of a mapping that reads them
+    from a file are never in memory all at once. Should the second reading fail, variables before it
+    have been assigned.
+
     Args:
         variables: what `named_variables` gives.
         tensors: arrays, or anything `np.asarray` reads, by name.
@@ -62,9 +66,9 @@ def assign(
         new: regular expression for names of variables that may stay as initialised.
     """
     problems: list[str] = []
-    assignments: dict[str, np.ndarray] = {}
+    assignments: dict[str, tuple[str, Rule]] = {}
     unknown = []
-    for name, tensor in tensors.items():
+    for name in tensors:
         rule = next((rule for rule in rules if re.fullmatch(rule.source, name)), None)
         if rule is None:
             unknown.append(name)
@@ -77,7 +81,7 @@ def assign(
         elif target in assignments:
             problems.append(f"{name} would become {target}, which is assigned already")
         else:
-            value = rule.transform(np.asarray(tensor))
+            value = rule.transform(np.asarray(tensors[name]))
             if tuple(value.shape) != tuple(variables[target].shape):
                 problems.append(
                     f"{name} has shape {value.shape}, but {target} has "
@@ -85,7 +89,7 @@ def assign(
                 )
             elif not np.isfinite(value).all():
                 problems.append(f"{name} holds NaN or infinity")
-            assignments[target] = value
+            assignments[target] = (name, rule)
     if unknown:
         problems.append(f"no rule for {_listed(unknown)}")
     missing = [n for n in variables if n not in assignments and not re.fullmatch(new, n)]
@@ -96,8 +100,8 @@ def assign(
             [f"and {len(problems) - 20} more problems"] if len(problems) > 20 else []
         )
         raise WeightsError(f"{source} does not fit the model: {'; '.join(shown)}.")
-    for name, value in assignments.items():
-        variables[name].assign(value)
+    for target, (name, rule) in assignments.items():
+        variables[target].assign(rule.transform(np.asarray(tensors[name])))
 
 
 def first_line(error: Exception) -> str:

@@ -974,6 +974,21 @@ def test_headers_cannot_fill_the_memory(kind, tmp_path, monkeypatch):
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
+@pytest.mark.parametrize("kind", ["folder", "name"])
+def test_a_folder_with_a_size_leaves_no_room_for_a_header(kind, tmp_path):
+    """tarfile reads nothing of a folder, whatever size it declares."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", format=tarfile.GNU_FORMAT) as archive:
+        folder = tarfile.TarInfo("assets")
+        folder.type, folder.size = tarfile.DIRTYPE, 2**24 if kind == "folder" else 0
+        archive.addfile(folder)
+        archive.addfile(tarfile.TarInfo("a/" * (2**22 if kind == "folder" else 2**12)))
+    buffer.seek(0)
+    messages = {"folder": "'assets' of the archive is no plain", "name": "a name of 819[12] char"}
+    with pytest.raises(ValueError, match=messages[kind]):
+        hub_modules.unpack(buffer, str(tmp_path / "folder"))
+
+
 def test_long_names_and_many_files_are_read(tmp_path):
     """What the bound leaves: names beyond the 100 bytes of a plain header, and large files."""
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
@@ -1114,16 +1129,27 @@ def test_a_cache_that_others_can_write_is_refused(module_of, unset, monkeypatch)
     (unset / "model.tar.gz").write_bytes(pack(module_of("tanh")))
     root = unset / "home/.cache/bertgen_tf/hub"
     root.mkdir(parents=True)
-    for mode in (0o777, 0o770, 0o702):
+    modes = {0o777: "drwxrwxrwx", 0o770: "drwxrwx---", 0o702: "drwx----w-"}
+    for mode, shown in modes.items():
         root.chmod(mode)
-        check_error(
-            unset / "model.tar.gz", ValueError, f"writable for nobody .* mode {mode:o}: change"
-        )
-    root.chmod(0o755)
+        check_error(unset / "model.tar.gz", ValueError, f"writable for nobody .* mode {shown}")
+    root.chmod(0o700)
+    root.parent.chmod(0o775)  # hub could be renamed
+    check_error(unset / "model.tar.gz", ValueError, "bertgen_tf should be a folder of the user's")
+    root.parent.chmod(0o755)
+    root.rename(unset / "elsewhere")
+    root.symlink_to(unset / "elsewhere")
+    check_error(unset / "model.tar.gz", ValueError, "hub should be a folder of the user's own")
+    root.unlink()
+    root.touch()
+    check_error(unset / "model.tar.gz", ValueError, "hub should be a folder of the user's own")
+    root.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "getuid", lambda: root.stat().st_uid + 1)
-        check_error(unset / "model.tar.gz", ValueError, "should be the user's own")
+        patch.setattr(os, "getuid", lambda: root.parent.stat().st_uid + 1)
+        check_error(unset / "model.tar.gz", ValueError, "should be a folder of the user's own")
     hub_modules.resolve(str(unset / "model.tar.gz"))
+    monkeypatch.setenv("TFHUB_CACHE_DIR", str(unset / "model.tar.gz" / "below"))
+    check_error(unset / "model.tar.gz", ValueError, "no folder for that: .*, or set TFHUB_")
 
 
 # What is read, and when

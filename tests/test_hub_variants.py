@@ -481,6 +481,7 @@ REFUSED = {
     "late_ban": ({"twist": "late_ban"}, "Sub, .* log-probabilities: .* computed from Merge"),
     "once": ({"twist": "penalize_once"}, "RealDiv, .* stand between the logits and"),
     "first": ({"twist": "first"}, "All .* stops it while a hypothesis could still win"),
+    "any": ({"twist": "any"}, "Any .* stops it while a hypothesis could still win"),
     "quotes": ({"twist": "quotes"}, "RegexReplace .* changes the text before SentencePiece"),
     "period": ({"twist": "period"}, "RegexReplace .* changes the text after SentencePiece"),
     "cut_last": ({"twist": "cut_last", "add_eos": True}, "adds them first and then cuts them off"),

@@ -5,6 +5,7 @@ makes it.
 """
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -247,8 +248,10 @@ def test_differing_stacks_are_not_shared(tmp_path, copy):
     read = bg.EncoderDecoderModel.from_huggingface
     with pytest.raises(ValueError, match=r"1 tensors differ, such as encoder.encoder.layer.1.out"):
         read(tmp_path / "twice", share=True)
-    for share in (None, False):  # transformers 5 unties the stacks, trains them, keeps the flag
-        two = read(tmp_path / "twice", share=share)
+    # transformers 5 unties the stacks, trains them, and keeps the flag.
+    with pytest.warns(UserWarning, match="says that encoder and decoder share .*, but 1 tensors"):
+        default = read(tmp_path / "twice")
+    for two in (default, read(tmp_path / "twice", share=False)):
         assert two.decoder.sharing == "none"
         bias = two.encoder.blocks[1].feed_forward.output_dense.bias
         np.testing.assert_array_equal(bias, stored["encoder.encoder.layer.1.output.dense.bias"])
@@ -257,7 +260,8 @@ def test_differing_stacks_are_not_shared(tmp_path, copy):
     stored = load_file(tmp_path / "words/model.safetensors")
     stored["encoder.embeddings.word_embeddings.weight"][5] += 1
     save_file(stored, tmp_path / "words/model.safetensors", metadata={"format": "pt"})
-    assert read(tmp_path / "words").decoder.sharing == "none"
+    with pytest.warns(UserWarning, match="such as encoder.embeddings.word_embeddings.weight"):
+        assert read(tmp_path / "words").decoder.sharing == "none"
 
     def untie(values):
         del values["tie_encoder_decoder"]
@@ -1145,3 +1149,15 @@ def test_special_tokens_go_by_their_roles(tmp_path):
     ids = [PIECES.index(piece) for piece in ("the", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]")]
     ours = model.encoder.embeddings.word_embeddings.embeddings.numpy()
     np.testing.assert_array_equal(ours, stored[[*ids, *range(6, 20)]])
+
+
+def test_all_files_have_the_mode_that_the_umask_gives(model, tmp_path):
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600)):
+        old = os.umask(umask)
+        try:
+            model.save_to_huggingface(tmp_path / f"{mode:o}")
+            model.save_to_preset(tmp_path / f"{mode:o}-preset")
+        finally:
+            os.umask(old)
+        for folder in (tmp_path / f"{mode:o}", tmp_path / f"{mode:o}-preset"):
+            assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}

@@ -1,3 +1,6 @@
+import collections.abc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -207,3 +210,30 @@ def test_the_cause_of_an_error_in_a_graph_is_quoted():
     assert "Graph execution error" not in line and "9 is not in [0, 3)" in line
     assert first_line(ValueError("one\ntwo")) == "ValueError: one"
     assert first_line(KeyError()) == "KeyError"
+
+
+def test_tensors_of_a_file_are_never_in_memory_all_at_once():
+    class File(collections.abc.Mapping):
+        def __init__(self, shapes):
+            self.shapes, self.read, self.most = shapes, [], 0
+
+        def __getitem__(self, name):
+            array = np.full(self.shapes[name], 0.5, np.float32)
+            self.read = [ref for ref in self.read if ref() is not None] + [weakref.ref(array)]
+            self.most = max(self.most, len(self.read))
+            return array
+
+        def __iter__(self):
+            yield from self.shapes
+
+        def __len__(self):
+            return len(self.shapes)
+
+    encoder = make_model().encoder
+    variables = named_variables(encoder)
+    file = File({name: variable.shape for name, variable in variables.items()})
+    assign(variables, file, [Rule("(.*)", r"\1")], source="a file")
+    assert all(np.all(variable == 0.5) for variable in variables.values())
+    assert 1 <= file.most <= 3 < len(variables)
+    file.shapes["unused"] = None  # cannot be read
+    assign(variables, file, [Rule("unused", None), Rule("(.*)", r"\1")], source="a file")

@@ -37,6 +37,7 @@ TWISTS = (
     "ban",  # a token is taken out of the logits
     "late_ban",  # the end is taken out of the log-probabilities, in the first steps
     "first",  # stops once each text has an answer
+    "any",  # stops once no running beam of one text can win any more
     "quotes",  # are rewritten before the tokenizer
     "period",  # is deleted from the answer
     "cut_last",  # sources are cut after their special tokens were added
@@ -700,7 +701,8 @@ class _Search:
         exists = tf.cast(state["exists"], tf.float32)
         worst = tf.reduce_min(state["scores"] * exists, axis=1)
         worst += (1.0 - tf.cast(tf.reduce_any(state["exists"], axis=1), tf.float32)) * -INF
-        done = tf.reduce_all(tf.greater(worst, best))
+        reduce = tf.reduce_any if self.made.twist == "any" else tf.reduce_all
+        done = reduce(tf.greater(worst, best))
         if self.made.go_on == "not_or":
             return tf.logical_not(tf.logical_or(state["step"] >= self.limit, done))
         return tf.logical_and(more, tf.logical_not(done))
