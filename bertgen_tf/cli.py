@@ -5,6 +5,7 @@ its traceback.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -12,21 +13,21 @@ import math
 import os
 import shlex
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import keras
 import tensorflow as tf
 
-from bertgen_tf import presets, text_files
+from bertgen_tf import cli_output, presets, text_files
 from bertgen_tf.cli_arguments import PROGRAM, make_parser
 from bertgen_tf.cli_convert import convert, is_huggingface
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import check_version_path, export_saved_model
-from bertgen_tf.generation import MAX_BATCH_SIZE, check_config
+from bertgen_tf.generation_settings import check_config
+from bertgen_tf.generator import WINDOW, Generator
 from bertgen_tf.training import bucketed_dataset, default_optimizer
 from bertgen_tf.vocabulary import trim_vocabulary
 
@@ -236,32 +237,99 @@ def _counted(batches: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    _check_output(arguments.output, arguments.overwrite)
-    total = None
-    if arguments.input != "-" and not Path(arguments.input).is_fifo():
+    path = arguments.output
+    with _user_errors():
+        cli_output.check_path(path, arguments.overwrite, arguments.resume)
+    stream = arguments.input == "-" or Path(arguments.input).is_fifo()
+    if stream and arguments.resume:
+        raise UserError("--resume needs --input, a file that can be read again")
+    config = _read_settings(arguments)
+    total = run = None
+    begun = cli_output.Begun()
+    if not stream:
         with _user_errors():
             # Twice is little beside generating, and finds every malformed line now.
             total = sum(1 for _ in text_files.read_texts(arguments.input))
-    model, config = _load(arguments)
+        if path != "-":
+            run = _describe_run(arguments, config)
+    if arguments.resume:
+        with _user_errors():
+            begun = cli_output.find_begun(path, run, total)
+        if cli_output.is_complete(path):
+            cli_output.forget(path)
+            _complain(f"{path} is complete")
+            return
+    model = _load(arguments, config)
+    with cli_output.open_output(path, run, begun, _complain) as file:
+        _generate_lines(arguments, model, config, begun.lines, total, file)
+
+
+def _generate_lines(
+    arguments: argparse.Namespace,
+    model: EncoderDecoderModel,
+    config: GenerationConfig,
+    done: int,
+    total: int | None,
+    file: TextIO,
+) -> None:
+    """Writes the outputs of all texts but the first `done`."""
     at_keyboard = arguments.input == "-" and sys.stdin.isatty()
     if at_keyboard:
         _complain("one text a line, Ctrl-D to end")
-    chunks = _chunks(arguments.input, 1 if at_keyboard else MAX_BATCH_SIZE)
-    # Where the outputs are on the terminal, they show the progress.
-    if sys.stderr.isatty() and not (arguments.output == "-" and sys.stdout.isatty()):
-        chunks = _with_progress(chunks, total)
-    with _open_output(arguments.output) as file:
-        for chunk in chunks:
-            outputs = model.generate(chunk, config, jit_compile=not arguments.no_xla)
-            for source, output in zip(chunk, outputs, strict=True):
-                file.write(text_files.output_line(arguments.output, source, output))
-            file.flush()
+    window = 1 if at_keyboard else WINDOW
+    # Windows begin where they would have: the same batches give the same bits.
+    first = done if done == total else done // window * window
+    sources: collections.deque[str] = collections.deque()
+    outputs = Generator(model).iterate(
+        _read_texts(arguments.input, first, sources),
+        config,
+        batch_size=arguments.batch_size,
+        window=window,
+        first_example=first,
+        total=total,
+        # Where the outputs are on the terminal, they show the progress.
+        verbose=int(sys.stderr.isatty() and not (file is sys.stdout and sys.stdout.isatty())),
+        jit_compile=not arguments.no_xla,
+    )
+    for number, output in enumerate(outputs, first):
+        source = sources.popleft()
+        if number >= done:
+            file.write(text_files.output_line(arguments.output, source, output))
+        if not sources:  # the end of a window
+            cli_output.sync(file)
+
+
+def _read_texts(path: str, first: int, sources: collections.deque[str]) -> Iterator[str]:
+    """The texts from `first` on; they wait in `sources` for their outputs, too."""
+    texts = itertools.islice(text_files.read_texts(path), first, None)
+    while True:
+        with _user_errors():
+            text = next(texts, None)
+        if text is None:
+            return
+        sources.append(text)
+        yield text
+
+
+def _describe_run(arguments: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
+    """What decides the outputs of a run; names are those that its user knows."""
+    preset = Path(arguments.preset)
+    names = [presets.CONFIG_FILE, presets.WEIGHTS_FILE]
+    names += sorted(name for name, _ in presets.VOCABULARIES.values())
+    return {
+        "input": cli_output.digest(arguments.input),
+        "preset": cli_output.digest(
+            *(preset / name for name in names if (preset / name).is_file())
+        ),
+        **config.to_dict(),
+    }
 
 
 def _export(arguments: argparse.Namespace) -> None:
     with _user_errors():
         check_version_path(arguments.output)
-    model, config = _load(arguments)
+    config = _read_settings(arguments)
+    model = _load(arguments, config)
     export_saved_model(model, arguments.output, config)
     folder = Path(arguments.output).absolute().parent
     mount = shlex.quote(f"{folder}:/models/{folder.name}")
@@ -287,83 +355,24 @@ def _read_preset_config(folder: str) -> dict[str, Any]:
     return config
 
 
-def _load(arguments: argparse.Namespace) -> tuple[EncoderDecoderModel, GenerationConfig]:
-    """The model, and the settings of its preset with those of the flags in their place."""
+def _read_settings(arguments: argparse.Namespace) -> GenerationConfig:
+    """The settings of the preset with those of the flags in their place."""
     saved = _read_preset_config(arguments.preset).get("generation_config")
     try:
         config = GenerationConfig.from_dict(saved)
     except (TypeError, ValueError) as error:
         raise UserError(f"{arguments.preset} has a damaged generation_config: {error}") from error
     names = [field.name for field in dataclasses.fields(config)]
-    values = {name: getattr(arguments, name, None) for name in names}
     with _user_errors():
-        # The flags first: reading a large model takes long.
-        config = config.replace(**{k: value for k, value in values.items() if value is not None})
+        # Flags that are not given have no attribute: None is a value.
+        return config.replace(**{k: getattr(arguments, k) for k in names if hasattr(arguments, k)})
+
+
+def _load(arguments: argparse.Namespace, config: GenerationConfig) -> EncoderDecoderModel:
+    with _user_errors():
         model = EncoderDecoderModel.from_preset(arguments.preset)
         check_config(config, model)
-    return model, config
-
-
-def _chunks(path: str, size: int) -> Iterator[list[str]]:
-    texts = text_files.read_texts(path)
-    while True:
-        with _user_errors():
-            chunk = list(itertools.islice(texts, size))
-        if not chunk:
-            return
-        yield chunk
-
-
-def _with_progress(chunks: Iterable[list[str]], total: int | None) -> Iterator[list[str]]:
-    """The same chunks; shows on stderr how many texts are done."""
-    start = time.monotonic()
-    of_all = "" if total is None else f" of {total:,}"
-
-    def show(done: int) -> None:
-        speed = done / max(time.monotonic() - start, 1e-9)
-        text = f"{done:,}{of_all} texts, {speed:.1f} a second"
-        print(f"\r{text}", end="", file=sys.stderr, flush=True)
-
-    done = 0
-    try:
-        for chunk in chunks:
-            show(done)
-            yield chunk
-            done += len(chunk)
-        show(done)
-    finally:
-        print(file=sys.stderr)
-
-
-def _check_output(path: str, overwrite: bool) -> None:
-    if path == "-":
-        return
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"--output must be a file, or - for standard output, but {path} is none")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise UserError(f"--output must lie in a folder that can be written, but {folder} is none")
-    for existing in (path, path + ".partial"):
-        if os.path.exists(existing) and not overwrite:
-            raise UserError(f"{existing} exists; --overwrite replaces it")
-
-
-@contextlib.contextmanager
-def _open_output(path: str) -> Iterator[TextIO]:
-    """A file that gets its name when it is complete, so that no error costs an older one."""
-    if path == "-":
-        sys.stdout.reconfigure(encoding="utf-8")
-        yield sys.stdout
-        return
-    partial = path + ".partial"
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
-        try:
-            yield file
-        except BaseException:
-            if file.tell():
-                _complain(f"what was finished is in {partial}")
-            raise
-    os.replace(partial, path)
+    return model
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from bertgen_tf.config import BEAM_SCORERS, GenerationConfig
+from bertgen_tf.generator import BATCH_SIZE
 
 PROGRAM = "bertgen-tf"
 
@@ -167,6 +168,8 @@ files, in UTF-8:
   .tsv           in: the first column of each line
   others         in: one text a line; out: one text a line, tabs between several
 
+Outputs are written, and --resume goes on, by the thousand: killed before, it begins with them anew.
+
 example:
   bertgen-tf generate --preset my_model --input sources.txt --output outputs.txt --num-beams 4""",
     )
@@ -180,7 +183,23 @@ example:
         metavar="FILE",
         help="a new file, called FILE.partial until it is complete (default: -, standard output)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--overwrite", action="store_true", help="replace --output, or FILE.partial, if it exists"
+    )
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with FILE.partial, which an earlier run with the same --input, --preset and "
+        "settings left, if there is one; a complete --output is left as it is",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_at_least(1),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="texts that are generated together (default: %(default)s); fewer need less memory",
+    )
     parser.add_argument(
         "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
     )
@@ -250,42 +269,23 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
 
 def _add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "") -> None:
     """A flag for each field of `GenerationConfig`; those not given keep the preset's value."""
-    helps = {
-        "max_new_tokens": "the most tokens to generate, the end token included",
-        "min_new_tokens": "no end before so many tokens",
-        "num_beams": "width of the beam search; 1 is greedy search",
-        "num_return_sequences": "outputs of each text, best first; at most --num-beams",
-        "beam_scorer": "how beam search compares lengths and stops: as HuggingFace does, or as "
-        "Google's NMT, which the TF Hub originals use",
-        "length_penalty": "exponent of the length by which huggingface divides scores: higher "
-        "makes longer texts",
-        "early_stopping": "when huggingface's beam search ends: with the first --num-beams "
-        "complete texts (true), when better ones are unlikely (false) or impossible (never)",
-        "gnmt_alpha": "the same exponent for gnmt",
-        "normalize_unfinished": "whether gnmt divides the score of a text that did not end, too",
-        "suppress_tokens": "ids of tokens that are never generated, such as 5,17",
-    }
-    kinds: dict[Any, dict[str, Any]] = {
-        int: {"type": int, "metavar": "N"},
-        float: {"type": _number, "metavar": "X"},
-        "beam_scorer": {"choices": BEAM_SCORERS},
-        bool: {"type": _boolean, "metavar": "true|false"},
-        "early_stopping": {"type": _early_stopping, "metavar": "true|false|never"},
-        "suppress_tokens": {"type": _ids, "metavar": "ID,ID"},
-    }
     group = parser.add_argument_group(
-        "generation", "A setting that is left out is that of the preset, as finetune saved it."
+        "generation",
+        "A setting that is left out is that of the preset, as finetune saved it; those that can be "
+        "none\ntake none as a value.",
     )
     for field in dataclasses.fields(GenerationConfig):
         if field.name == leave_out:
             continue
-        default = str(field.default).lower() if field.default != () else "none"
-        if field.name == "max_new_tokens":
-            default = "finetune's --max-target-length"
+        text = _GENERATION_HELPS[field.name]
+        default = "none" if field.default in ((), None) else str(field.default).lower()
+        default = _GENERATION_DEFAULTS.get(field.name, default)
         group.add_argument(
             "--" + field.name.replace("_", "-"),
-            help=f"{helps[field.name]} (default: {default})",
-            **(kinds.get(field.name) or kinds[field.type]),
+            # None is a value of some.
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {default})",
+            **(_GENERATION_KINDS.get(field.name) or _GENERATION_KINDS[field.type]),
         )
 
 
@@ -341,3 +341,102 @@ def _early_stopping(text: str) -> bool | str:
     if text not in values:
         raise argparse.ArgumentTypeError(f"expected true, false or never, received {text!r}")
     return values[text]
+
+
+def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "none" else kind(text)
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected an integer, received {text!r}") from error
+
+
+def _one_or_more_ids(text: str) -> int | tuple[int, ...]:
+    ids = _ids(text)
+    return ids if len(ids) != 1 else ids[0]
+
+
+def _id_sequences(text: str) -> tuple[tuple[int, ...], ...]:
+    return tuple(_ids(ids) for ids in text.split(";")) if text else ()
+
+
+def _biases(text: str) -> tuple[tuple[tuple[int, ...], float], ...]:
+    pairs = [pair.split(":") for pair in text.split(";")] if text else []
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"expected ID,ID:X;ID:X, received {text!r}")
+    return tuple((_ids(ids), _number(bias)) for ids, bias in pairs)
+
+
+def _start_and_factor(text: str) -> tuple[int, float]:
+    start, comma, factor = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"expected START,FACTOR, received {text!r}")
+    return _integer(start), _number(factor)
+
+
+_TOKEN_IDS = {"type": _ids, "metavar": "ID,ID"}
+_END_IDS = {"type": _none_or(_one_or_more_ids), "metavar": "ID,ID|none"}
+# By the name or the type of a field.
+_GENERATION_KINDS: dict[Any, dict[str, Any]] = {
+    int: {"type": int, "metavar": "N"},
+    int | None: {"type": _none_or(_integer), "metavar": "N|none"},
+    float: {"type": _number, "metavar": "X"},
+    bool: {"type": _boolean, "metavar": "true|false"},
+    "beam_scorer": {"choices": BEAM_SCORERS},
+    "early_stopping": {"type": _early_stopping, "metavar": "true|false|never"},
+    "bad_words_ids": {"type": _id_sequences, "metavar": "ID,ID;ID"},
+    "sequence_bias": {"type": _biases, "metavar": "ID,ID:X;ID:X"},
+    "suppress_tokens": _TOKEN_IDS,
+    "begin_suppress_tokens": _TOKEN_IDS,
+    "forced_eos_token_id": _END_IDS,
+    "exponential_decay_length_penalty": {
+        "type": _none_or(_start_and_factor),
+        "metavar": "N,X|none",
+    },
+    "eos_token_id": _END_IDS,
+}
+_GENERATION_DEFAULTS = {
+    "max_new_tokens": "finetune's --max-target-length",
+    "eos_token_id": "none, the model's own",
+}
+_GENERATION_HELPS = {
+    "max_new_tokens": "the most tokens to generate, the end token included",
+    "max_length": "the same with the start token; instead of --max-new-tokens",
+    "min_new_tokens": "no end before so many tokens",
+    "min_length": "the same with the start token; both may be given",
+    "num_beams": "width of the beam search; 1 is greedy search, or sampling with --do-sample",
+    "num_return_sequences": "outputs of each text, best first; at most --num-beams, or any number "
+    "with --do-sample and --num-beams 1",
+    "do_sample": "whether tokens are drawn by their probabilities",
+    "temperature": "of sampling: above 1 more varied, below 1 less",
+    "top_k": "draw from so many of the likeliest tokens; 0 for all",
+    "top_p": "draw from the fewest of the likeliest tokens whose probabilities reach it",
+    "min_p": "draw from tokens that have at least this share of the highest probability",
+    "typical_p": "draw from the most typical tokens whose probabilities reach it",
+    "seed": "of sampling: the same outputs in every run; none for others in each",
+    "beam_scorer": "how beam search compares lengths and stops: as HuggingFace does, or as "
+    "Google's NMT, which the TF Hub originals use",
+    "length_penalty": "exponent of the length by which huggingface divides scores: higher "
+    "makes longer texts",
+    "early_stopping": "when huggingface's beam search ends: with the first --num-beams "
+    "complete texts (true), when better ones are unlikely (false) or impossible (never)",
+    "gnmt_alpha": "the same exponent for gnmt",
+    "normalize_unfinished": "whether gnmt divides the score of a text that did not end, too",
+    "repetition_penalty": "above 1, tokens that came already become less likely",
+    "encoder_repetition_penalty": "above 1, tokens of the source become more likely",
+    "no_repeat_ngram_size": "no sequence of so many tokens twice; 0 for no such rule",
+    "encoder_no_repeat_ngram_size": "no sequence of so many tokens that the source has; 0 for no "
+    "such rule",
+    "bad_words_ids": "sequences of token ids that are never generated, such as 5,6;7",
+    "sequence_bias": "what is added to the scores of sequences of token ids, such as 5,6:-2.5;7:1",
+    "suppress_tokens": "ids of tokens that are never generated, such as 5,17",
+    "begin_suppress_tokens": "ids of tokens that are not generated first",
+    "forced_bos_token_id": "id of the token to begin with",
+    "forced_eos_token_id": "id of the token, or tokens, to end with at the greatest length",
+    "exponential_decay_length_penalty": "after N tokens the end becomes likelier by the factor X "
+    "with each further one, such as 20,1.1",
+    "eos_token_id": "id of the token that ends a text, or ids of several",
+}

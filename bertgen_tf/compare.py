@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.huggingface_generation import write_generation
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 
 Model = EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder
@@ -48,7 +49,7 @@ def compare_with_huggingface(
 
     Returns:
         The checks: hidden states or logits; for an encoder-decoder both, and the ids that greedy
-        search and a search of four beams generate, up to the first EOS.
+        search and searches of four beams generate, up to the first EOS.
 
     Raises:
         ImportError: transformers or torch is not installed.
@@ -159,9 +160,13 @@ def _compare_encoder_decoder(
         ),
         _compare("decoder logits", model(batch), theirs.logits, target_mask, tolerance),
     ]
-    for num_beams in (1, 4):
-        name = "greedy search" if num_beams == 1 else f"{num_beams} beams"
-        checks.append(_compare_generated(name, num_beams, model, other, source))
+    penalties = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3}
+    for name, options in (
+        ("greedy search", {}),
+        ("4 beams", {"num_beams": 4}),
+        ("4 beams with penalties", {"num_beams": 4, **penalties}),
+    ):
+        checks.append(_compare_generated(name, options, model, other, source))
     return checks
 
 
@@ -175,12 +180,17 @@ def _compare(name: str, ours: Any, theirs: Any, mask: np.ndarray, tolerance: flo
 
 
 def _compare_generated(
-    name: str, num_beams: int, model: EncoderDecoderModel, other: Any, source: dict[str, np.ndarray]
+    name: str,
+    options: dict[str, Any],
+    model: EncoderDecoderModel,
+    other: Any,
+    source: dict[str, np.ndarray],
 ) -> Check:
     from transformers import GenerationConfig as TheirConfig
 
     decoder = model.decoder.config
     length = min(MAX_NEW_TOKENS, decoder.max_position_embeddings)
+    config = GenerationConfig(max_new_tokens=length).replace(**options)
     special_ids = {
         "pad_token_id": decoder.pad_token_id,
         "bos_token_id": decoder.bos_token_id,
@@ -189,10 +199,9 @@ def _compare_generated(
     }
     # What a call leaves out would come from the checkpoint's own settings.
     other.generation_config = TheirConfig(
-        max_new_tokens=length, num_beams=num_beams, do_sample=False, **special_ids
+        **{"num_beams": 1, "do_sample": False, **special_ids, **write_generation(config)[0]}
     )
     theirs = other.generate(**_tensors(source)).numpy()
-    config = GenerationConfig(max_new_tokens=length, num_beams=num_beams)
     ours = model.generate(source, config, jit_compile=False).sequences[:, 0]
     pairs = zip(ours.tolist(), theirs.tolist(), strict=True)
     end = decoder.eos_token_id

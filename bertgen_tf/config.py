@@ -3,15 +3,22 @@
 import dataclasses
 import json
 import math
+import numbers
 import os
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 BEAM_SCORERS = ("huggingface", "gnmt")
+DEFAULT_MAX_NEW_TOKENS = 64
 
 
 class _Config:
     """JSON in and out for the two dataclasses below."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -81,6 +88,7 @@ class BertGenerationConfig(_Config):
     add_cross_attention: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         _require_integers(
             self,
             1,
@@ -121,20 +129,178 @@ class BertGenerationConfig(_Config):
             )
 
 
+class _Rule(NamedTuple):
+    """Which values a field takes, and that in words."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def _integer_from(least: int) -> _Rule:
+    return _Rule(
+        lambda value: _is_integer(value) and value >= least, f"an integer of at least {least}"
+    )
+
+
+def _optional(rule: _Rule) -> _Rule:
+    # None is a default: nobody needs to be told of it.
+    return _Rule(lambda value: value is None or rule.allows(value), rule.words)
+
+
+def _choice(*values: Any) -> _Rule:
+    # By type, too: 1 is no True.
+    return _Rule(
+        lambda value: any(type(value) is type(other) and value == other for other in values),
+        f"one of {', '.join(map(str, values))}",
+    )
+
+
+_NUMBER = _Rule(lambda value: _is_number(value), "a number")
+_NUMBER_FROM_0 = _Rule(lambda value: _is_number(value) and value >= 0, "a number from 0")
+_POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+_SHARE = _Rule(
+    lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and not above 1"
+)
+_BOOLEAN = _Rule(lambda value: isinstance(value, bool), "True or False")
+_TOKEN = _Rule(lambda value: _is_integer(value) and value >= 0, "a token id (an integer from 0)")
+_TOKENS = _Rule(
+    lambda value: isinstance(value, tuple) and all(map(_TOKEN.allows, value)),
+    "token ids (integers from 0)",
+)
+_SEQUENCE = _Rule(lambda value: _TOKENS.allows(value) and len(value) > 0, "token ids, at least one")
+_TOKEN_OR_SEQUENCE = _Rule(
+    lambda value: _TOKEN.allows(value) or _SEQUENCE.allows(value),
+    "a token id (an integer from 0) or several",
+)
+
+_GENERATION_RULES = {
+    "max_new_tokens": _optional(_integer_from(1)),
+    "max_length": _optional(_integer_from(2)),
+    **dict.fromkeys(("min_new_tokens", "min_length"), _integer_from(0)),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), _integer_from(1)),
+    **dict.fromkeys(("do_sample", "normalize_unfinished"), _BOOLEAN),
+    "beam_scorer": _choice(*BEAM_SCORERS),
+    "length_penalty": _NUMBER,
+    "early_stopping": _Rule(_choice(True, False, "never").allows, 'True, False or "never"'),
+    "gnmt_alpha": _NUMBER_FROM_0,
+    "temperature": _POSITIVE,
+    "top_k": _integer_from(0),
+    **dict.fromkeys(("top_p", "typical_p"), _SHARE),
+    "min_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
+    "seed": _optional(
+        _Rule(
+            lambda value: _is_integer(value) and 0 <= value < 2**31, "an integer from 0 below 2**31"
+        )
+    ),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _POSITIVE),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _integer_from(0)),
+    "bad_words_ids": _Rule(
+        lambda value: isinstance(value, tuple) and all(map(_SEQUENCE.allows, value)),
+        "sequences of token ids, such as [[5], [7, 8]]",
+    ),
+    "sequence_bias": _Rule(
+        lambda value: (
+            isinstance(value, tuple)
+            and all(
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and _SEQUENCE.allows(pair[0])
+                and _is_number(pair[1])
+                for pair in value
+            )
+            and len({ids for ids, _ in value}) == len(value)
+        ),
+        "different sequences of token ids with a number each, such as {(5,): 2.0, (7, 8): -1.5} or "
+        "[[[5], 2.0], [[7, 8], -1.5]]",
+    ),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _TOKENS),
+    "forced_bos_token_id": _optional(_TOKEN),
+    **dict.fromkeys(("forced_eos_token_id", "eos_token_id"), _optional(_TOKEN_OR_SEQUENCE)),
+    "exponential_decay_length_penalty": _optional(
+        _Rule(
+            lambda value: (
+                isinstance(value, tuple)
+                and len(value) == 2
+                and _is_integer(value[0])
+                and value[0] >= 0
+                and _POSITIVE.allows(value[1])
+            ),
+            "an integer from 0 (the start) with a number above 0 (the factor)",
+        )
+    ),
+}
+
+
+class _Use(NamedTuple):
+    """Where fields are read: elsewhere only their defaults are allowed."""
+
+    names: tuple[str, ...]
+    words: str
+    reads: Callable[["GenerationConfig"], bool]
+    because_of: tuple[str, ...]
+
+
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed")
+_USES = (
+    _Use(
+        ("early_stopping",),
+        "beam search with HuggingFace's scorer",
+        lambda config: config.num_beams > 1 and config.beam_scorer == "huggingface",
+        ("num_beams", "beam_scorer"),
+    ),
+    _Use(
+        ("length_penalty",),
+        "beam_scorer='huggingface'",
+        lambda config: config.beam_scorer == "huggingface",
+        ("beam_scorer",),
+    ),
+    _Use(
+        ("gnmt_alpha", "normalize_unfinished"),
+        "beam_scorer='gnmt'",
+        lambda config: config.beam_scorer == "gnmt",
+        ("beam_scorer",),
+    ),
+    _Use(
+        _SAMPLING_FIELDS,
+        "sampling (do_sample=True)",
+        lambda config: config.do_sample,
+        ("do_sample",),
+    ),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(_Config):
     """How `generate` searches; HuggingFace's field names and, where it has the field, its defaults.
 
-    Every combination of values compiles its own function: keep to a few.
+    A value that the other settings leave without effect is an error. Every combination of values,
+    the seed apart, compiles its own function: keep to a few. Lists are kept as tuples.
     """
 
-    # Length, in generated tokens: the start token does not count, EOS does.
-    max_new_tokens: int = 64
+    # The longest output; one of the two, where neither is given max_new_tokens=64. New tokens are
+    # those after start token and prompt, the end token among them; max_length counts all.
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    # No end token before so many tokens; both apply.
     min_new_tokens: int = 0
+    min_length: int = 0
 
-    # Search: num_beams=1 is greedy.
+    # Search: num_beams=1 is greedy, or with do_sample draws each token, the sequences returned
+    # independently of each other; with several beams it draws their continuations.
     num_beams: int = 1
     num_return_sequences: int = 1
+    do_sample: bool = False
+
+    # What is drawn from, in this order; only with do_sample. 0 switches top_k and min_p off, 1
+    # top_p and typical_p.
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    # None: other draws at every call. An integer: the same ones at every call, whatever the batch
+    # and whether compiled by XLA or not.
+    seed: int | None = None
 
     # Scores: sum of log-probabilities / length**length_penalty ("huggingface"), or
     # / ((5 + length) / 6)**gnmt_alpha with tensor2tensor's stopping rule ("gnmt"), which is
@@ -147,71 +313,97 @@ class GenerationConfig(_Config):
     # it by the penalty of max_new_tokens.
     normalize_unfinished: bool = False
 
-    # Token ids that are never generated.
+    # Above 1 tokens that came already, in the output or in the source, become less likely (in the
+    # source: more likely).
+    repetition_penalty: float = 1.0
+    encoder_repetition_penalty: float = 1.0
+    # No n-gram of this size twice, or none of the source; 0 allows all.
+    no_repeat_ngram_size: int = 0
+    encoder_no_repeat_ngram_size: int = 0
+    # Token sequences that are never generated, and numbers added to the score of sequences.
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
+    # Token ids that are never generated, or not as the first one.
     suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    # The token after the start token, and the one that the longest output ends with.
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | tuple[int, ...] | None = None
+    # (start, factor): after `start` new tokens the end becomes ever more likely.
+    exponential_decay_length_penalty: tuple[int, float] | None = None
+    # Each of them ends a sequence; None: the decoder's.
+    eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self):
-        if not isinstance(self.suppress_tokens, list | tuple) or not all(
-            _is_integer(token) and token >= 0 for token in self.suppress_tokens
+        super().__post_init__()
+        for name in ("forced_eos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            if isinstance(ids, tuple) and len(ids) == 1:  # one form of one meaning
+                object.__setattr__(self, name, ids[0])
+        for name, rule in _GENERATION_RULES.items():
+            if not rule.allows(getattr(self, name)):
+                raise ValueError(f"{name} must be {rule.words}, received {getattr(self, name)!r}.")
+        self._check_lengths()
+        if self.num_return_sequences > self.num_beams and not (
+            self.do_sample and self.num_beams == 1
         ):
-            raise ValueError(
-                f"suppress_tokens must be token ids (integers from 0), "
-                f"received {self.suppress_tokens!r}."
-            )
-        # JSON has lists only; a tuple keeps the config hashable.
-        object.__setattr__(self, "suppress_tokens", tuple(self.suppress_tokens))
-        _require_integers(self, 1, "max_new_tokens", "num_beams", "num_return_sequences")
-        _require_integers(self, 0, "min_new_tokens")
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(
-                f"min_new_tokens must not exceed max_new_tokens ({self.max_new_tokens}), "
-                f"received {self.min_new_tokens}."
-            )
-        if self.num_return_sequences > self.num_beams:
             raise ValueError(
                 f"num_return_sequences must not exceed num_beams ({self.num_beams}), "
-                f"received {self.num_return_sequences}. Raise num_beams."
+                f"received {self.num_return_sequences}. Raise num_beams, or set do_sample=True "
+                "with num_beams=1 for independent samples."
             )
-        if self.beam_scorer not in BEAM_SCORERS:
+        for use in _USES:
+            for name in use.names:
+                value = getattr(self, name)
+                default = type(self).__dataclass_fields__[name].default
+                if value != default and not use.reads(self):
+                    others = " and ".join(f"{of}={getattr(self, of)!r}" for of in use.because_of)
+                    raise ValueError(
+                        f"{name} applies to {use.words} only, received {value!r} with {others}. "
+                        f"Leave it at {default!r}."
+                    )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; unknown names are an error.
+
+        `max_new_tokens` takes the place of `max_length`, and the other way round.
+        """
+        for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
+            if changes.get(name) is not None:
+                changes.setdefault(other, None)
+        return super().replace(**changes)
+
+    def _check_lengths(self) -> None:
+        if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(
-                f"beam_scorer must be one of {', '.join(BEAM_SCORERS)}, "
-                f"received {self.beam_scorer!r}."
+                "max_new_tokens and max_length (which counts start token and prompt, too) exclude "
+                f"each other, received {self.max_new_tokens} and {self.max_length}. Set one."
             )
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise ValueError(
-                f'early_stopping must be True, False or "never", received {self.early_stopping!r}.'
-            )
-        for name, least in (("length_penalty", -math.inf), ("gnmt_alpha", 0)):
-            value = getattr(self, name)
-            if not _is_number(value) or value < least:
-                raise ValueError(
-                    f"{name} must be a number{' from 0' if least == 0 else ''}, received {value!r}."
-                )
-        # What a search does not read is an error, never ignored silently.
-        if self.early_stopping is not False and (
-            self.num_beams == 1 or self.beam_scorer != "huggingface"
+        if self.max_new_tokens is None and self.max_length is None:
+            object.__setattr__(self, "max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+        for name, limit, longest in (
+            ("min_new_tokens", "max_new_tokens", self.max_new_tokens),
+            ("min_length", "max_length", self.max_length),
+            # The start token is not new.
+            ("min_new_tokens", "max_length - 1", self.max_length and self.max_length - 1),
         ):
-            raise ValueError(
-                f"early_stopping applies to beam search with HuggingFace's scorer only, received "
-                f"{self.early_stopping!r} with num_beams={self.num_beams} and "
-                f"beam_scorer={self.beam_scorer!r}. Set early_stopping=False."
-            )
-        if not isinstance(self.normalize_unfinished, bool):
-            raise ValueError(
-                "normalize_unfinished must be True or False, "
-                f"received {self.normalize_unfinished!r}."
-            )
-        for name, scorer in (
-            ("length_penalty", "huggingface"),
-            ("gnmt_alpha", "gnmt"),
-            ("normalize_unfinished", "gnmt"),
-        ):
-            default = type(self).__dataclass_fields__[name].default
-            if self.beam_scorer != scorer and getattr(self, name) != default:
+            if longest is not None and getattr(self, name) > longest:
                 raise ValueError(
-                    f"{name} applies to beam_scorer={scorer!r} only, received "
-                    f"{getattr(self, name)!r} with {self.beam_scorer!r}. Leave it at {default}."
+                    f"{name} must not exceed {limit} ({longest}), received {getattr(self, name)}."
                 )
+
+
+def _plain(value: Any) -> Any:
+    """Python's own numbers for NumPy's, and tuples, which are hashable, for lists and dicts."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
 
 
 def _is_integer(value: Any) -> bool:

@@ -3,15 +3,15 @@
 B batch, T target length, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from bertgen_tf import training
+from bertgen_tf import streaming, training
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
-from bertgen_tf.generation import Generator
+from bertgen_tf.generator import BATCH_SIZE, Generator
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
@@ -268,24 +268,87 @@ class EncoderDecoderModel(keras.Model):
         inputs: Any,
         generation_config: GenerationConfig | None = None,
         *,
+        decoder_text: str | Sequence[str] | None = None,
+        logits_processor: Sequence[Callable] = (),
+        output_scores: bool = False,
+        output_attentions: bool = False,
+        batch_size: int = BATCH_SIZE,
+        verbose: Any = "auto",
         jit_compile: bool = True,
         **options: Any,
     ) -> Any:
         """Generates text from text, or ids from ids.
 
+        Inputs may be of any number: those of like length are generated together, and the results
+        are in the order of the inputs. An example's result does not depend on the others.
+
         Args:
-            inputs: a string, a list of strings, or `dict(input_ids, attention_mask)`, int32 [B, S].
+            inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or
+                `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)`, int32
+                [B, S] and [B, P], of which all but `input_ids` may be left out. The decoder ids are
+                prompts, with which the outputs begin; the start token is put in front unless every
+                row has it. The masks are 0 on padding, which prompts have at their ends.
             generation_config: settings; by default the model's own.
+            decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
+                text that is returned.
+            logits_processor: functions `(logits, ids, step) -> logits` that run after those of the
+                settings, see `bertgen_tf.logits`. The compiled functions are kept by them: pass
+                the same objects again, or each call compiles anew.
+            output_scores: also give the log-probability of each token.
+            output_attentions: also give the weights of cross-attention. They take 4 bytes for each
+                layer, head, output and source token: of 24 layers with 16 heads, 50 MB for an
+                output of 64 tokens and a source of 512, all of them in memory until the end. Ask
+                for them for few inputs at a time.
+            batch_size: how many are generated together, at most.
+            verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
+                there are more than 4 batches.
             jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
                 False runs the same loop as a plain graph.
             **options: fields of `GenerationConfig` that replace those of the settings.
 
         Returns:
-            For a string, the best hypothesis as str; for a list of strings, a list of str; with
-            `num_return_sequences` above 1, a list of hypotheses, best first, in place of each str.
-            For ids a `GenerateOutput`.
+            For a string, the best hypothesis as str; for a list or dataset of strings, a list of
+            str; with `num_return_sequences` above 1, a list of hypotheses, best first, in place of
+            each str. For ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
+
+        Raises:
+            TypeError, ValueError: inputs, prompts or settings are none that the model takes.
         """
-        return self._generator.generate(inputs, generation_config, jit_compile, options)
+        return self._generator.generate(
+            inputs,
+            generation_config,
+            decoder_text=decoder_text,
+            logits_processor=logits_processor,
+            output_scores=output_scores,
+            output_attentions=output_attentions,
+            batch_size=batch_size,
+            verbose=verbose,
+            jit_compile=jit_compile,
+            **options,
+        )
+
+    def stream(
+        self,
+        text: str,
+        generation_config: GenerationConfig | None = None,
+        *,
+        decoder_text: str | None = None,
+        logits_processor: Sequence[Callable] = (),
+        tokens_per_step: int = 1,
+        jit_compile: bool = True,
+        **options: Any,
+    ) -> Iterator[str]:
+        """Generates from one text, given out in parts; see `bertgen_tf.streaming.stream`."""
+        return streaming.stream(
+            self,
+            text,
+            generation_config,
+            decoder_text=decoder_text,
+            logits_processor=logits_processor,
+            tokens_per_step=tokens_per_step,
+            jit_compile=jit_compile,
+            **options,
+        )
 
     def get_config(self) -> dict[str, Any]:
         config = {

@@ -2,24 +2,50 @@
 
 Strings cannot enter XLA, so text stays outside: the compiled function takes padded integers only.
 Batch and source length are padded to buckets inside the graph, so that a model compiles a bounded
-number of times, also when it is served.
+number of times, also when it is served. Nothing is written for AutoGraph, which would take longer
+at the first call than tracing does.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf import decoding, logits
+from bertgen_tf import decoding
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation_settings import (
+    eos_token_ids,
+    filters_for,
+    processors_for,
+    total_length,
+    uses_beams,
+)
+from bertgen_tf.logits import Processor
 
-# Longer lists are generated in parts of this many texts.
-MAX_BATCH_SIZE = 32
-# Settings whose compiled functions a model keeps.
-MAX_FUNCTIONS = 16
+# input_ids, attention_mask, decoder_input_ids, seeds
+_SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 3 + [tf.TensorSpec([None, 2], tf.int32)]
 
-_SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 2
+
+class GenerateTensors(NamedTuple):
+    """What a generation function gives; hypotheses are best first.
+
+    T is P + max_new_tokens, or max_length: the longest output, start token and prompt included.
+
+    Attributes:
+        sequences: int32 [B, n, T]: prompt, generated tokens, end token if it was reached, padding.
+        scores: float32 [B, n], see `bertgen_tf.decoding`.
+        token_scores: float32 [B, n, T - 1]: the log-probability of sequences[..., i + 1] where that
+            was generated, 0 elsewhere.
+        cross_attentions: float32 [B, n, layers, heads, T - 1, S], or None: the weights with which
+            the decoder looked at the source when it chose sequences[..., i + 1]; 0 after the end.
+    """
+
+    sequences: tf.Tensor
+    scores: tf.Tensor
+    token_scores: tf.Tensor
+    cross_attentions: tf.Tensor | None
 
 
 class GenerateOutput(NamedTuple):
@@ -36,99 +62,168 @@ class GenerateOutput(NamedTuple):
     scores: np.ndarray
 
 
-class Generator:
-    """The generation functions of one model, built when first needed and kept."""
+def generation_function(
+    model: Any,
+    config: GenerationConfig,
+    jit_compile: bool,
+    *,
+    logits_processor: Sequence[Processor] = (),
+    output_attentions: bool = False,
+) -> Callable[..., GenerateTensors]:
+    """The search of `model` by these settings, as a graph, traced once for each bucket of prompts.
 
-    def __init__(self, model: Any):
-        self.model = model
-        self.functions: dict[tuple[GenerationConfig, bool], Callable] = {}
+    With `jit_compile` the search is compiled by XLA, once for each bucket that comes up: batches
+    are padded to powers of two, sources to powers of two from 16, prompts to 1 and powers of two
+    from 8. Without, it is a plain graph, where only prompts are padded.
+
+    Args:
+        model: with `encoder` and `decoder`.
+        config: settings that `check_config` passed; its seed is not read.
+        jit_compile: see above.
+        logits_processor: run after the processors of the settings, see `bertgen_tf.logits`.
+        output_attentions: also gives the weights of cross-attention.
+
+    Returns:
+        `(input_ids [B, S], attention_mask [B, S], decoder_input_ids [B, P], seeds [B, 2])`, int32,
+        P known when traced and no padding among the prompts -> `GenerateTensors`.
+    """
+    functions: dict[int, Callable[..., GenerateTensors]] = {}
+
+    def build(width: int) -> Callable[..., GenerateTensors]:
+        @tf.function(
+            jit_compile=jit_compile,
+            autograph=False,
+            input_signature=_Inputs.signature(width),
+        )
+        def search(*inputs: tf.Tensor) -> GenerateTensors:
+            return _search(model, config, _Inputs(*inputs), logits_processor, output_attentions)
+
+        @tf.function(autograph=False, input_signature=_SIGNATURE)
+        def padded(*tensors: tf.Tensor) -> GenerateTensors:
+            inputs = _pad(model, width, jit_compile, *tensors)
+            return _crop(config, tensors[0], inputs.prompt_length, search(*inputs))
+
+        return padded
 
     def generate(
-        self,
-        inputs: Any,
-        config: GenerationConfig | None,
-        jit_compile: bool,
-        options: dict[str, Any],
-    ) -> Any:
-        """See `EncoderDecoderModel.generate`."""
-        config = config or self.model.generation_config
-        config = config.replace(**options) if options else config
-        check_config(config, self.model)
-        function = self.function(config, jit_compile)
-        if isinstance(inputs, dict):
-            ids, mask = _check_ids(inputs, self.model)
-            return _generate_ids(function, ids, mask)
-        if isinstance(inputs, str):
-            return self._generate_text(function, [inputs], config)[0]
-        if isinstance(inputs, list | tuple) and all(isinstance(text, str) for text in inputs):
-            return self._generate_text(function, list(inputs), config)
-        raise TypeError(
-            "inputs must be a string, a list of strings or dict(input_ids, attention_mask), "
-            f"received {type(inputs).__name__}."
-        )
+        input_ids: Any, attention_mask: Any, decoder_input_ids: Any, seeds: Any
+    ) -> GenerateTensors:
+        width = _prompt_width(model, decoder_input_ids)
+        if width not in functions:
+            functions[width] = build(width)
+        return functions[width](input_ids, attention_mask, decoder_input_ids, seeds)
 
-    def function(self, config: GenerationConfig, jit_compile: bool) -> Callable:
-        """`(input_ids, attention_mask)` int32 [B, S] -> `decoding.SearchOutput`, traced once."""
-        key = (config, jit_compile)
-        if key not in self.functions:
-            if len(self.functions) >= MAX_FUNCTIONS:
-                self.functions.pop(next(iter(self.functions)))
-            self.functions[key] = generation_function(self.model, config, jit_compile)
-        return self.functions[key]
-
-    def _generate_text(self, function: Callable, texts: list[str], config: Any) -> list:
-        preprocessor = self.model.preprocessor
-        if preprocessor is None:
-            raise ValueError(
-                "Generating from text needs a tokenizer, and this model has none. Pass tokenizer= "
-                "to EncoderDecoderModel, or dict(input_ids, attention_mask) to generate."
-            )
-        results: list = []
-        for start in range(0, len(texts), MAX_BATCH_SIZE):
-            batch = preprocessor.generate_preprocess(texts[start : start + MAX_BATCH_SIZE])
-            output = function(batch["input_ids"], batch["attention_mask"])
-            decoded = hypotheses_to_text(preprocessor, output.sequences)
-            results += [[text.decode() for text in row] for row in decoded.numpy()]
-        if config.num_return_sequences == 1:
-            return [row[0] for row in results]
-        return results
+    return generate
 
 
-def generation_function(model: Any, config: GenerationConfig, jit_compile: bool) -> Callable:
-    """A `tf.function` of int32 `(input_ids, attention_mask)` [B, S] -> `decoding.SearchOutput`.
+class StreamState(NamedTuple):
+    """What a streamed search keeps between two steps: tensors, padded to their buckets."""
 
-    With `jit_compile`, the search is compiled by XLA once for each bucket that comes up: batches
-    are padded to powers of two, sources to powers of two from 16. Without, it is a plain graph.
+    loop: decoding.SamplingLoop
+    cross: Any  # keys and values of the source
+    inputs: "_Inputs"
+    batch: tf.Tensor  # int32 []: rows that are asked for
+
+
+class StreamStep(NamedTuple):
+    """What a step of a streamed search gives.
+
+    Attributes:
+        state: for the next step.
+        sequences: int32 [B, n, P + max_new_tokens], as in `GenerateTensors`, so far.
+        length: int32 scalar: the columns of `sequences` that are filled, prompt included.
+        done: bool scalar: nothing more will come.
     """
 
-    @tf.function(jit_compile=jit_compile, input_signature=_SIGNATURE)
-    def search(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> decoding.SearchOutput:
-        return _search(model, config, input_ids, attention_mask)
+    state: StreamState
+    sequences: tf.Tensor
+    length: tf.Tensor
+    done: tf.Tensor
 
-    if not jit_compile:
-        return search
-    longest = model.encoder.config.max_position_embeddings
-    lengths = [2**i for i in range(4, 16) if 2**i < longest] + [longest]
 
-    @tf.function(input_signature=_SIGNATURE)
-    def bucketed(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> decoding.SearchOutput:
-        batch, length = tf.unstack(tf.shape(input_ids))
-        to_length = _bucket(length, lengths)
-        to_batch = _bucket(batch, [2**i for i in range(11)])
-        # Rows that fill up the batch repeat its last one: they end when it ends. An empty batch
-        # has none to repeat and gets a row of padding.
-        rows = tf.minimum(tf.range(to_batch), tf.maximum(batch - 1, 0))
+def streaming_functions(
+    model: Any,
+    config: GenerationConfig,
+    jit_compile: bool,
+    *,
+    logits_processor: Sequence[Processor] = (),
+    tokens_per_step: int,
+) -> tuple[Callable[..., StreamState], Callable[[StreamState], StreamStep]]:
+    """The search of `generation_function` in steps of `tokens_per_step` tokens.
 
-        def pad(tensor: tf.Tensor, value: int) -> tf.Tensor:
-            missing_rows = tf.cast(tf.equal(batch, 0), tf.int32)
-            padding = [[0, missing_rows], [0, to_length - length]]
-            return tf.gather(tf.pad(tensor, padding, constant_values=value), rows)
+    Greedy search and sampling only: what is the best beam may change with every token. Inputs are
+    padded to buckets in both forms, and each function is traced once for each of them.
 
-        ids = pad(input_ids, model.encoder.config.pad_token_id)
-        output = search(ids, pad(attention_mask, 0))
-        return decoding.SearchOutput(*(tensor[:batch] for tensor in output))
+    Returns:
+        `start(input_ids, attention_mask, decoder_input_ids, seeds) -> StreamState`, with the inputs
+        of `generation_function`, and `advance(StreamState) -> StreamStep`.
 
-    return bucketed
+    Raises:
+        ValueError: the settings ask for beam search, or `tokens_per_step` is no positive integer.
+    """
+    if uses_beams(config):
+        raise ValueError(
+            "Streaming needs greedy search or sampling, because the best beam is known only at the "
+            f"end, received num_beams={config.num_beams} with beam_scorer={config.beam_scorer!r}. "
+            "Set num_beams=1 and, for greedy search, beam_scorer='huggingface'."
+        )
+    if not isinstance(tokens_per_step, int) or tokens_per_step < 1:
+        raise ValueError(
+            f"tokens_per_step must be an integer of at least 1, received {tokens_per_step!r}."
+        )
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def begin(inputs: _Inputs) -> tuple[decoding.SamplingLoop, Any]:
+        prepared = _prepare(model, config, inputs)
+        # Processors are for what comes then.
+        sampling = decoding.Sampling(**_options(model, config, ()))
+        return sampling.start(prepared.state, **_start(config, inputs)), prepared.cross
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def run(loop: decoding.SamplingLoop, cross: Any, inputs: _Inputs) -> tuple[Any, ...]:
+        processors = _processors(model, config, inputs, logits_processor)
+        sampling = decoding.Sampling(**_options(model, config, processors))
+        step = _step_function(model, cross, inputs.attention_mask)
+        loop = sampling.advance(step, loop, tokens_per_step)
+        done = tf.reduce_all(loop.done) | (loop.index + 1 >= loop.limit)
+        return loop, sampling.output(loop).sequences, done
+
+    def start(
+        input_ids: Any, attention_mask: Any, decoder_input_ids: Any, seeds: Any
+    ) -> StreamState:
+        tensors = [
+            tf.convert_to_tensor(tensor, tf.int32)
+            for tensor in (input_ids, attention_mask, decoder_input_ids, seeds)
+        ]
+        width = _prompt_width(model, tensors[2])
+        inputs = _pad(model, width, True, *tensors)
+        loop, cross = begin(inputs)
+        return StreamState(loop, cross, inputs, tf.shape(tensors[0])[0])
+
+    def advance(state: StreamState) -> StreamStep:
+        loop, sequences, done = run(state.loop, state.cross, state.inputs)
+        state = state._replace(loop=loop)
+        return StreamStep(state, sequences[: state.batch, :, : loop.limit], loop.index + 1, done)
+
+    return start, advance
+
+
+def start_prompt(model: Any, batch: int | tf.Tensor) -> tf.Tensor:
+    """The prompt where none is given, the start token of every row: int32 [batch, 1]."""
+    prompt = tf.fill([batch, 1], model.decoder.config.bos_token_id)
+    return tf.ensure_shape(prompt, [None, 1])
+
+
+def make_seeds(config: GenerationConfig, first_example: int, batch: int) -> np.ndarray:
+    """Seed and number of every row, int32 [batch, 2]: what its draws depend on.
+
+    Without a seed of the settings, one is drawn from Python's `random`.
+    """
+    seeds = np.zeros([batch, 2], np.int32)
+    if config.do_sample:
+        seeds[:, 0] = random.getrandbits(31) if config.seed is None else config.seed
+        seeds[:, 1] = np.arange(first_example, first_example + batch)
+    return seeds
 
 
 def hypotheses_to_text(preprocessor: Any, sequences: tf.Tensor) -> tf.Tensor:
@@ -138,68 +233,250 @@ def hypotheses_to_text(preprocessor: Any, sequences: tf.Tensor) -> tf.Tensor:
     return tf.reshape(preprocessor.generate_postprocess(ids), [batch, hypotheses])
 
 
-def check_config(config: GenerationConfig, model: Any) -> None:
-    """Raises if the settings do not fit the model."""
-    decoder = model.decoder.config
-    if config.max_new_tokens > decoder.max_position_embeddings:
-        raise ValueError(
-            "max_new_tokens must not exceed the decoder's max_position_embeddings "
-            f"({decoder.max_position_embeddings}), received {config.max_new_tokens}."
-        )
-    if any(token >= decoder.vocab_size for token in config.suppress_tokens):
-        raise ValueError(
-            f"suppress_tokens must be smaller than vocab_size ({decoder.vocab_size}), "
-            f"received {config.suppress_tokens}."
-        )
+class _Inputs(NamedTuple):
+    """What a compiled search reads, int32; the prompts padded to W columns."""
+
+    input_ids: tf.Tensor  # [B, S]
+    attention_mask: tf.Tensor  # [B, S]
+    prompt: tf.Tensor  # [B, W]
+    seeds: tf.Tensor  # [B, 2]
+    prompt_length: tf.Tensor  # []
+
+    @staticmethod
+    def signature(width: int) -> list[tf.TensorSpec]:
+        shapes = ([None, None], [None, None], [None, width], [None, 2], [])
+        return [tf.TensorSpec(shape, tf.int32) for shape in shapes]
+
+
+class _Prepared(NamedTuple):
+    """The beginning of a search."""
+
+    memory: tf.Tensor  # [B, S, H]
+    cross: Any  # keys and values of the source, of every layer
+    state: Any  # the rest of the decoder's cache, with the prompt
 
 
 def _search(
-    model: Any, config: GenerationConfig, input_ids: tf.Tensor, attention_mask: tf.Tensor
-) -> decoding.SearchOutput:
-    decoder = model.decoder
-    batch = tf.shape(input_ids)[0]
-    memory = model.encoder(input_ids, attention_mask, training=False)
-    # The last token generated is never read, so positions 0 ... max_new_tokens - 1 suffice.
-    cache = decoder.init_cache(batch * config.num_beams, config.max_new_tokens, memory)
+    model: Any,
+    config: GenerationConfig,
+    inputs: _Inputs,
+    logits_processor: Sequence[Processor],
+    output_attentions: bool,
+) -> GenerateTensors:
+    prepared = _prepare(model, config, inputs)
+    step = _step_function(model, prepared.cross, inputs.attention_mask)
+    processors = _processors(model, config, inputs, logits_processor)
+    options = {**_options(model, config, processors), **_start(config, inputs)}
+    if uses_beams(config):
+        output = decoding.beam_search(
+            step,
+            prepared.state,
+            num_beams=config.num_beams,
+            early_stopping=config.early_stopping,
+            reorder=_reorder,
+            **options,
+        )
+    else:
+        output = decoding.sample(step, prepared.state, **options)
+    attentions = None
+    if output_attentions:
+        attentions = _cross_attentions(model, config, inputs, prepared.memory, output.sequences)
+    return GenerateTensors(*output, attentions)
 
+
+def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared:
+    decoder = model.decoder
+    batch = tf.shape(inputs.input_ids)[0]
+    width = inputs.prompt.shape[1]
+    memory = model.encoder(inputs.input_ids, inputs.attention_mask, training=False)
+    # Of the longest sequences of this bucket; their last token is never read.
+    longest = max(width, total_length(config, width)) - 1
+    cache = decoder.init_cache(batch, longest, memory)
+    if width > 1:
+        # Beyond the prompt's end this writes what the loop writes again before it is read.
+        _, cache = decoder(
+            inputs.prompt,
+            encoder_attention_mask=inputs.attention_mask,
+            cache=cache,
+            training=False,
+        )
+    rows = config.num_beams if uses_beams(config) else config.num_return_sequences
+    cache = decoder.repeat_cache(cache, rows)
+    return _Prepared(memory, cache.pop("cross"), cache)
+
+
+def _step_function(model: Any, cross: Any, attention_mask: tf.Tensor) -> decoding.Step:
     def step(ids: tf.Tensor, index: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
         # [rows, 1, V]
-        token_logits, new_cache = decoder(
+        token_logits, cache = model.decoder(
             ids[:, None],
             encoder_attention_mask=attention_mask,
-            cache={"self": state, "cross": cache["cross"]},
+            cache={**state, "cross": cross},
             cache_index=index,
             training=False,
         )
-        return token_logits[:, 0], new_cache["self"]
+        return token_logits[:, 0], {key: cache[key] for key in state}
 
-    eos_token_ids = (decoder.config.eos_token_id,)
-    processors = []
-    if config.min_new_tokens:
-        processors.append(logits.min_new_tokens(config.min_new_tokens, eos_token_ids))
-    if config.suppress_tokens:
-        processors.append(logits.suppress_tokens(config.suppress_tokens))
-    common = {
-        "max_new_tokens": config.max_new_tokens,
-        "eos_token_ids": eos_token_ids,
-        "pad_token_id": decoder.config.pad_token_id,
+    return step
+
+
+def _reorder(state: dict[str, Any], parents: tf.Tensor) -> dict[str, Any]:
+    """The cache after beams changed places; keys and values stay where they are."""
+    return {**state, "beams": tf.gather(state["beams"], parents, axis=1, batch_dims=1)}
+
+
+def _processors(
+    model: Any, config: GenerationConfig, inputs: _Inputs, logits_processor: Sequence[Processor]
+) -> list[Processor]:
+    return processors_for(
+        config,
+        model,
+        inputs.input_ids,
+        inputs.attention_mask,
+        _prompt_length(inputs),
+        logits_processor,
+    )
+
+
+def _options(
+    model: Any, config: GenerationConfig, processors: Sequence[Processor]
+) -> dict[str, Any]:
+    """The settings that all searches of `decoding` have."""
+    return {
+        # The size of buffers: where max_length is the limit, that of the shortest prompt.
+        "max_new_tokens": config.max_new_tokens or config.max_length - 1,
+        "max_length": config.max_length,
+        "eos_token_ids": eos_token_ids(config, model),
+        "pad_token_id": model.decoder.config.pad_token_id,
         "processors": processors,
+        "filters": filters_for(config, model),
+        "do_sample": config.do_sample,
+        "num_return_sequences": config.num_return_sequences,
+        "scorer": config.beam_scorer,
         "length_penalty": config.length_penalty,
+        "gnmt_alpha": config.gnmt_alpha,
+        "normalize_unfinished": config.normalize_unfinished,
     }
-    start_ids = tf.fill([batch], decoder.config.bos_token_id)
-    if config.num_beams == 1 and config.beam_scorer == "huggingface":
-        return decoding.sample(step, cache["self"], start_ids, **common)
-    return decoding.beam_search(
-        step,
-        cache["self"],
-        start_ids,
-        num_beams=config.num_beams,
-        num_return_sequences=config.num_return_sequences,
-        scorer=config.beam_scorer,
-        early_stopping=config.early_stopping,
-        gnmt_alpha=config.gnmt_alpha,
-        normalize_unfinished=config.normalize_unfinished,
-        **common,
+
+
+def _start(config: GenerationConfig, inputs: _Inputs) -> dict[str, Any]:
+    """What the searches begin with."""
+    return {
+        "start_ids": inputs.prompt,
+        "seeds": inputs.seeds if config.do_sample else None,
+        "prompt_length": _prompt_length(inputs),
+    }
+
+
+def _prompt_length(inputs: _Inputs) -> int | tf.Tensor:
+    return 1 if inputs.prompt.shape[1] == 1 else inputs.prompt_length
+
+
+def _cross_attentions(
+    model: Any, config: GenerationConfig, inputs: _Inputs, memory: tf.Tensor, sequences: tf.Tensor
+) -> tf.Tensor:
+    """[B, n, layers, heads, L - 1, S] of sequences [B, n, L]; zeros after their ends."""
+    batch = tf.shape(sequences)[0]
+    hypotheses, length = sequences.shape[1:]
+    # A bucket of prompts may be wider than the positions: nothing is generated there.
+    read = min(length - 1, model.decoder.config.max_position_embeddings)
+    _, weights = model.decoder(
+        tf.reshape(sequences[:, :, :read], [batch * hypotheses, read]),
+        encoder_hidden_states=memory,
+        encoder_attention_mask=inputs.attention_mask,
+        return_attention_weights=True,
+        training=False,
+    )  # [B, layers, heads, n * read, S]: the rows of an example are folded into its queries
+    layers, heads, source = weights.shape[1], weights.shape[2], tf.shape(weights)[-1]
+    weights = tf.reshape(weights, [batch, layers, heads, hypotheses, read, source])
+    weights = tf.transpose(weights, [0, 3, 1, 2, 4, 5])  # [B, n, layers, heads, read, S]
+    eos = tf.constant(eos_token_ids(config, model))
+    columns = tf.range(length)
+    ends = tf.reduce_any(sequences[..., tf.newaxis] == eos, axis=-1)  # [B, n, L]
+    ends &= columns >= inputs.prompt_length
+    ended = tf.cumsum(tf.cast(ends, tf.int32), axis=-1)[:, :, :read] > 0  # [B, n, read]
+    filled = columns[:read] < total_length(config, inputs.prompt_length) - 1
+    alive = tf.cast(~ended & filled, tf.float32)[:, :, tf.newaxis, tf.newaxis, :, tf.newaxis]
+    padding = [[0, 0]] * 4 + [[0, length - 1 - read], [0, 0]]
+    return tf.pad(weights * alive, padding)
+
+
+def source_buckets(model: Any) -> list[int]:
+    """The lengths that XLA compiles for."""
+    longest = model.encoder.config.max_position_embeddings
+    return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
+
+
+def _prompt_buckets(model: Any) -> list[int]:
+    longest = model.decoder.config.max_position_embeddings
+    return [1] + [2**i for i in range(3, 16) if 2**i < longest] + [longest] * (longest > 1)
+
+
+def _prompt_width(model: Any, decoder_input_ids: Any) -> int:
+    """The bucket of prompts [B, P]."""
+    shape = decoder_input_ids.shape
+    length = shape[1] if len(shape) == 2 else None
+    buckets = _prompt_buckets(model)
+    if length is None or not 1 <= length <= buckets[-1]:
+        raise ValueError(
+            "decoder_input_ids must have the shape [batch, length], start token first, with a "
+            f"known length of 1 to {buckets[-1]} tokens, received {shape}."
+        )
+    return min(bucket for bucket in buckets if bucket >= length)
+
+
+def _pad(
+    model: Any,
+    width: int,
+    to_buckets: bool,
+    input_ids: tf.Tensor,
+    attention_mask: tf.Tensor,
+    decoder_input_ids: tf.Tensor,
+    seeds: tf.Tensor,
+) -> _Inputs:
+    """Pads prompts to `width` and, with `to_buckets`, batch and sources to theirs."""
+    batch, length = tf.unstack(tf.shape(input_ids))
+    prompt_length = tf.shape(decoder_input_ids)[1]
+    missing_rows, to_length, rows = 0, length, None
+    if to_buckets:
+        to_length = _bucket(length, source_buckets(model))
+        to_batch = _bucket(batch, [2**i for i in range(11)])
+        # Rows that fill up the batch repeat its last one: they end when it ends. An empty batch
+        # has none to repeat and gets a row of padding.
+        rows = tf.minimum(tf.range(to_batch), tf.maximum(batch - 1, 0))
+        missing_rows = tf.cast(tf.equal(batch, 0), tf.int32)
+
+    def pad(tensor: tf.Tensor, columns: int | tf.Tensor, value: int = 0) -> tf.Tensor:
+        tensor = tf.pad(tensor, [[0, missing_rows], [0, columns]], constant_values=value)
+        return tensor if rows is None else tf.gather(tensor, rows)
+
+    prompt = pad(decoder_input_ids, width - prompt_length, model.decoder.config.pad_token_id)
+    return _Inputs(
+        pad(input_ids, to_length - length, model.encoder.config.pad_token_id),
+        pad(attention_mask, to_length - length),
+        tf.ensure_shape(prompt, [None, width]),
+        pad(seeds, 0),
+        prompt_length,
+    )
+
+
+def _crop(
+    config: GenerationConfig,
+    input_ids: tf.Tensor,
+    prompt_length: tf.Tensor,
+    output: GenerateTensors,
+) -> GenerateTensors:
+    """Takes the padding of `_pad` off."""
+    batch, length = tf.unstack(tf.shape(input_ids))
+    total = total_length(config, prompt_length)
+    attentions = output.cross_attentions
+    if attentions is not None:
+        attentions = attentions[:batch, :, :, :, : total - 1, :length]
+    return GenerateTensors(
+        output.sequences[:batch, :, :total],
+        output.scores[:batch],
+        output.token_scores[:batch, :, : total - 1],
+        attentions,
     )
 
 
@@ -208,40 +485,3 @@ def _bucket(size: tf.Tensor, buckets: list[int]) -> tf.Tensor:
     table = tf.constant(buckets)
     index = tf.searchsorted(table, [size])[0]
     return tf.maximum(table[tf.minimum(index, len(buckets) - 1)], size)
-
-
-def _generate_ids(function: Callable, ids: np.ndarray, mask: np.ndarray) -> GenerateOutput:
-    parts = [
-        function(ids[start : start + MAX_BATCH_SIZE], mask[start : start + MAX_BATCH_SIZE])
-        for start in range(0, max(len(ids), 1), MAX_BATCH_SIZE)
-    ]
-    return GenerateOutput(
-        np.concatenate([part.sequences.numpy() for part in parts]),
-        np.concatenate([part.scores.numpy() for part in parts]),
-    )
-
-
-def _check_ids(inputs: dict[str, Any], model: Any) -> tuple[np.ndarray, np.ndarray]:
-    if set(inputs) not in ({"input_ids"}, {"input_ids", "attention_mask"}):
-        raise ValueError(
-            "inputs must have the keys input_ids and, where there is padding, attention_mask, "
-            f"received {', '.join(map(str, inputs)) or 'none'}."
-        )
-    ids = np.asarray(inputs["input_ids"])
-    mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)))
-    if ids.ndim != 2 or mask.shape != ids.shape or ids.dtype.kind not in "iu":
-        raise ValueError(
-            "input_ids and attention_mask must be integers of one shape [batch, length], received "
-            f"{ids.dtype} {ids.shape} and {mask.dtype} {mask.shape}."
-        )
-    config = model.encoder.config
-    if ids.shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            "input_ids must not be longer than max_position_embeddings "
-            f"({config.max_position_embeddings}), received {ids.shape[1]} tokens."
-        )
-    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
-        raise ValueError(
-            f"input_ids must lie in [0, {config.vocab_size}), received {ids.min()} to {ids.max()}."
-        )
-    return ids.astype(np.int32), mask.astype(np.int32)

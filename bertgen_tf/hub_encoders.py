@@ -28,13 +28,13 @@ VERIFY_TOLERANCE = 1e-4
 
 
 def _merge_heads(kernel: np.ndarray) -> np.ndarray:
-    """(H, A, D) -> (H, A * D)."""
-    return kernel.reshape(kernel.shape[0], -1)
+    """(H, A, D) -> (A * D, H)."""
+    return kernel.reshape(kernel.shape[0], -1).T
 
 
 def _merge_heads_in(kernel: np.ndarray) -> np.ndarray:
-    """(A, D, H) -> (A * D, H)."""
-    return kernel.reshape(-1, kernel.shape[-1])
+    """(A, D, H) -> (H, A * D)."""
+    return kernel.reshape(-1, kernel.shape[-1]).T
 
 
 def layer_rules(source: str) -> tuple[Rule, ...]:
@@ -54,7 +54,8 @@ def layer_rules(source: str) -> tuple[Rule, ...]:
         ("output/dense/(kernel|bias)", r"feed_forward/output_dense/\2"),
         ("output/LayerNorm/(gamma|beta)", r"feed_forward/layer_norm/\2"),
     )
-    return tuple(Rule(layer + name, r"layer_\1/" + target) for name, target in names)
+    # Ours is the layout of kernels [outputs, inputs]; vectors stay as they are.
+    return tuple(Rule(layer + name, r"layer_\1/" + target, np.transpose) for name, target in names)
 
 
 _TF2_LAYER = r"transformer/layer_(\d+)/"
@@ -88,8 +89,13 @@ TF2_RULES = (
     Rule(
         _TF2_LAYER + "intermediate/(kernel|bias)",
         r"layer_\1/feed_forward/intermediate/\2",
+        np.transpose,
     ),
-    Rule(_TF2_LAYER + "output/(kernel|bias)", r"layer_\1/feed_forward/output_dense/\2"),
+    Rule(
+        _TF2_LAYER + "output/(kernel|bias)",
+        r"layer_\1/feed_forward/output_dense/\2",
+        np.transpose,
+    ),
     Rule(_TF2_LAYER + "output_layer_norm/(gamma|beta)", r"layer_\1/feed_forward/layer_norm/\2"),
     # Folded into the positions below; heads that generation has no use for; do_lower_case.
     Rule("type_embeddings/embeddings", None),

@@ -193,6 +193,11 @@ def read_pair(
         ours,
         top=True,
     )
+    own = values.get(OWN) or {}
+    if not _is_own(own):
+        ours.append(f"{OWN}={own!r} (only what save_to_huggingface wrote)")
+        own = {}
+    ends = own.get("generation", {}).get("eos_token_id")
     encoder = _side(values, "encoder", STACKS, ours)
     decoder = _side(values, "decoder", (BERT_GENERATION,), ours)
     stacks: dict[str, Stack | None] = {}
@@ -200,7 +205,10 @@ def read_pair(
         for field in ("is_decoder", "add_cross_attention"):
             if decoder.get(field) is not True:
                 ours.append(f"decoder.{field}={decoder.get(field)!r} (only True)")
-        decoder.update(_generation_ids(values, generation, decoder, problems))
+        ids = generation
+        if ends is not None and generation is not None:  # not the decoder's, by our own word
+            ids = {**generation, "eos_token_id": None}
+        decoder.update(_generation_ids(values, ids, decoder, problems))
         stacks["decoder"] = _stack(decoder, "decoder.", ours)
     if encoder is not None:
         for field in ("is_decoder", "add_cross_attention"):
@@ -214,10 +222,6 @@ def read_pair(
             f"encoder.hidden_size={sizes['encoder']} with "
             f"decoder.hidden_size={sizes['decoder']} (only equal ones)"
         )
-    own = values.get(OWN) or {}
-    if not _is_own(own):
-        ours.append(f"{OWN}={own!r} (only what save_to_huggingface wrote)")
-        own = {}
     errors = [e for file, found in problems.items() for e in _refusal(f"{where}/{file}", found)]
     settings = None
     if read_generation:
@@ -393,20 +397,27 @@ def _generation_ids(
         size = math.inf  # refused elsewhere
 
     def first(*fields: str) -> int:
+        several = None
         for field in fields:
             for file, prefix, source in sources:
                 token = source.get(field)
-                if isinstance(token, list) and len(token) == 1:
-                    token = token[0]
                 if token is None:
                     continue
-                if isinstance(token, int) and not isinstance(token, bool) and 0 <= token < size:
-                    return token
-                problems[file].append(
-                    f"{prefix}{field}={source[field]!r} (only an id below vocab_size={size})"
-                )
-                return 0
-        return getattr(defaults, fields[-1])
+                tokens = token if isinstance(token, list) else [token]
+                if (
+                    not tokens
+                    or (len(tokens) > 1 and field != "eos_token_id")
+                    or not all(type(token) is int and 0 <= token < size for token in tokens)
+                ):
+                    problems[file].append(
+                        f"{prefix}{field}={token!r} (only an id below vocab_size={size})"
+                    )
+                    return 0
+                if len(tokens) == 1:
+                    return tokens[0]
+                # Several ends are settings of generation; the decoder's own is one alone.
+                several = tokens[0] if several is None else several
+        return getattr(defaults, fields[-1]) if several is None else several
 
     starts = {
         source["decoder_start_token_id"]

@@ -2,19 +2,41 @@
 
 from typing import Any
 
-from bertgen_tf.config import GenerationConfig
+from bertgen_tf.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
 
 IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# Settings of generation: HuggingFace's field -> ours. `max_length` and `min_length`, which count
-# the start token, are translated apart.
-GENERATION_FIELDS = {
-    "max_new_tokens": "max_new_tokens",
-    "min_new_tokens": "min_new_tokens",
-    "num_beams": "num_beams",
-    "num_return_sequences": "num_return_sequences",
-    "length_penalty": "length_penalty",
-    "early_stopping": "early_stopping",
-    "suppress_tokens": "suppress_tokens",
+# Fields of one name and meaning there and here.
+GENERATION_FIELDS = (
+    "max_new_tokens",
+    "max_length",
+    "min_new_tokens",
+    "min_length",
+    "num_beams",
+    "num_return_sequences",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "length_penalty",
+    "early_stopping",
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+)
+# Only read with do_sample: whatever they say without it, transformers does not look.
+_SAMPLING = {
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
+    "eta_cutoff",
 }
 _HARMLESS = {
     *(
@@ -31,51 +53,37 @@ _HARMLESS = {
     *("is_assistant", "num_assistant_tokens"),
     *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
     *("target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size"),
-    # Only read with do_sample, which is refused.
-    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
-    *("eta_cutoff",),
 }
 # None is everywhere the default.
 _NEUTRAL: dict[str, tuple] = {
     "assistant_early_exit": (),
     "assistant_ensemble_weight": (),
-    "bad_words_ids": ([],),
-    "begin_suppress_tokens": ([],),
     "constraints": ([],),
     "diversity_penalty": (0.0,),
-    "do_sample": (False,),
     "dola_layers": (),
-    "encoder_no_repeat_ngram_size": (0,),
-    "encoder_repetition_penalty": (1.0,),
-    "exponential_decay_length_penalty": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
     "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "guidance_scale": (1.0,),
     "max_time": (),
-    "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "penalty_alpha": (0.0,),
     "prompt_lookup_num_tokens": (),
     "renormalize_logits": (False,),
-    "repetition_penalty": (1.0,),
-    "sequence_bias": ({}, []),
     "speculation_type": (),
     "stop_strings": ([],),
     "token_healing": (False,),
+    "top_h": (),
     "use_mtp": (False,),
     "watermarking_config": (),
 }
-GENERATION = {
-    *GENERATION_FIELDS,
-    *_HARMLESS,
-    *_NEUTRAL,
-    *("max_length", "min_length"),
-}
+GENERATION = {*GENERATION_FIELDS, *_HARMLESS, *_NEUTRAL}
 # transformers 4 writes it into the dictionary of the decoder, whether anybody chose it or not.
 DEFAULT_MAX_LENGTH = 20
-# Settings of ours that HuggingFace has no place for, all of the scorer "gnmt".
-OWN_GENERATION = ("beam_scorer", "gnmt_alpha", "normalize_unfinished")
+_GNMT = ("beam_scorer", "gnmt_alpha", "normalize_unfinished")
+# Settings of ours that HuggingFace has no place for: all of the scorer "gnmt", the seed, a
+# min_length beside min_new_tokens, and an end token that is not the decoder's own.
+OWN_GENERATION = (*_GNMT, "seed", "min_length", "eos_token_id")
 
 
 def read_generation(
@@ -93,26 +101,29 @@ def read_generation(
         ValueError: settings that we cannot follow.
     """
     values = {field: value for field, value in values.items() if value is not None}
-    problems = []
-    ours: dict[str, Any] = {
+    if not values.get("do_sample"):
+        values = {field: value for field, value in values.items() if field not in _SAMPLING}
+    if values.get("num_beams", 1) == 1:  # transformers does not read it then
+        values.pop("early_stopping", None)
+    for kind in ("max", "min"):
+        if f"{kind}_new_tokens" in values:  # comes first in transformers
+            values.pop(f"{kind}_length", None)
+    ours: dict[str, Any] = {}
+    if not {"max_new_tokens", "max_length"} & values.keys():
         # transformers stops after 20 tokens where nothing is said, which fits few models.
-        "max_new_tokens": min(GenerationConfig().max_new_tokens, positions)
-    }
-    for field, counted in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if isinstance(values.get(field), int):
-            ours[counted] = max(values[field] - 1, 0)
-        elif field in values:
-            problems.append(f"{field}={values[field]!r}")
+        ours["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, positions)
+    problems = []
     for field, value in values.items():
         if field in GENERATION_FIELDS:
-            ours[GENERATION_FIELDS[field]] = value
+            ours[field] = value
         elif field in _NEUTRAL:
             if value not in _NEUTRAL[field]:
                 problems.append(f"{field}={value!r}")
         elif field not in GENERATION:
             problems.append(f"{field}={value!r}")
-    if ours.get("num_beams", 1) == 1:  # transformers does not read it then
-        ours.pop("early_stopping", None)
+    ends = values.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) > 1:  # one alone is the decoder's
+        ours["eos_token_id"] = ends
     override = (
         "Other settings can replace them, in Python: "
         "from_huggingface(..., generation_config=GenerationConfig(...))."
@@ -127,9 +138,11 @@ def read_generation(
         settings = GenerationConfig.from_dict(ours)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error} {override}") from error
-    if settings.max_new_tokens > positions:
+    # The last token is never read, and the start token is not new.
+    longest = settings.max_new_tokens or settings.max_length - 1
+    if longest > positions:
         raise ValueError(
-            f"{where} lets {settings.max_new_tokens} tokens be generated, but the decoder has "
+            f"{where} lets {longest} tokens be generated, but the decoder has "
             f"{positions} positions. {override}"
         )
     return settings
@@ -138,15 +151,25 @@ def read_generation(
 def write_generation(settings: GenerationConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """HuggingFace's settings from ours, and what HuggingFace has no place for."""
     values, defaults = settings.to_dict(), GenerationConfig().to_dict()
-    # transformers counts the start token.
-    theirs = {"max_length": values["max_new_tokens"] + 1}
-    theirs |= {
-        their_field: values[field]
-        for their_field, field in GENERATION_FIELDS.items()
-        if field != "max_new_tokens" and values[field] != defaults[field]
+    changed = {
+        field: value
+        for field, value in values.items()
+        if value is not None and (value != defaults[field] or field == "max_new_tokens")
     }
-    if "suppress_tokens" in theirs:
-        theirs["suppress_tokens"] = list(theirs["suppress_tokens"])
-    if values["beam_scorer"] == defaults["beam_scorer"]:
-        return theirs, {}
-    return theirs, {field: values[field] for field in OWN_GENERATION}
+    theirs = {
+        field: _to_lists(value)
+        for field, value in changed.items()
+        if field in (*GENERATION_FIELDS, "eos_token_id")
+    }
+    own = {
+        field: _to_lists(changed[field]) for field in ("seed", "eos_token_id") if field in changed
+    }
+    if {"min_length", "min_new_tokens"} <= changed.keys():
+        own["min_length"] = values["min_length"]
+    if "beam_scorer" in changed:
+        own |= {field: values[field] for field in _GNMT}
+    return theirs, own
+
+
+def _to_lists(value: Any) -> Any:
+    return list(map(_to_lists, value)) if isinstance(value, tuple) else value

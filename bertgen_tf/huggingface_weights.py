@@ -59,8 +59,7 @@ def rules(theirs: str = "", ours: str = "") -> list[Rule]:
         # The names of TensorFlow, which old checkpoints have.
         pattern = pattern.replace(r"LayerNorm\.weight", r"LayerNorm\.(?:weight|gamma)")
         pattern = pattern.replace(r"LayerNorm\.bias", r"LayerNorm\.(?:bias|beta)")
-        transform = np.transpose if target.endswith("kernel") else np.asarray
-        table.append(Rule(pattern, ours + target.replace("_N/", r"_\1/"), transform))
+        table.append(Rule(pattern, ours + target.replace("_N/", r"_\1/")))
     return table
 
 
@@ -237,14 +236,10 @@ def tensors_of(
             theirs = names[f"layer_N{match[2]}"].replace(".N.", f".{match[1]}.")
         else:
             theirs = names[name]
-        tensors[theirs] = _reader(variable, name.endswith("kernel"))
+        tensors[theirs] = _reader(variable)
         sizes[theirs] = 4 * int(np.prod(variable.shape))
     return tensors, sizes
 
 
-def _reader(variable: Any, transpose: bool) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        value = np.asarray(variable.numpy(), np.float32)
-        return value.T if transpose else value
-
-    return read
+def _reader(variable: Any) -> Callable[[], np.ndarray]:
+    return lambda: np.asarray(variable.numpy(), np.float32)

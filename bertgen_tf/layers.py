@@ -10,6 +10,7 @@ Softmax and layer normalisation compute in float32 under every dtype policy.
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
@@ -27,14 +28,32 @@ def activation(name: str) -> Any:
     }[name]
 
 
-def dense(units: int, config: BertGenerationConfig, name: str, dtype: Any) -> keras.layers.Dense:
+def dense(units: int, config: BertGenerationConfig, name: str, dtype: Any) -> "Dense":
     """A projection with BERT's initialiser."""
-    return keras.layers.Dense(units, kernel_initializer=initializer(config), name=name, dtype=dtype)
+    return Dense(units, kernel_initializer=initializer(config), name=name, dtype=dtype)
 
 
 def initializer(config: BertGenerationConfig) -> keras.initializers.Initializer:
     """BERT's truncated normal; a new object each time, because each draws its own seed."""
     return keras.initializers.TruncatedNormal(stddev=config.initializer_range)
+
+
+def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
+    """`inputs` [..., T, I] times the transposed `kernel` [O, I], plus `bias` [O]: [..., T, O].
+
+    A step of generation (T = 1) is bound by reading the kernels. For XLA on a CPU the kernel then
+    goes first: Eigen packs the second matrix, here the few rows. The bias is added to the columns,
+    or XLA would turn the product round again; and it is subtracted with the other sign, because XLA
+    fuses a sum into the product with a single row, which then runs on one core only.
+    """
+    shape = ops.shape(inputs)
+    rows = tf.reshape(inputs, [-1, shape[-1]])
+    if inputs.shape[-2] == 1:
+        columns = tf.matmul(kernel, rows, transpose_b=True) - (-bias)[:, None]
+        outputs = tf.transpose(columns)
+    else:
+        outputs = tf.matmul(rows, kernel, transpose_b=True) + bias
+    return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))
 
 
 def padding_mask(attention_mask: Any) -> Any:
@@ -46,6 +65,48 @@ def causal_mask(query_length: Any, key_length: Any, first_query: Any = 0) -> Any
     """Bool [1, 1, T, S]: query t, at position `first_query + t`, sees keys up to its own."""
     positions = first_query + ops.arange(query_length)
     return (ops.arange(key_length)[None, :] <= positions[:, None])[None, None]
+
+
+class Dense(keras.layers.Layer):
+    """Keras's `Dense` with its kernel the other way round, `[units, inputs]`; see `linear`.
+
+    Files hold the kernel as Keras's `Dense` does.
+    """
+
+    def __init__(
+        self, units: int, kernel_initializer: keras.initializers.Initializer, **kwargs: Any
+    ):
+        super().__init__(**kwargs)
+        self.units = units
+        self.kernel_initializer = kernel_initializer
+
+    def build(self, input_shape: Any) -> None:
+        self.kernel = self.add_weight(
+            (self.units, input_shape[-1]),
+            # Initialisers take the shape the way Keras's `Dense` has it.
+            initializer=lambda shape, dtype: ops.transpose(
+                self.kernel_initializer(shape[::-1], dtype)
+            ),
+            name="kernel",
+        )
+        self.bias = self.add_weight((self.units,), initializer="zeros", name="bias")
+        self.built = True
+
+    def call(self, inputs: Any) -> Any:
+        return linear(inputs, tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias))
+
+    def save_own_variables(self, store: Any) -> None:
+        store["0"] = ops.convert_to_numpy(self.kernel).T
+        store["1"] = ops.convert_to_numpy(self.bias)
+
+    def load_own_variables(self, store: Any) -> None:
+        if len(store.keys()) != 2:
+            raise ValueError(
+                f"{self.path} should be stored as kernel and bias, found {len(store.keys())} "
+                "tensors."
+            )
+        self.kernel.assign(ops.transpose(store["0"]))
+        self.bias.assign(store["1"])
 
 
 class Embeddings(keras.layers.Layer):
@@ -97,11 +158,11 @@ class Embeddings(keras.layers.Layer):
         hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
         return self.dropout(self.layer_norm(hidden), training=training)
 
-    def logits(self, hidden: Any) -> Any:
-        """[B, T, H] times the transposed word embeddings: float32 [B, T, V]."""
+    def logits(self, hidden: Any, bias: Any) -> Any:
+        """[B, T, H] times the transposed word embeddings, plus bias [V]: float32 [B, T, V]."""
         # Scores of half precision would make ties of different tokens.
         matrix = ops.cast(self.word_embeddings.embeddings, "float32")
-        return ops.matmul(ops.cast(hidden, "float32"), ops.transpose(matrix))
+        return linear(ops.cast(hidden, "float32"), matrix, bias)
 
 
 class Attention(keras.layers.Layer):
@@ -109,15 +170,17 @@ class Attention(keras.layers.Layer):
 
     One class serves self-attention and cross-attention, whole sequences and cached decoding.
 
-    **Cache contract.** Keys and values are a pair of tensors [B, S, A, D] each.
+    **Cache contract.** Keys and values are a pair of tensors [B, A, S, D] each.
 
     - Whole sequence: `call(hidden, self.project(memory), mask)`, where `memory` is
       `hidden` itself for self-attention.
-    - Cached self-attention: the pair is a buffer of fixed length S; `update` writes the keys and
-      values of T new tokens at positions `index ... index + T - 1` and returns the new pair.
     - Cached cross-attention: the pair is projected from the encoder's output once. It has one row
-      per example; `hidden` may have several, adjacent, rows per example (the beams), which all
-      attend to the same keys without a copy of them.
+      per example; `hidden` may have K adjacent rows per example (the beams), which all attend to
+      the same keys without a copy of them.
+    - Cached self-attention: the pair is a buffer with one row per example and S = length * K slots:
+      slot `i * K + k` is position i as beam k wrote it. `update` writes T positions from `index` on
+      and returns the new pair. Beams that change places leave the buffer as it is; the mask tells
+      which slots are a beam's own past.
     """
 
     def __init__(self, config: BertGenerationConfig, **kwargs: Any):
@@ -143,24 +206,29 @@ class Attention(keras.layers.Layer):
         for layer in (self.query, self.key, self.value, self.output_dense, self.layer_norm):
             layer.build(shape)
 
-    def project(self, memory: Any) -> tuple[Any, Any]:
-        """Keys and values of `memory` [B, S, H]: two tensors [B, S, A, D]."""
-        return self._split(self.key(memory)), self._split(self.value(memory))
+    def project(self, memory: Any, rows: Any = None) -> tuple[Any, Any]:
+        """Keys and values of `memory` [B, S, H]: two tensors [B, A, S, D].
+
+        With `rows`, `memory` [rows * K, T, H] has K rows for each of so many examples, which become
+        slots: [rows, A, T * K, D].
+        """
+        return self._split(self.key(memory), rows), self._split(self.value(memory), rows)
 
     @staticmethod
-    def update(cache: tuple[Any, Any], new: tuple[Any, Any], index: Any) -> tuple[Any, Any]:
-        """Writes `new` [B, T, A, D] into `cache` [B, S, A, D] from position `index` on.
+    def update(cache: tuple[Any, Any], new: tuple[Any, Any], slot: Any) -> tuple[Any, Any]:
+        """Writes `new` [B, A, N, D] into `cache` [B, A, S, D] from `slot` on.
 
-        By selection, not by a slice update, which TensorFlow has only as an XLA op.
+        By scattering, not by a slice update, which TensorFlow has only as an XLA op.
         """
-        offsets = ops.arange(ops.shape(cache[0])[1]) - index  # [S]
-        length = ops.shape(new[0])[1]
-        inside = ((offsets >= 0) & (offsets < length))[None, :, None, None]
+        batch, heads, size, width = ops.shape(cache[0])
+        first = ops.arange(batch * heads) * size + slot  # [B*A]
+        places = ops.reshape(first[:, None] + ops.arange(ops.shape(new[0])[2]), (-1, 1))
 
         def write(old: Any, tensor: Any) -> Any:
-            if tensor.shape[1] != 1:  # a single position broadcasts
-                tensor = ops.take(tensor, ops.clip(offsets, 0, length - 1), axis=1)
-            return ops.where(inside, tensor, old)
+            flat = tf.tensor_scatter_nd_update(
+                ops.reshape(old, (-1, width)), places, ops.reshape(tensor, (-1, width))
+            )
+            return ops.reshape(flat, (batch, heads, size, width))
 
         return write(cache[0], new[0]), write(cache[1], new[1])
 
@@ -170,31 +238,40 @@ class Attention(keras.layers.Layer):
         keys_values: tuple[Any, Any],
         attention_mask: Any = None,
         training: bool | None = None,
-    ) -> Any:
-        """Hidden [B or B * beams, T, H], mask bool, broadcast to [B, A, T, S] -> like hidden."""
+    ) -> tuple[Any, Any]:
+        """Hidden [B * K, T, H], mask bool, broadcast to [B, A, K * T, S].
+
+        Returns:
+            what is like hidden, and the attention weights, float32 [B, A, K * T, S].
+        """
         keys, values = keys_values
         shape = ops.shape(hidden)
-        # The rows of one example share its keys: fold them into the query axis.
+        # The rows of one example share its keys: they are folded into the query axis.
         queries = ops.reshape(
             self.query(hidden), (ops.shape(keys)[0], -1, self.num_heads, self.head_size)
         )
-        # [B, A, T, S]
-        scores = ops.einsum("btad,bsad->bats", queries, keys)
+        queries = ops.transpose(queries, (0, 2, 1, 3))  # [B, A, K*T, D]
+        scores = tf.matmul(queries, keys, transpose_b=True)  # [B, A, K*T, S]
         scores = ops.cast(scores, "float32") / self.head_size**0.5
         if attention_mask is not None:
             scores = ops.where(attention_mask, scores, MASKED_SCORE)
-        weights = ops.softmax(scores, axis=-1)
+        weights = tf.nn.softmax(scores)
         if attention_mask is not None:
             # A query that may see nothing (an empty source) gets zeros, however long the padding.
             weights = weights * ops.cast(ops.any(attention_mask, axis=-1, keepdims=True), "float32")
-        weights = self.attention_dropout(ops.cast(weights, values.dtype), training=training)
-        context = ops.einsum("bats,bsad->btad", weights, values)
+        dropped = self.attention_dropout(ops.cast(weights, values.dtype), training=training)
+        context = ops.transpose(tf.matmul(dropped, values), (0, 2, 1, 3))  # [B, K*T, A, D]
         output = self.output_dense(ops.reshape(context, shape))
-        return self.layer_norm(hidden + self.dropout(output, training=training))
+        return self.layer_norm(hidden + self.dropout(output, training=training)), weights
 
-    def _split(self, tensor: Any) -> Any:
+    def _split(self, tensor: Any, rows: Any) -> Any:
         batch, length, _ = ops.shape(tensor)
-        return ops.reshape(tensor, (batch, length, self.num_heads, self.head_size))
+        if rows is None:
+            tensor = ops.reshape(tensor, (batch, length, self.num_heads, self.head_size))
+            return ops.transpose(tensor, (0, 2, 1, 3))
+        tensor = ops.reshape(tensor, (rows, -1, length, self.num_heads, self.head_size))
+        tensor = ops.transpose(tensor, (0, 3, 2, 1, 4))  # [rows, A, T, K, D]
+        return ops.reshape(tensor, (rows, self.num_heads, -1, self.head_size))
 
 
 class FeedForward(keras.layers.Layer):
@@ -263,7 +340,7 @@ class TransformerBlock(keras.layers.Layer):
         cache: tuple[Any, Any] | None = None,
         index: Any = 0,
         training: bool | None = None,
-    ) -> tuple[Any, tuple[Any, Any]]:
+    ) -> tuple[Any, tuple[Any, Any], Any]:
         """One layer of the stack; see `Attention` for the pairs of keys and values.
 
         Args:
@@ -274,13 +351,19 @@ class TransformerBlock(keras.layers.Layer):
             cache: pair of buffers that self-attention extends from position `index` on.
 
         Returns:
-            hidden like the input, and the pair that self-attention read: the extended cache, or
-            without a cache the keys and values of `hidden`.
+            hidden like the input; the pair that self-attention read: the extended cache, or
+            without a cache the keys and values of `hidden`; the weights of cross-attention,
+            float32 [B, A, T, S], or None.
         """
-        keys_values = self.self_attention.project(hidden)
-        if cache is not None:
-            keys_values = self.self_attention.update(cache, keys_values, index)
-        hidden = self.self_attention(hidden, keys_values, attention_mask, training=training)
+        if cache is None:
+            keys_values = self.self_attention.project(hidden)
+        else:
+            rows = ops.shape(cache[0])[0]
+            new = self.self_attention.project(hidden, rows)
+            slot = index * (ops.shape(hidden)[0] // rows)
+            keys_values = self.self_attention.update(cache, new, slot)
+        hidden, _ = self.self_attention(hidden, keys_values, attention_mask, training=training)
+        weights = None
         if self.cross_attention is not None:
-            hidden = self.cross_attention(hidden, memory, cross_mask, training=training)
-        return self.feed_forward(hidden, training=training), keys_values
+            hidden, weights = self.cross_attention(hidden, memory, cross_mask, training=training)
+        return self.feed_forward(hidden, training=training), keys_values, weights

@@ -13,6 +13,7 @@ B batch, S source length, T target length, H hidden size, V vocabulary.
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
@@ -82,7 +83,7 @@ class BertGenerationEncoder(keras.Model):
         mask = None if attention_mask is None else padding_mask(attention_mask)
         hidden = self.embeddings(input_ids, training=training)
         for block in self.blocks:
-            hidden, _ = block(hidden, mask, training=training)
+            hidden, _, _ = block(hidden, mask, training=training)
         return hidden
 
     def get_config(self) -> dict[str, Any]:
@@ -210,22 +211,25 @@ class BertGenerationDecoder(keras.Model):
         encoder_attention_mask: Any = None,
         cache: dict[str, list] | None = None,
         cache_index: Any = 0,
+        return_attention_weights: bool = False,
         training: bool | None = None,
     ) -> Any:
         """The one forward pass, for training and for cached decoding.
 
         Args:
             input_ids: int32 [B, T]; with a cache, the T tokens from position `cache_index` on.
-            attention_mask: int32, 1 on tokens and 0 on padding: [B, T], or [B, length] with a cache
-                of that length. None means no padding.
+            attention_mask: int32 [B, T], 1 on tokens and 0 on padding; None means no padding. Not
+                with a cache.
             encoder_hidden_states: [B, S, H]; not read when a cache is given.
             encoder_attention_mask: int32 [B, S].
-            cache: what `init_cache` made or the last call returned. B may be a multiple of the
-                cache's batch in "cross": adjacent rows then share the keys of one example.
+            cache: what `init_cache` made or the last call returned. B is its batch times its beams,
+                the beams of an example adjacent.
             cache_index: int32 scalar, the position of the first token.
+            return_attention_weights: also give what cross-attention looked at.
 
         Returns:
-            float32 logits [B, T, V]; with a cache `(logits, cache)`.
+            float32 logits [B, T, V]; with a cache `(logits, cache)`; with
+            `return_attention_weights` one more item, float32 [B, layers, heads, T, S].
         """
         _check_length("input_ids", input_ids, self.config)
         length = ops.shape(input_ids)[1]
@@ -233,7 +237,8 @@ class BertGenerationDecoder(keras.Model):
             mask = causal_mask(length, length)
             memory = self._project(encoder_hidden_states)
         else:
-            mask = causal_mask(length, ops.shape(cache["self"][0][0])[1], cache_index)
+            cache = {**cache, "beams": _own_beams(cache["beams"], cache_index, length)}
+            mask = _slots_mask(cache["beams"], cache_index, length)
             memory = cache["cross"]
         if attention_mask is not None:
             mask = ops.logical_and(mask, padding_mask(attention_mask))
@@ -242,9 +247,9 @@ class BertGenerationDecoder(keras.Model):
             None if encoder_attention_mask is None else padding_mask(encoder_attention_mask)
         )
         hidden = self.embeddings(input_ids, first_position=cache_index, training=training)
-        new_cache = []
+        new_cache, weights = [], []
         for i, block in enumerate(self.blocks):
-            hidden, pair = block(
+            hidden, pair, looked_at = block(
                 hidden,
                 mask,
                 memory=memory[i],
@@ -254,24 +259,51 @@ class BertGenerationDecoder(keras.Model):
                 training=training,
             )
             new_cache.append(pair)
-        logits = self.embeddings.logits(hidden) + self.output_bias
-        return logits if cache is None else (logits, {**cache, "self": new_cache})
+            weights.append(looked_at)
+        logits = self.embeddings.logits(hidden, tf.convert_to_tensor(self.output_bias))
+        results = [logits]
+        if cache is not None:
+            results.append({**cache, "self": new_cache})
+        if return_attention_weights:
+            results.append(ops.stack(weights, axis=1))
+        return results[0] if len(results) == 1 else tuple(results)
 
-    def init_cache(self, rows: Any, max_length: int, encoder_hidden_states: Any = None) -> dict:
-        """An empty cache of `max_length` positions for `rows` rows.
+    def init_cache(self, batch: Any, max_length: int, encoder_hidden_states: Any = None) -> dict:
+        """An empty cache of `max_length` positions for `batch` examples of one row each.
 
         Returns:
-            {"self": one pair of buffers [rows, max_length, A, D] a layer,
-             "cross": one pair [B, S, A, D] a layer, projected from `encoder_hidden_states`}.
+            {"self": one pair of buffers [batch, A, max_length, D] a layer, see `layers.Attention`,
+             "beams": int32 [batch, 1, max_length], see `repeat_cache`,
+             "cross": one pair [batch, A, S, D] a layer, projected from `encoder_hidden_states`}.
         """
         heads = self.config.num_attention_heads
-        shape = (rows, max_length, heads, self.config.hidden_size // heads)
+        shape = (batch, heads, max_length, self.config.hidden_size // heads)
         return {
             "self": [
                 (ops.zeros(shape, self.compute_dtype), ops.zeros(shape, self.compute_dtype))
                 for _ in self.blocks
             ],
+            "beams": ops.zeros((batch, 1, max_length), "int32"),
             "cross": self._project(encoder_hidden_states),
+        }
+
+    @staticmethod
+    def repeat_cache(cache: dict[str, Any], num_beams: int) -> dict[str, Any]:
+        """A cache of one row per example as one of `num_beams` (K) adjacent rows.
+
+        Its buffers of self-attention have K slots a position. "beams" [batch, K, max_length] tells
+        which beam of the example wrote what a beam now has for its past: nothing else must move
+        when beams change places.
+        """
+        if num_beams == 1:
+            return cache
+        return {
+            **cache,
+            "self": [
+                tuple(ops.repeat(tensor, num_beams, axis=2) for tensor in pair)
+                for pair in cache["self"]
+            ],
+            "beams": ops.repeat(cache["beams"], num_beams, axis=1),
         }
 
     def _project(self, encoder_hidden_states: Any) -> list:
@@ -296,6 +328,26 @@ class BertGenerationDecoder(keras.Model):
         if not trainable:  # what is shared stays as the other side has it
             model.trainable = False
         return model
+
+
+def _own_beams(beams: Any, index: Any, length: Any) -> Any:
+    """`beams` [B, K, L] after every beam wrote `length` positions from `index` on."""
+    positions = ops.arange(ops.shape(beams)[2])  # [L]
+    written = ops.logical_and(positions >= index, positions < index + length)
+    own = ops.arange(ops.shape(beams)[1])[:, None]  # [K, 1]
+    return ops.where(written, own, beams)
+
+
+def _slots_mask(beams: Any, index: Any, length: Any) -> Any:
+    """Which slots each row sees, from `beams` [B, K, L]: bool [B, 1, K * length, L * K].
+
+    Those of its own past, up to its own position `index + t`.
+    """
+    batch, num_beams, size = ops.shape(beams)
+    causal = causal_mask(length, size, index)[0]  # [1, length, L]
+    own = beams[..., None] == ops.arange(num_beams)  # [B, K, L, K]
+    mask = ops.logical_and(causal[..., None], own[:, :, None])  # [B, K, length, L, K]
+    return ops.reshape(mask, (batch, 1, num_beams * length, size * num_beams))
 
 
 def _model_config(model: keras.Model) -> dict[str, Any]:

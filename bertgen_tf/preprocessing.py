@@ -246,6 +246,28 @@ class Seq2SeqPreprocessor(tf.Module):
         input_ids, attention_mask = self._pad(ids, None)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
+    def prompt_preprocess(self, texts: Any) -> dict[str, tf.Tensor]:
+        """Encodes beginnings of targets, with which generation goes on.
+
+        They have the special tokens that targets begin with, bos and, with `mask_first`, the mask
+        token, but no eos. They are not cut: a prompt without its end would be another prompt.
+
+        Args:
+            texts: string vector [batch]; the batch may be empty.
+
+        Returns:
+            int32 `decoder_input_ids` and `decoder_attention_mask` [batch, longest], longest at
+            least 1.
+        """
+        ids = self.tokenizer(texts)
+        if ids.shape.rank != 2:
+            raise ValueError("`texts` must be a vector of strings; put a single string in a list.")
+        if self.mask_first:
+            ids = _add_column(ids, self.tokenizer.mask_token_id, at_end=False)
+        ids = _add_column(ids, self.tokenizer.bos_token_id, at_end=False)
+        decoder_input_ids, mask = self._pad(ids, None)
+        return {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": mask}
+
     def generate_postprocess(self, ids: Any) -> tf.Tensor:
         """Turns generated ids into text: `tokenizer.detokenize`, unless options say otherwise.
 

@@ -1,8 +1,12 @@
 import dataclasses
 import io
+import itertools
 import json
 import os
+import random
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -345,12 +349,17 @@ def echo(monkeypatch):
     """Generation that shows what it got, in place of a model's; records the calls."""
     calls = []
 
-    def generate(self, texts, config, *, jit_compile):
-        calls.append((len(texts), config, jit_compile))
-        outputs = [[f"{text}\t{i}\u2028!" for i in range(config.num_beams)] for text in texts]
-        return outputs if config.num_return_sequences > 1 else [row[0] for row in outputs]
+    def iterate(self, texts, config, *, window, **options):
+        calls.append({"config": config, "window": window, "counts": [], **options})
+        texts = iter(texts)
+        while chunk := list(itertools.islice(texts, window)):
+            calls[-1]["counts"].append(len(chunk))
+            for text in chunk:
+                outputs = [f"{text}\t{i}\u2028!" for i in range(config.num_beams)]
+                yield outputs if config.num_return_sequences > 1 else outputs[0]
 
-    monkeypatch.setattr(bg.EncoderDecoderModel, "generate", generate)
+    monkeypatch.setattr(cli.Generator, "iterate", iterate)
+    monkeypatch.setattr(cli, "WINDOW", 32)
     return calls
 
 
@@ -364,10 +373,18 @@ def test_plain_lines_stay_aligned(echo, preset, tmp_path, monkeypatch, capsys):
     expected = [text.replace("\u2028", " ").replace("\t", " ") + " 0 !" for text in texts]
     assert captured.out.split("\n") == [*expected, ""]
     assert captured.err == ""  # no bar where there is no terminal
-    assert [count for count, _, _ in echo] == [32, 32, 2]
-    assert {config for _, config, _ in echo} == {
-        bg.GenerationConfig(max_new_tokens=7, num_beams=2)  # the preset's
-    }
+    assert echo == [
+        {
+            "config": bg.GenerationConfig(max_new_tokens=7, num_beams=2),  # the preset's
+            "window": 32,
+            "counts": [32, 32, 2],
+            "batch_size": 32,
+            "first_example": 0,
+            "total": None,
+            "verbose": 0,
+            "jit_compile": True,
+        }
+    ]
 
 
 def test_formats_of_generate(echo, preset, tmp_path):
@@ -392,81 +409,130 @@ def test_formats_of_generate(echo, preset, tmp_path):
     assert run("empty.txt", "5.jsonl", "--overwrite") == ""
 
 
-def test_generation_flags(echo, preset, tmp_path):
-    (tmp_path / "in.txt").write_text("a\n")
-    huggingface = {
+# Every field, with a value that is not its default.
+SETTINGS = [
+    {
         "max_new_tokens": 11,
         "min_new_tokens": 2,
+        "min_length": 3,
         "num_beams": 5,
         "num_return_sequences": 3,
         "length_penalty": -0.5,
         "early_stopping": "never",
+        "repetition_penalty": 1.5,
+        "encoder_repetition_penalty": 0.5,
+        "no_repeat_ngram_size": 3,
+        "encoder_no_repeat_ngram_size": 2,
+        "bad_words_ids": ((5, 6), (7,)),
+        "sequence_bias": (((5, 6), -2.5), ((7,), 1.0)),
         "suppress_tokens": (7, 9),
-    }
-    gnmt = {"num_beams": 2, "beam_scorer": "gnmt", "gnmt_alpha": 0.9, "normalize_unfinished": True}
-    fields = {field.name for field in dataclasses.fields(bg.GenerationConfig)}
-    assert {*huggingface, *gnmt} == fields
-    paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "o"), "--overwrite"]
-    for values in (huggingface, gnmt):
-        flags = []
-        for name, value in values.items():
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-            flags += ["--" + name.replace("_", "-"), text]
-        assert cli.main(["generate", "--preset", preset, *paths, *flags, "--no-xla"]) == 0
-        (rows, config, jit_compile) = echo[-1]
-        assert (rows, jit_compile) == (1, False)
-        assert {name: getattr(config, name) for name in values} == values
-    assert cli.main(["generate", "--preset", preset, *paths, "--early-stopping", "true"]) == 0
-    assert echo[-1][1].early_stopping is True
-    assert echo[-1][2] is True
+        "begin_suppress_tokens": (8,),
+        "forced_bos_token_id": 10,
+        "forced_eos_token_id": (4, 6),
+        "exponential_decay_length_penalty": (5, 1.1),
+        "eos_token_id": 4,
+    },
+    {"num_beams": 2, "beam_scorer": "gnmt", "gnmt_alpha": 0.9, "normalize_unfinished": True},
+    {
+        "max_length": 9,
+        "num_beams": 1,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "typical_p": 0.8,
+        "seed": 3,
+        "eos_token_id": (4, 6),
+        "forced_eos_token_id": 4,
+    },
+]
+AS_TEXT = {
+    "bad_words_ids": "5,6;7",
+    "sequence_bias": "5,6:-2.5;7:1",
+    "exponential_decay_length_penalty": "5,1.1",
+}
 
 
-def test_an_interrupted_run_keeps_its_lines_and_the_older_file(
-    echo, preset, tmp_path, monkeypatch, capsys
-):
-    (tmp_path / "in.txt").write_text("a\n" * 40)
-    output = tmp_path / "out.txt"
-    output.write_text("older")
-    partial = tmp_path / "out.txt.partial"
-    paths = ["--input", str(tmp_path / "in.txt"), "--output", str(output)]
-    run = ["generate", "--preset", preset, *paths]
-    assert "out.txt exists; --overwrite replaces it" in fails(capsys, *run)
+def flags_of(settings):
+    for name, value in settings.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+        yield from ("--" + name.replace("_", "-"), AS_TEXT.get(name, text))
 
-    generate = bg.EncoderDecoderModel.generate
 
-    def interrupted(self, texts, *args, **kwargs):
-        if len(texts) < 32:
-            assert partial.read_text() == "a 0 !\n" * 32  # also if it is killed now
-            raise KeyboardInterrupt
-        return generate(self, texts, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(bg.EncoderDecoderModel, "generate", interrupted)
-        assert cli.main([*run, "--overwrite"]) == 130
-    assert capsys.readouterr().err == (
-        f"bertgen-tf: what was finished is in {partial}\nbertgen-tf: interrupted\n"
+def test_generation_flags(echo, preset, tmp_path):
+    (tmp_path / "in.txt").write_text("a\n")
+    fields = {field.name: field.default for field in dataclasses.fields(bg.GenerationConfig)}
+    assert {name for settings in SETTINGS for name in settings} == set(fields)
+    assert all(
+        any(settings.get(name, default) != default for settings in SETTINGS)
+        for name, default in fields.items()
     )
-    assert partial.read_text() == "a 0 !\n" * 32
-    assert output.read_text() == "older"
-    output.unlink()
-    assert "out.txt.partial exists" in fails(capsys, *run)
-    assert partial.exists()
-    assert cli.main([*run, "--overwrite"]) == 0
-    assert output.read_text() == "a 0 !\n" * 40
+    paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "o"), "--overwrite"]
+
+    def run(*flags):
+        assert cli.main(["generate", "--preset", preset, *paths, *flags]) == 0
+        return echo[-1]
+
+    for settings in SETTINGS:
+        call = run(*flags_of(settings), "--no-xla", "--batch-size", "5")
+        assert (call["counts"], call["jit_compile"], call["batch_size"]) == ([1], False, 5)
+        assert {name: getattr(call["config"], name) for name in settings} == settings
+    assert run("--early-stopping", "true")["config"].early_stopping is True
+    assert run("--do-sample", "false", "--suppress-tokens", "")["jit_compile"] is True
 
 
-def test_progress_on_a_terminal(echo, preset, tmp_path, monkeypatch, capsys):
+def test_none_takes_a_setting_back(echo, tmp_path):
+    settings = {
+        "forced_bos_token_id": 10,
+        "forced_eos_token_id": (4, 6),
+        "exponential_decay_length_penalty": (5, 1.1),
+        "eos_token_id": 4,
+        "do_sample": True,
+        "seed": 3,
+        "bad_words_ids": ((5, 6),),
+        "sequence_bias": (((5,), 1.0),),
+    }
+    folder = str(tmp_path / "preset")
+    make_model(generation_config=bg.GenerationConfig(max_new_tokens=7, **settings)).save_to_preset(
+        folder
+    )
+    (tmp_path / "in.txt").write_text("a\n")
+    run = ["generate", "--preset", folder, "--input", str(tmp_path / "in.txt")]
+    assert cli.main(run) == 0
+    assert echo[-1]["config"] == bg.GenerationConfig(max_new_tokens=7, **settings)
+    for name in list(settings):
+        if name != "do_sample":
+            run += [
+                "--" + name.replace("_", "-"),
+                ""
+                if isinstance(settings[name], tuple) and name in ("bad_words_ids", "sequence_bias")
+                else "none",
+            ]
+    assert cli.main([*run, "--max-length", "9"]) == 0
+    assert echo[-1]["config"] == bg.GenerationConfig(max_length=9, do_sample=True)
+
+
+def test_progress_on_a_terminal(echo, preset, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     (tmp_path / "in.txt").write_text("a\n" * 64)
     run = ["generate", "--preset", preset, "--input", str(tmp_path / "in.txt")]
     assert cli.main([*run, "--output", str(tmp_path / "out.txt")]) == 0
-    err = capsys.readouterr().err
-    for done in (0, 32, 64):
-        assert f"\r{done} of 64 texts, " in err
-    assert err.endswith(" a second\n")
+    assert (echo[-1]["verbose"], echo[-1]["total"]) == (1, 64)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert cli.main(run) == 0
-    assert capsys.readouterr().err == ""  # it would stand between the outputs
+    assert echo[-1]["verbose"] == 0  # it would stand between the outputs
+
+
+def test_a_line_at_a_time_from_the_keyboard(echo, preset, monkeypatch, capsys):
+    stdin = io.TextIOWrapper(io.BytesIO(b"a\nb\n"))
+    stdin.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert cli.main(["generate", "--preset", preset]) == 0
+    assert (echo[-1]["window"], echo[-1]["counts"]) == (1, [1, 1])
+    captured = capsys.readouterr()
+    assert captured.out == "a 0 !\nb 0 !\n"
+    assert captured.err == "bertgen-tf: one text a line, Ctrl-D to end\n"
 
 
 def test_a_pipe_is_read_once(echo, preset, capsys):
@@ -476,6 +542,225 @@ def test_a_pipe_is_read_once(echo, preset, capsys):
     assert cli.main(["generate", "--preset", preset, "--input", f"/dev/fd/{reader}"]) == 0
     os.close(reader)
     assert capsys.readouterr().out == "a 0 !\nb 0 !\n"
+
+
+# ------------------------------------------------------------------------ generate: interrupted
+
+
+@pytest.fixture
+def job(echo, preset, tmp_path, monkeypatch):
+    """100 texts, windows of 32; `stop(n)` interrupts after n of them."""
+    (tmp_path / "in.txt").write_text("".join(f"{i}\n" for i in range(100)))
+    paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
+    iterate = cli.Generator.iterate
+
+    class Job:
+        run = ["generate", "--preset", preset, *paths]
+        output, partial = tmp_path / "out.txt", tmp_path / "out.txt.partial"
+        settings = tmp_path / "out.txt.partial.json"
+        text = "".join(f"{i} 0 !\n" for i in range(100))
+        calls = echo
+
+        def lines(self, *numbers):
+            return "".join(f"{i} 0 !\n" for i in range(*numbers))
+
+        def stop(self, count, *flags):
+            def interrupted(*args, **kwargs):
+                outputs = iterate(*args, **kwargs)
+                yield from itertools.islice(outputs, count)
+                raise KeyboardInterrupt
+
+            with monkeypatch.context() as patch:
+                patch.setattr(cli.Generator, "iterate", interrupted)
+                assert cli.main([*self.run, *flags]) == 130
+
+        def files(self):
+            return sorted(path.name for path in tmp_path.iterdir())
+
+    return Job()
+
+
+def test_an_interrupted_run_keeps_its_lines_and_the_older_file(job, capsys):
+    job.output.write_text("older")
+    assert "out.txt exists; --overwrite replaces it" in fails(capsys, *job.run)
+    job.stop(64, "--overwrite")
+    assert capsys.readouterr().err == (
+        f"bertgen-tf: what was finished is in {job.partial}\nbertgen-tf: interrupted\n"
+    )
+    assert job.partial.read_text() == job.lines(64)
+    assert job.output.read_text() == "older"
+    job.output.unlink()
+    error = fails(capsys, *job.run)
+    assert f"{job.partial} exists; --resume goes on, --overwrite starts anew" in error
+    assert job.partial.exists()
+    assert cli.main([*job.run, "--overwrite"]) == 0
+    assert job.output.read_text() == job.text
+    assert job.files() == ["in.txt", "out.txt"]
+
+
+def test_lines_are_on_disk_when_their_window_is_done(job, monkeypatch):
+    """As a kill leaves them."""
+    seen = []
+    iterate = cli.Generator.iterate
+
+    def watched(*args, **kwargs):
+        for number, output in enumerate(iterate(*args, **kwargs)):
+            if number % 32 == 0:
+                seen.append(job.partial.read_text())
+            yield output
+
+    monkeypatch.setattr(cli.Generator, "iterate", watched)
+    assert cli.main(job.run) == 0
+    assert seen == [job.lines(count) for count in (0, 32, 64, 96)]
+
+
+@pytest.mark.parametrize("torn", ["", "6", "64 0"])
+@pytest.mark.parametrize("count", [0, 32, 40, 100])
+def test_resume_goes_on(count, torn, job, capsys):
+    job.stop(100)
+    # Kills leave no more of it, and older lines need not be those that would come now.
+    kept = "".join(f"kept {i}\n" for i in range(count))
+    job.partial.write_text(kept + torn)
+    assert cli.main([*job.run, "--resume"]) == 0
+    assert job.output.read_text() == kept + job.lines(count, 100)
+    assert job.files() == ["in.txt", "out.txt"]
+    # The same windows as of a run that was not interrupted.
+    first = count // 32 * 32 if count < 100 else 100
+    assert job.calls[-1]["first_example"] == first
+    assert sum(job.calls[-1]["counts"]) == 100 - first
+    assert job.calls[-1]["total"] == 100
+
+
+def test_resume_begins_where_nothing_is_and_leaves_what_is_complete(job, capsys):
+    job.stop(10, "--resume")  # before the first window: nothing was kept
+    job.stop(70, "--resume")
+    assert job.partial.read_text().startswith(job.lines(64))
+    job.stop(6, "--resume")  # before its first window
+    assert cli.main([*job.run, "--resume"]) == 0
+    assert job.output.read_text() == job.text
+    calls = len(job.calls)
+    capsys.readouterr()
+    assert cli.main([*job.run, "--resume"]) == 0
+    assert capsys.readouterr().err == f"bertgen-tf: {job.output} is complete\n"
+    assert (len(job.calls), job.output.read_text()) == (calls, job.text)
+    # Killed between the last two steps of a run.
+    job.settings.write_text("{}")
+    assert cli.main([*job.run, "--resume"]) == 0
+    assert job.files() == ["in.txt", "out.txt"]
+    job.output.write_text(job.lines(99) + "99")
+    capsys.readouterr()
+    assert "with 99 lines for 100 texts" in fails(capsys, *job.run, "--resume")
+    # The older file, of a run with --overwrite, does not hinder.
+    job.stop(32, "--overwrite")
+    assert cli.main([*job.run, "--resume"]) == 0
+    assert job.output.read_text() == job.text
+
+
+def test_resume_refuses_what_another_run_began(job, preset, tmp_path, capsys):
+    job.stop(32)
+    capsys.readouterr()
+    before = job.partial.read_bytes()
+
+    def refused(*flags):
+        error = fails(capsys, *job.run, *flags, "--resume")
+        assert error.endswith("; --overwrite starts anew\n")
+        assert job.partial.read_bytes() == before
+        return error
+
+    assert "had another num_beams;" in refused("--num-beams", "3")
+    changes = ["--do-sample", "true", "--seed", "1", "--num-beams", "1"]
+    assert "had another num_beams, do_sample, seed;" in refused(*changes)
+    other = tmp_path / "other"
+    make_model(
+        seed=2, generation_config=bg.GenerationConfig(max_new_tokens=7, num_beams=2)
+    ).save_to_preset(other)
+    assert "had another preset;" in refused("--preset", other)
+    (tmp_path / "in.txt").write_text("".join(f"{i}\n" for i in range(101)))
+    assert "had another input;" in refused()
+    # By what they hold: names may differ.
+    (tmp_path / "same.txt").write_text("".join(f"{i}\n" for i in range(100)))
+    settings = job.settings.read_text()
+    for damaged in (settings[:20], "[]", ""):
+        job.settings.write_text(damaged)
+        assert "tells what run began" in refused("--input", tmp_path / "same.txt")
+    job.settings.unlink()
+    assert "tells what run began" in refused("--input", tmp_path / "same.txt")
+    job.settings.write_text(settings)
+    job.partial.write_text(job.lines(101))
+    before = job.partial.read_bytes()
+    assert "has 101 lines for 100 texts" in refused("--input", tmp_path / "same.txt")
+    job.partial.write_text(job.lines(32))
+    # Fewer at a time, where memory was short, and without XLA, are the same run.
+    same = ["--input", str(tmp_path / "same.txt"), "--batch-size", "3", "--no-xla"]
+    assert cli.main([*job.run, *same, "--resume"]) == 0
+    assert job.output.read_text() == job.text
+
+
+def test_an_error_before_the_first_line_leaves_nothing(job, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("x")
+        yield
+
+    monkeypatch.setattr(cli.Generator, "iterate", fail)
+    with pytest.raises(RuntimeError):
+        cli.main(job.run)
+    assert job.files() == ["in.txt"]
+
+
+def test_resume_needs_files(job, capsys):
+    run = job.run[:3]
+    assert "--resume needs --output, a file" in fails(capsys, *job.run[:5], "--resume")
+    output = ["--output", job.output]
+    assert "--resume needs --input, a file" in fails(capsys, *run, *output, "--resume")
+    error = fails(capsys, *job.run, "--resume", "--overwrite")
+    assert "--overwrite: not allowed with argument --resume" in error
+    # What standard input began cannot be gone on with.
+    job.partial.write_text("a\n")
+    assert "tells what run began" in fails(capsys, *job.run, "--resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--do-sample", "true", "--seed", "3", "--num-beams", "1"]])
+def test_killed_at_any_moment(flags, preset, tmp_path):
+    """SIGKILL at start and between lines; the outputs are those of a run that was let be."""
+    rng = random.Random(0)
+    sources = tmp_path / "in.jsonl"
+    words = " ".join(SOURCES).split()
+    with open(sources, "w") as file:
+        for _ in range(12_000):
+            source = " ".join(rng.choices(words, k=rng.randint(0, 9)))
+            file.write(json.dumps({"source": source}) + "\n")
+    run = ["generate", "--preset", preset, "--input", str(sources), "--no-xla", *flags]
+    expected = tmp_path / "expected.jsonl"
+    assert cli.main([*run, "--output", str(expected)]) == 0
+    lines = [json.loads(line) for line in expected.read_text().splitlines()]
+    assert len(lines) == 12_000
+    assert len({line["output"] for line in lines}) > 100
+
+    output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    command = [sys.executable, "-m", "bertgen_tf.cli", *run, "--output", str(output), "--resume"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    sizes = [0]
+    for moment in range(4):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        if moment == 0:
+            time.sleep(rng.uniform(0, 10))
+        while process.poll() is None and moment:
+            if partial.exists() and partial.stat().st_size > sizes[-1]:
+                time.sleep(rng.uniform(0, 0.3))
+                break
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        if partial.exists():
+            size = partial.stat().st_size
+            assert size >= sizes[-1] - 200  # a torn line at most
+            sizes.append(size)
+            written = partial.read_bytes()
+            assert expected.read_bytes().startswith(written)
+    assert len(set(sizes)) >= 3 and not output.exists()
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.PIPE)
+    assert output.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -498,6 +783,18 @@ def test_a_pipe_is_read_once(echo, preset, capsys):
         (["--length-penalty", "inf"], "--length-penalty: expected a number, received 'inf'"),
         (["--suppress-tokens", "1,,2"], "expected integers with commas between them"),
         (["--suppress-tokens", "-1"], "--suppress-tokens: expected"),
+        (["--batch-size", "0"], "--batch-size: expected an integer of at least 1, received '0'"),
+        (["--bad-words-ids", "5,x;6"], "--bad-words-ids: expected integers with commas"),
+        (["--bad-words-ids", "5;"], "bad_words_ids must be sequences of token ids"),
+        (["--sequence-bias", "5"], "--sequence-bias: expected ID,ID:X;ID:X, received '5'"),
+        (["--sequence-bias", "5:x"], "--sequence-bias: expected a number, received 'x'"),
+        (["--exponential-decay-length-penalty", "5"], "expected START,FACTOR, received '5'"),
+        (["--exponential-decay-length-penalty", "x,1"], "expected an integer, received 'x'"),
+        (["--eos-token-id", ""], "eos_token_id must be a token id"),
+        (["--forced-bos-token-id", "x"], "--forced-bos-token-id: expected an integer, received"),
+        (["--max-length", "9", "--max-new-tokens", "5"], "exclude each other, received 5 and 9"),
+        (["--top-k", "5"], "top_k applies to sampling (do_sample=True) only"),
+        (["--do-sample", "yes"], "--do-sample: expected true or false, received 'yes'"),
     ],
 )
 def test_generate_refuses_before_it_starts(
@@ -522,6 +819,7 @@ def test_settings_and_presets_that_do_not_fit(preset, tmp_path, capsys):
 
     assert "max_new_tokens must not exceed" in refused(preset, "--max-new-tokens", "23")
     assert "suppress_tokens must be smaller than" in refused(preset, "--suppress-tokens", "5,87")
+    assert "max_length must not exceed" in refused(preset, "--max-length", "24")
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     config = json.loads(Path(preset, "config.json").read_text())

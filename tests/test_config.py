@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
@@ -32,6 +33,30 @@ GENERATION = GenerationConfig(
     suppress_tokens=(3, 1),
 )
 GNMT = GenerationConfig(num_beams=3, beam_scorer="gnmt", gnmt_alpha=0.75)
+SAMPLING = GenerationConfig(
+    max_length=12,
+    min_length=2,
+    num_return_sequences=3,
+    do_sample=True,
+    temperature=0.5,
+    top_k=7,
+    top_p=0.9,
+    min_p=0.1,
+    typical_p=0.8,
+    seed=2**31 - 1,
+    repetition_penalty=1.5,
+    encoder_repetition_penalty=0.5,
+    no_repeat_ngram_size=2,
+    encoder_no_repeat_ngram_size=3,
+    bad_words_ids=[[5], [7, 8]],
+    sequence_bias={(4,): 2, (6, 1): -1.5},
+    begin_suppress_tokens=[9],
+    forced_bos_token_id=3,
+    forced_eos_token_id=[1, 2],
+    exponential_decay_length_penalty=[4, 1.25],
+    eos_token_id=[1, 6],
+)
+CONFIGS = [MODEL, GENERATION, GNMT, SAMPLING]
 
 
 def test_defaults_are_those_of_the_released_models():
@@ -55,8 +80,9 @@ def test_defaults_are_those_of_the_released_models():
     }
 
 
-@pytest.mark.parametrize("config", [MODEL, GENERATION, GNMT])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_json_round_trip(tmp_path, config):
+    """Lists and dicts, also nested ones, come back as the tuples that they were made."""
     assert config != type(config)()
     path = tmp_path / "config.json"
     config.to_json_file(path)
@@ -66,9 +92,10 @@ def test_json_round_trip(tmp_path, config):
     assert json.loads(path.read_text()).keys() == config.to_dict().keys()
 
 
-@pytest.mark.parametrize("config", [MODEL, GENERATION, GNMT])
+@pytest.mark.parametrize("config", CONFIGS)
 def test_configs_are_frozen_and_hashable(config):
-    field = dataclasses.fields(config)[0].name
+    field = "num_beams" if isinstance(config, GenerationConfig) else "vocab_size"
+    config = config if config is not SAMPLING else config.replace(num_return_sequences=1)
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(config, field, 5)
     copy = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
@@ -127,19 +154,79 @@ def test_model_values_are_checked(field, value, message):
         MODEL.replace(**{field: value})
 
 
+def test_no_field_of_the_sampling_example_is_a_default():
+    """What is not set there would pass all tests of round trips unseen."""
+    others = {"max_new_tokens", "min_new_tokens", "num_beams", "beam_scorer", "length_penalty"}
+    others |= {"early_stopping", "gnmt_alpha", "normalize_unfinished", "suppress_tokens"}
+    values, defaults = SAMPLING.to_dict(), GenerationConfig().to_dict()
+    assert {name for name in values if values[name] == defaults[name]} == others - {
+        "max_new_tokens"
+    }
+
+
+def test_ids_and_numbers_are_kept_as_plain_tuples():
+    assert SAMPLING.bad_words_ids == ((5,), (7, 8))
+    assert SAMPLING.sequence_bias == (((4,), 2), ((6, 1), -1.5))
+    pairs = [[[4], 2], [[6, 1], -1.5]]  # as in JSON
+    assert SAMPLING.replace(sequence_bias=pairs) == SAMPLING
+    assert SAMPLING.exponential_decay_length_penalty == (4, 1.25)
+    # One end token has one form, which is hashed as one.
+    assert GenerationConfig(eos_token_id=[5]) == GenerationConfig(eos_token_id=5)
+    config = GenerationConfig(
+        max_new_tokens=np.int64(9),
+        suppress_tokens=list(np.array([3, 1], np.int32)),
+        length_penalty=np.float32(0.5),
+        bad_words_ids=[np.array([5]).tolist(), (np.uint8(7), 8)],
+    )
+    assert config == GenerationConfig(
+        max_new_tokens=9, suppress_tokens=(3, 1), length_penalty=0.5, bad_words_ids=((5,), (7, 8))
+    )
+    assert type(config.max_new_tokens) is int and type(config.length_penalty) is float
+    assert {type(token) for token in config.suppress_tokens} == {int}
+    assert GenerationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_one_of_two_lengths_is_set():
+    def lengths(config):
+        return config.max_new_tokens, config.max_length
+
+    assert lengths(GenerationConfig()) == (64, None)
+    assert lengths(GenerationConfig(max_length=7)) == (None, 7)
+    assert lengths(SAMPLING.replace(max_new_tokens=5)) == (5, None)
+    assert lengths(GENERATION.replace(max_length=5)) == (None, 5)
+    assert lengths(SAMPLING.replace(top_k=3)) == (None, 12)
+    assert lengths(GenerationConfig.from_dict(SAMPLING.to_dict())) == (None, 12)
+    assert lengths(SAMPLING.replace(max_length=None)) == (64, None)
+    with pytest.raises(ValueError, match="exclude each other, received 5 and 6. Set one"):
+        GenerationConfig(max_new_tokens=5, max_length=6)
+    with pytest.raises(ValueError, match="exclude each other"):
+        GENERATION.replace(max_new_tokens=5, max_length=6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, received 0"),
+        ({"max_length": 1}, "max_length must be an integer of at least 2, received 1"),
         ({"min_new_tokens": 10}, r"must not exceed max_new_tokens \(9\), received 10"),
         ({"min_new_tokens": -1}, "min_new_tokens must be an integer of at least 0"),
+        ({"max_length": 3}, r"min_new_tokens must not exceed max_length - 1 \(2\), received 3"),
+        ({"max_length": 5, "min_length": 6}, r"min_length must not exceed max_length \(5\), rec"),
+        ({"min_length": -1}, "min_length must be an integer of at least 0, received -1"),
         ({"num_beams": 2.0}, "num_beams must be an integer of at least 1, received 2.0"),
         ({"num_return_sequences": 5}, r"not exceed num_beams \(4\), received 5. Raise num_beams"),
+        ({"num_return_sequences": 5, "do_sample": True}, "not exceed num_beams"),
+        ({"do_sample": 1}, "do_sample must be True or False, received 1"),
         ({"beam_scorer": "t5"}, "beam_scorer must be one of huggingface, gnmt, received 't5'"),
+        ({"beam_scorer": ["gnmt"]}, "beam_scorer must be one of huggingface, gnmt, received"),
         ({"length_penalty": "1"}, "length_penalty must be a number, received '1'"),
         ({"gnmt_alpha": True}, "gnmt_alpha must be a number from 0, received True"),
         ({"gnmt_alpha": -1}, "gnmt_alpha must be a number from 0, received -1"),
         ({"normalize_unfinished": 1}, "normalize_unfinished must be True or False, received 1"),
+        (
+            {"normalize_unfinished": np.True_},
+            "normalize_unfinished must be True or False, received .*True",
+        ),
         (
             {"normalize_unfinished": True},
             "normalize_unfinished applies to beam_scorer='gnmt' only, received True",
@@ -153,19 +240,66 @@ def test_model_values_are_checked(field, value, message):
             "length_penalty applies to beam_scorer='huggingface' only, received -0.5",
         ),
         ({"early_stopping": "always"}, 'early_stopping must be True, False or "never"'),
-        ({"suppress_tokens": [-1]}, "suppress_tokens must be token ids .* received .*-1"),
-        ({"suppress_tokens": ["a"]}, "suppress_tokens must be token ids .* received .*'a'"),
-        ({"suppress_tokens": 3}, "suppress_tokens must be token ids .* received 3"),
-        ({"suppress_tokens": None}, "suppress_tokens must be token ids .* received None"),
         (
             {"num_beams": 1, "num_return_sequences": 1},
             "early_stopping applies to beam search .* received 'never' with num_beams=1",
         ),
+        # Only with do_sample.
+        ({"temperature": 0.5}, r"temperature applies to sampling \(do_sample=True\) only, rec"),
+        ({"top_k": 0}, "top_k applies to sampling .* received 0 with do_sample=False. Leave .* 50"),
+        ({"top_p": 0.5}, "top_p applies to sampling"),
+        ({"min_p": 0.5}, "min_p applies to sampling"),
+        ({"typical_p": 0.5}, "typical_p applies to sampling"),
+        ({"seed": 0}, "seed applies to sampling .* received 0 with do_sample=False. Leave .* None"),
+        ({"temperature": 0}, "temperature must be a number above 0, received 0"),
+        ({"top_k": -1}, "top_k must be an integer of at least 0, received -1"),
+        ({"top_k": 2.5}, "top_k must be an integer of at least 0, received 2.5"),
+        ({"top_p": 0}, "top_p must be a number above 0 and not above 1, received 0"),
+        ({"top_p": 1.1}, "top_p must be a number above 0 and not above 1, received 1.1"),
+        ({"min_p": 2}, "min_p must be a number between 0 and 1, received 2"),
+        ({"typical_p": "x"}, "typical_p must be a number above 0 and not above 1, received 'x'"),
+        ({"seed": 2**31}, r"seed must be an integer from 0 below 2\*\*31, received 2147483648"),
+        ({"seed": True}, "seed must be an integer from 0 .* received True"),
+        # What happens to logits.
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0, received 0"),
+        ({"encoder_repetition_penalty": None}, "encoder_repetition_penalty must be .* None"),
+        ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size must be an integer of at least 0"),
+        ({"encoder_no_repeat_ngram_size": "2"}, "encoder_no_repeat_ngram_size must be .* '2'"),
+        ({"suppress_tokens": [-1]}, "suppress_tokens must be token ids .* received .*-1"),
+        ({"suppress_tokens": ["a"]}, "suppress_tokens must be token ids .* received .*'a'"),
+        ({"suppress_tokens": [True]}, "suppress_tokens must be token ids .* received .*True"),
+        ({"suppress_tokens": 3}, "suppress_tokens must be token ids .* received 3"),
+        ({"suppress_tokens": None}, "suppress_tokens must be token ids .* received None"),
+        ({"begin_suppress_tokens": "12"}, "begin_suppress_tokens must be token ids .* '12'"),
+        ({"bad_words_ids": [5]}, r"bad_words_ids must be sequences of token ids, such as .*\(5,\)"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids must be sequences of token ids"),
+        ({"sequence_bias": {5: 1.0}}, "sequence_bias must be different sequences of token ids"),
+        ({"sequence_bias": [[[5], "1"]]}, "sequence_bias must be different sequences of token ids"),
+        ({"sequence_bias": [[[5], 1], [[5], 2]]}, "sequence_bias must be different sequences"),
+        ({"sequence_bias": [[5, 1.0], 2]}, "sequence_bias must be different sequences"),
+        ({"forced_bos_token_id": [1]}, "forced_bos_token_id must be a token id .* received"),
+        ({"forced_eos_token_id": []}, r"forced_eos_token_id must be a token id .* received \(\)"),
+        ({"eos_token_id": -1}, "eos_token_id must be a token id .* received -1"),
+        ({"eos_token_id": "1"}, "eos_token_id must be a token id .* received '1'"),
+        (
+            {"exponential_decay_length_penalty": 3},
+            "exponential_decay_length_penalty must be an integer from 0 .* received 3",
+        ),
+        ({"exponential_decay_length_penalty": [1.5, 2]}, "exponential_decay_length_penalty must"),
+        ({"exponential_decay_length_penalty": [1, 0]}, "exponential_decay_length_penalty must"),
     ],
 )
 def test_generation_values_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         GENERATION.replace(**changes)
+
+
+def test_samples_may_be_more_than_beams():
+    """With one beam they are independent of each other; with several, the best are returned."""
+    assert SAMPLING.num_return_sequences == 3 and SAMPLING.num_beams == 1
+    SAMPLING.replace(num_beams=3)
+    with pytest.raises(ValueError, match=r"must not exceed num_beams \(2\), received 3"):
+        SAMPLING.replace(num_beams=2)
 
 
 @pytest.mark.parametrize(

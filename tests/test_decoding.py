@@ -7,75 +7,27 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tables import (
+    EOS,
+    PAD,
+    SCORERS,
+    START,
+    assert_drawn_from,
+    final_score,
+    generated,
+    log_softmax,
+    random_table,
+    search,
+    sum_of_log_probs,
+    table_step,
+)
 
 from bertgen_tf.decoding import beam_search, sample
+from bertgen_tf.filters import temperature, top_k
 from bertgen_tf.logits import min_new_tokens, suppress_tokens
 
 HERE = pathlib.Path(__file__).parent
 T2T_GOLDEN = HERE.parent.parent / "shared/golden/t2t_beam_search.npz"
-START, EOS, PAD = 2, 1, 0
-SCORERS = ("huggingface", "gnmt")
-
-
-def table_step(table, rows_per_example):
-    """Step over logits `table[example, token before the last % n, last]`; its state is the former.
-
-    `table` is [batch or 1, n, vocab, vocab].
-    """
-    table = tf.convert_to_tensor(table)
-
-    def step(ids, index, state):
-        example = tf.range(tf.shape(ids)[0]) // rows_per_example % tf.shape(table)[0]
-        before_last = state["before_last"] % tf.shape(table)[1]
-        return tf.gather_nd(table, tf.stack([example, before_last, ids], 1)), {"before_last": ids}
-
-    return step
-
-
-def search(table, start_ids, num_beams, **options):
-    """Beam search over a table, or `sample` where `num_beams` is None."""
-    rows = num_beams or 1
-    state = {"before_last": tf.zeros([tf.size(start_ids) * rows], tf.int32)}
-    options = {"eos_token_ids": [EOS], "pad_token_id": PAD} | options
-    if num_beams is None:
-        return sample(table_step(table, 1), state, start_ids, **options)
-    step = table_step(table, num_beams)
-    return beam_search(step, state, start_ids, num_beams=num_beams, **options)
-
-
-def random_table(seed, batch=2, vocabulary=7, scale=1.5, order=2):
-    shape = [batch, order, vocabulary, vocabulary]
-    return np.random.default_rng(seed).normal(scale=scale, size=shape).astype(np.float32)
-
-
-def log_softmax(logits):
-    logits = logits - logits.max(-1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def generated(sequence, eos_token_ids=(EOS,)):
-    """The generated tokens of a returned sequence; the rest must be padding."""
-    ends = np.flatnonzero(np.isin(sequence[1:], eos_token_ids))
-    length = ends[0] + 1 if len(ends) else len(sequence) - 1
-    assert (sequence[1 + length :] == PAD).all()
-    return [int(token) for token in sequence[1 : 1 + length]]
-
-
-def sum_of_log_probs(table, start, tokens):
-    """Log-probability of `tokens` under one example's table [n, vocab, vocab]."""
-    table = log_softmax(table.astype(np.float64))
-    total, before_last, last = 0.0, 0, start
-    for token in tokens:
-        total += table[before_last % len(table), last, token]
-        before_last, last = last, token
-    return total
-
-
-def final_score(log_prob, length, scorer, exponent):
-    divisor = length if scorer == "huggingface" else (5 + length) / 6
-    return log_prob / divisor**exponent
-
-
 # ------------------------------------------------------------------ against other implementations
 
 
@@ -321,13 +273,25 @@ def test_hypotheses_are_what_they_say(
         scores = output.scores[example].numpy()
         assert (np.diff(scores) <= 0).all()
         hypotheses = []
-        for sequence, score in zip(output.sequences[example].numpy(), scores, strict=True):
+        for sequence, token_scores, score in zip(
+            output.sequences[example].numpy(),
+            output.token_scores[example].numpy(),
+            scores,
+            strict=True,
+        ):
             if score == -1e7:
-                assert scorer == "gnmt" and not sequence.any()
+                assert scorer == "gnmt" and not sequence.any() and not token_scores.any()
                 continue
             assert sequence[0] == start
             tokens = generated(sequence, eos_token_ids)
             log_prob = sum_of_log_probs(table[example], start, tokens)
+            so_far = [
+                sum_of_log_probs(table[example], start, tokens[:i]) for i in range(len(tokens))
+            ]
+            np.testing.assert_allclose(
+                token_scores[: len(tokens)], np.diff([*so_far, log_prob]), atol=1e-4
+            )
+            assert not token_scores[len(tokens) :].any()
             expected = final_score(log_prob, len(tokens), scorer, exponent)
             if scorer == "gnmt" and tokens[-1] not in eos_token_ids and not normalize:
                 expected = log_prob  # no hypothesis of this example finished
@@ -373,6 +337,246 @@ def test_rows_of_a_batch_are_independent(scorer):
         alone = search(table[row : row + 1], starts[row : row + 1], num_beams, **options)
         np.testing.assert_array_equal(together.sequences[row], alone.sequences[0])
         np.testing.assert_allclose(together.scores[row], alone.scores[0], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------- beam sampling
+
+
+def beam_sampling_outcomes(table, start, divide_by, length_penalty):
+    """{the two sequences returned: probability} of transformers' rules, by enumeration.
+
+    Two beams, two tokens, one end token, over one example's table [n, vocab, vocab].
+    """
+    vocabulary, num_beams, num_candidates, outcomes = table.shape[-1], 2, 4, {}
+
+    def in_order(sums, count):
+        probabilities = np.exp(sums - np.max(sums))
+        probabilities /= probabilities.sum()
+        for places in itertools.permutations(range(len(sums)), count):
+            left, probability = 1.0, 1.0
+            for place in places:
+                probability *= probabilities[place] / left
+                left -= probabilities[place]
+            yield places, probability
+
+    def continuations(running):
+        return [
+            (sum_of_log_probs(table, start, [*tokens, token]) / divide_by, (*tokens, token))
+            for tokens in running
+            for token in range(vocabulary)
+        ]
+
+    first = continuations([()])
+    for places, probability in in_order([total for total, _ in first], num_candidates):
+        drawn = [first[place] for place in places]
+        finished = [candidate for candidate in drawn[:num_beams] if candidate[1][-1] == EOS]
+        running = sorted(candidate for candidate in drawn if candidate[1][-1] != EOS)[-num_beams:]
+        second = continuations([tokens for _, tokens in running])
+        for pair, then in in_order([total for total, _ in second], num_beams):
+            ended = finished + [
+                (second[place][0] / 2**length_penalty, second[place][1]) for place in pair
+            ]
+            best = tuple(tokens for _, tokens in sorted(ended, reverse=True)[:num_beams])
+            outcomes[best] = outcomes.get(best, 0.0) + probability * then
+    return outcomes
+
+
+BEAM_SAMPLING = [(1.0, 1.0), (0.6, 0.0), (2.0, 2.0)]  # temperature, length penalty
+
+
+def assert_outcomes(sequences, expected):
+    """`sequences` [batch, 2, 3] are drawn from `beam_sampling_outcomes`."""
+    counts = dict.fromkeys(expected, 0)
+    for best, other in sequences.tolist():
+        pair = (best, other)
+        counts[tuple(tuple(tokens[1 : 2 if tokens[1] == EOS else 3]) for tokens in pair)] += 1
+    assert_drawn_from(list(counts.values()), list(expected.values()))
+
+
+@pytest.mark.parametrize(("divide_by", "length_penalty"), BEAM_SAMPLING)
+def test_beam_sampling_draws_without_replacement(divide_by, length_penalty):
+    table = random_table(21, batch=1, vocabulary=6, scale=1.0)
+    batch = 40_000
+    output = search(
+        table,
+        [START] * batch,
+        2,
+        num_return_sequences=2,
+        max_new_tokens=2,
+        do_sample=True,
+        seeds=tf.stack([tf.fill([batch], 3), tf.range(batch)], axis=1),
+        filters=[temperature(divide_by)],
+        length_penalty=length_penalty,
+    )
+    expected = beam_sampling_outcomes(table[0], START, divide_by, length_penalty)
+    assert_outcomes(output.sequences.numpy(), expected)
+    # The temperature stays in the scores.
+    for sequence, score in zip(
+        output.sequences[:9, 0].numpy(), output.scores[:9, 0].numpy(), strict=True
+    ):
+        tokens = generated(sequence)
+        total = sum_of_log_probs(table[0], START, tokens) / divide_by
+        assert score == pytest.approx(total / len(tokens) ** length_penalty, abs=1e-5)
+
+
+def test_transformers_samples_beams_from_the_same_distribution():
+    """The enumeration, and so the test above, against HuggingFace's own `generate()`."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_beam_golden import TableModel
+
+    table = random_table(21, batch=1, vocabulary=6, scale=1.0)
+    for divide_by, length_penalty in BEAM_SAMPLING:
+        torch.manual_seed(0)
+        sequences = TableModel(table[0]).generate(
+            torch.full([20_000, 1], START),
+            do_sample=True,
+            num_beams=2,
+            num_return_sequences=2,
+            max_new_tokens=2,
+            temperature=divide_by,
+            top_k=0,
+            length_penalty=length_penalty,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            use_cache=False,
+        )
+        expected = beam_sampling_outcomes(table[0], START, divide_by, length_penalty)
+        assert_outcomes(sequences.reshape(-1, 2, 3).numpy(), expected)
+
+
+def test_beam_sampling_filters_and_bans():
+    """Three tokens are left of each beam: others are never drawn, however often one must draw."""
+    table, batch = random_table(8, batch=1, vocabulary=12), 300
+    output = search(
+        table,
+        [START] * batch,
+        3,
+        num_return_sequences=3,
+        max_new_tokens=3,
+        do_sample=True,
+        seeds=tf.stack([tf.range(batch) * 7, tf.zeros([batch], tf.int32)], axis=1),
+        processors=[suppress_tokens([6, 7])],
+        filters=[top_k(3, 2)],
+    )
+    allowed = table[0].copy()
+    allowed[..., [6, 7]] = -np.inf
+    best = np.argsort(-allowed, axis=-1)[..., :3]
+    found = set()
+    for sequence in output.sequences.numpy().reshape(-1, 4):
+        if not sequence.any():
+            continue  # nothing was left
+        before_last, last = 0, START
+        for token in generated(sequence):
+            assert token in best[before_last % 2, last]
+            before_last, last = last, token
+        found.add(tuple(sequence))
+    assert len(found) > 15
+    assert np.isfinite(output.scores).all()
+
+
+def test_beam_samples_depend_on_seed_and_example_only():
+    table, starts = random_table(5, batch=4, vocabulary=40, scale=0.5), np.array([2, 3, 4, 5])
+    seeds = np.array([[1, 5], [1, 6], [2, 5], [-4, 9]])
+    options = {"do_sample": True, "max_new_tokens": 6, "num_return_sequences": 2}
+    together = search(table, starts, 3, seeds=seeds, **options)
+    order = [2, 0]
+    some = search(table[order], starts[order], 3, seeds=seeds[order], **options)
+    np.testing.assert_array_equal(some.sequences, together.sequences.numpy()[order])
+    same = search(table[:1], [2] * 4, 3, seeds=seeds, **options)
+    assert len(set(map(tuple, same.sequences.numpy().reshape(8, 7).tolist()))) == 8
+
+
+# ------------------------------------------------------------------------- prompts and lengths
+
+PROMPTS = [[2, 3, 5], [2, 6, 4]]
+
+
+@pytest.mark.parametrize("form", ["as it is", "padded", "limited", "limited tensor"])
+@pytest.mark.parametrize("eos_bias", [0.0, -9.0])
+@pytest.mark.parametrize("early_stopping", [False, "never"])
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_prompt_is_the_beginning(scorer, early_stopping, eos_bias, form):
+    """After a prompt, the search is that from its last token and the state it left."""
+    table, prompts = random_table(31, vocabulary=11), np.array(PROMPTS)
+    table[..., EOS] += eos_bias
+    options = {
+        "scorer": scorer,
+        "early_stopping": early_stopping,
+        "num_return_sequences": 3,
+        "length_penalty": 0.7,
+        "normalize_unfinished": scorer == "gnmt",
+        "eos_token_ids": [EOS],
+        "pad_token_id": PAD,
+    }
+    expected = beam_search(
+        table_step(table, 3),
+        {"before_last": tf.repeat(tf.constant([3, 6]), 3)},
+        prompts[:, -1],
+        num_beams=3,
+        max_new_tokens=4,
+        **options,
+    )
+    options["max_new_tokens"] = 4
+    width = 7
+    if form != "as it is":
+        width, prompts = 9, np.pad(prompts, [[0, 0], [0, 2]], constant_values=7)
+        options["prompt_length"] = tf.constant(3) if "tensor" in form else 3
+    if "limited" in form:
+        width, options["max_new_tokens"] = 14, 9
+        options["max_length"] = tf.constant(7) if "tensor" in form else 7
+    output = search(table, prompts, 3, **options)
+    assert output.sequences.shape == (2, 3, width) and output.token_scores.shape[2] == width - 1
+    exists = (output.scores.numpy() > -1e7)[..., np.newaxis]
+    assert exists[:, 0].all()
+    for example, prompt in enumerate(PROMPTS):
+        np.testing.assert_array_equal(
+            output.sequences[example, :, :3], np.where(exists[example], prompt, PAD)
+        )
+    np.testing.assert_array_equal(output.sequences[:, :, 3:7], expected.sequences[:, :, 1:])
+    assert not np.any(output.sequences[:, :, 7:]) and not np.any(output.token_scores[:, :, 6:])
+    np.testing.assert_allclose(output.scores, expected.scores, rtol=1e-6)
+    assert not np.any(output.token_scores[:, :, :2])
+    np.testing.assert_allclose(output.token_scores[:, :, 2:6], expected.token_scores, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_beams", [None, 3])
+def test_prompts_and_lengths_equal_transformers(num_beams):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from make_beam_golden import TableModel
+
+    for seed, (bias, early_stopping) in enumerate(
+        itertools.product([-9.0, 0.0, 2.0], [False, True, "never"])
+    ):
+        table = random_table(seed, batch=1, vocabulary=14, order=3)
+        table[..., [EOS, 4]] += bias
+        theirs = {"num_beams": 1, "max_length": 9, "eos_token_id": [EOS, 4], "pad_token_id": PAD}
+        ours = {"max_new_tokens": 20, "max_length": 9, "eos_token_ids": [EOS, 4]}
+        if num_beams:
+            common = {"early_stopping": early_stopping, "length_penalty": 0.6}
+            theirs |= common | {"num_beams": num_beams, "num_return_sequences": 2}
+            ours |= common | {"num_return_sequences": 2}
+        expected = TableModel(table[0]).generate(
+            torch.tensor(PROMPTS),
+            do_sample=False,
+            use_cache=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **theirs,
+        )
+        output = search(table, PROMPTS, num_beams, **ours)
+        assert output.sequences.shape[2] == 23 and not np.any(output.sequences[:, :, 9:])
+        sequences = expected.sequences.numpy().reshape(2, -1, expected.sequences.shape[1])
+        for example, number in itertools.product(range(2), range(sequences.shape[1])):
+            found = generated(output.sequences[example, number, 2:9].numpy(), [EOS, 4])
+            full = sequences[example, number, 3:]
+            ends = np.flatnonzero(np.isin(full, [EOS, 4]))
+            assert found == full[: ends[0] + 1 if len(ends) else 6].tolist()
+        if num_beams:
+            np.testing.assert_allclose(
+                output.scores, expected.sequences_scores.reshape(2, 2), rtol=1e-5
+            )
 
 
 # ----------------------------------------------------------------------------- how it runs
@@ -479,8 +683,10 @@ def test_scores_stay_finite_where_everything_is_banned():
 
 
 def _run(table, starts, num_beams, options):
-    output = search(table, starts, num_beams, max_new_tokens=6, **options)
-    return output.sequences, output.scores
+    if options.get("do_sample"):
+        example = tf.range(tf.size(starts))
+        options = options | {"seeds": tf.stack([tf.ones_like(example), example], axis=1)}
+    return search(table, starts, num_beams, max_new_tokens=6, **options)
 
 
 MODES = [
@@ -491,6 +697,9 @@ MODES = [
     ),
     (3, {"scorer": "gnmt", "num_return_sequences": 2, "eos_token_ids": [1, 5]}),
     (6, {"num_return_sequences": 5, "early_stopping": True}),  # more candidates than vocabulary
+    (None, {"do_sample": True, "num_return_sequences": 4, "processors": [suppress_tokens([4])]}),
+    (3, {"do_sample": True, "num_return_sequences": 2, "filters": [temperature(0.7), top_k(5, 2)]}),
+    (4, {"do_sample": True, "eos_token_ids": [1, 3, 4, 5, 6, 7, 2], "scorer": "gnmt"}),
 ]
 
 
@@ -508,15 +717,15 @@ def test_graph_and_xla_equal_eager(num_beams, options, static, jit_compile):
             tf.TensorSpec([3] if static else [None], tf.int32),
         ],
     )
-    sequences, scores = _run(table, starts, num_beams, options)
-    graph_sequences, graph_scores = function(table, starts)
-    np.testing.assert_array_equal(graph_sequences, sequences)
-    np.testing.assert_allclose(graph_scores, scores, rtol=1e-5)
+    eager, graph = _run(table, starts, num_beams, options), function(table, starts)
+    np.testing.assert_array_equal(graph.sequences, eager.sequences)
+    np.testing.assert_allclose(graph.scores, eager.scores, rtol=1e-5)
+    np.testing.assert_allclose(graph.token_scores, eager.token_scores, rtol=1e-5, atol=1e-6)
     count = options.get("num_return_sequences", 1)
     shapes = [tensor.shape.as_list() for tensor in function.get_concrete_function().outputs]
     batch = 3 if static else None
-    assert shapes == [[batch, count, 7], [batch, count]]
-    assert sequences.dtype == tf.int32 and scores.dtype == tf.float32
+    assert shapes == [[batch, count, 7], [batch, count], [batch, count, 6]]
+    assert [tensor.dtype for tensor in eager] == [tf.int32, tf.float32, tf.float32]
 
 
 @pytest.mark.parametrize(("num_beams", "options"), MODES)
@@ -564,26 +773,6 @@ def test_processors_see_the_sequence_so_far(num_beams):
     assert np.isfinite(output.scores).all()
 
 
-def test_select_chooses_the_tokens():
-    """The second best token, a stand-in for random sampling, with the score of what was chosen."""
-    table = random_table(6, batch=2)
-    indices = []
-
-    def second(logits, index):
-        if not indices:  # logits as the model gave them, not log-probabilities
-            np.testing.assert_array_equal(logits, table[[0, 1], 0, [2, 3]])
-        indices.append(int(index))
-        return tf.math.top_k(logits, 2).indices[:, 1]
-
-    output = search(table, [2, 3], None, max_new_tokens=4, select=second)
-    assert indices == list(range(len(indices)))
-    for example, start in enumerate([2, 3]):
-        tokens = generated(output.sequences[example, 0].numpy())
-        assert tokens[0] == np.argsort(table[example, 0, start])[-2]
-        expected = sum_of_log_probs(table[example], start, tokens) / len(tokens)
-        assert output.scores.numpy()[example, 0] == pytest.approx(expected, abs=1e-5)
-
-
 # ----------------------------------------------------------------------------- errors
 
 
@@ -598,7 +787,11 @@ def test_select_chooses_the_tokens():
         ({"early_stopping": 1}, ValueError, "early_stopping must be"),
         ({"gnmt_alpha": -1.0}, ValueError, "gnmt_alpha must be >= 0"),
         ({"eos_token_ids": 1}, TypeError, "eos_token_ids must be a sequence of integers"),
-        ({"start_ids": [[2], [3]]}, ValueError, r"start_ids must be integers of shape \[batch\]"),
+        ({"start_ids": [[[2]]]}, ValueError, r"start_ids must be integers of shape \[batch\] or"),
+        ({"prompt_length": 2}, ValueError, "prompt_length must be from 1 to 1"),
+        ({"max_length": 1}, ValueError, "max_length counts the prompt and must be above"),
+        ({"filters": [lambda *a: a[0]]}, ValueError, "filters shape draws: pass do_sample=True"),
+        ({"do_sample": True}, ValueError, "seeds must be given with do_sample"),
         ({"start_ids": [2.0, 3.0]}, ValueError, "start_ids must be integers"),
         ({"state": tf.zeros([2])}, ValueError, r"state must .* = 4, received shape \(2,\)"),
     ],

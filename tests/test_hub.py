@@ -142,9 +142,9 @@ def check_block(block, source: dict[str, np.ndarray], layer: int) -> None:
     for name in ("query", "key", "value"):
         ours = getattr(attention, name)
         heads = get(f"self_attention/{name}/bias").shape
-        # Head by head: column a * D + d of ours is head a, unit d of the module's.
+        # Head by head: row a * D + d of ours is head a, unit d of the module's.
         np.testing.assert_array_equal(
-            ours.kernel.numpy().reshape(hidden, *heads), get(f"self_attention/{name}/kernel")
+            ours.kernel.numpy().T.reshape(hidden, *heads), get(f"self_attention/{name}/kernel")
         )
         np.testing.assert_array_equal(
             ours.bias.numpy().reshape(heads), get(f"self_attention/{name}/bias")
@@ -161,7 +161,7 @@ def check_block(block, source: dict[str, np.ndarray], layer: int) -> None:
         (feed_forward.layer_norm.gamma, "output_layer_norm/gamma", (hidden,)),
         (feed_forward.layer_norm.beta, "output_layer_norm/beta", (hidden,)),
     ):
-        np.testing.assert_array_equal(ours.numpy().reshape(shape), get(theirs))
+        np.testing.assert_array_equal(ours.numpy().T.reshape(shape), get(theirs))
 
 
 def check_embeddings(embeddings, source: dict[str, np.ndarray]) -> None:

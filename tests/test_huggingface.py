@@ -113,13 +113,13 @@ def check_generated(model, golden, case, options):
     ("name", "sharing", "settings"),
     [
         ("v4_shared", "all", {"max_new_tokens": 20}),
-        ("v5_mixed", "none", {"max_new_tokens": 9}),
+        ("v5_mixed", "none", {"max_length": 10}),
         (
             "v5_pair",
             "none",
             {
-                "max_new_tokens": 11,
-                "min_new_tokens": 2,
+                "max_length": 12,
+                "min_length": 3,
                 "num_beams": 2,
                 "length_penalty": 0.7,
             },
@@ -141,7 +141,7 @@ def test_encoder_decoder_gives_the_numbers_of_transformers(checkpoints, name, sh
             case,
             options
             if case == "own"
-            else {"num_beams": 1, "min_new_tokens": 2 * (name == "v5_pair"), **options},
+            else {"num_beams": 1, "min_length": 3 * (name == "v5_pair"), **options},
         )
 
 
@@ -385,7 +385,7 @@ def test_config_of_transformers_4(copy):
     assert read(folder).generation_config == bg.GenerationConfig(max_new_tokens=20)
     (folder / "generation_config.json").unlink()
     assert read(folder).generation_config == bg.GenerationConfig(
-        max_new_tokens=8, num_beams=4, early_stopping=True, length_penalty=2.0
+        max_length=9, num_beams=4, early_stopping=True, length_penalty=2.0
     )
     values = json.loads((folder / "config.json").read_text())
     del values["max_length"]
@@ -426,19 +426,19 @@ def test_settings_of_generation_are_in_the_same_error(copy):
     """Also where version 4 wrote all into config.json, and beside a decoder that cannot be."""
 
     def change(values):
-        values["decoder"].update(hidden_act="silu", no_repeat_ngram_size=3)
+        values["decoder"].update(hidden_act="silu", num_beam_groups=3)
         values["encoder"]["new_option"] = 7
 
     folder = copy("v4_shared", config=change)
     (folder / "generation_config.json").unlink()
-    with pytest.raises(ValueError, match="decoder.hidden_act='silu'.*no_repeat_ngram_size=3") as e:
+    with pytest.raises(ValueError, match="decoder.hidden_act='silu'.*num_beam_groups=3") as e:
         bg.EncoderDecoderModel.from_huggingface(folder)
     assert "\n" not in str(e.value)
     values = json.loads((folder / "config.json").read_text())
     values["decoder"]["model_type"] = "roberta"
     (folder / "config.json").write_text(json.dumps(values))
-    (folder / "generation_config.json").write_text('{"do_sample": true}')
-    with pytest.raises(ValueError, match="new_option=7.*'roberta'.*n_config.json.*do_sample=True"):
+    (folder / "generation_config.json").write_text('{"guidance_scale": 2}')
+    with pytest.raises(ValueError, match="new_option=7.*'roberta'.*n_config.json.*dance_scale=2"):
         bg.EncoderDecoderModel.from_huggingface(folder)
 
 
@@ -448,6 +448,8 @@ def test_settings_of_generation_are_in_the_same_error(copy):
         ("generation_config.json", None, "decoder_start_token_id", 99),
         ("generation_config.json", None, "pad_token_id", "x"),
         ("config.json", None, "eos_token_id", -1),
+        ("generation_config.json", None, "eos_token_id", [1, 47]),
+        ("generation_config.json", None, "pad_token_id", [0, 1]),
         ("config.json", "decoder", "bos_token_id", 47),
     ],
 )
@@ -635,52 +637,111 @@ def test_configs_that_cannot_be_followed(copy, change, message):
     ("changes", "settings"),
     [
         ({"max_new_tokens": 7, "max_length": 5}, {"max_new_tokens": 7}),
+        # One of a kind comes before the other in transformers, too.
         (
             {"max_length": 6, "min_new_tokens": 4, "min_length": 2},
-            {"max_new_tokens": 5, "min_new_tokens": 4},
+            {"max_length": 6, "min_new_tokens": 4},
         ),
-        ({"max_length": 9, "early_stopping": True}, {"max_new_tokens": 8}),  # greedy
+        ({"max_length": 6, "min_length": 2}, {"max_length": 6, "min_length": 2}),
+        ({"max_length": 9, "early_stopping": True}, {"max_length": 9}),  # greedy
         (
             {"max_length": 9, "num_beams": 4, "early_stopping": "never", "suppress_tokens": [5]},
-            {
-                "max_new_tokens": 8,
-                "num_beams": 4,
-                "early_stopping": "never",
-                "suppress_tokens": (5,),
-            },
+            {"max_length": 9, "num_beams": 4, "early_stopping": "never", "suppress_tokens": (5,)},
         ),
+        # Without do_sample transformers does not look at them.
         (
             {
                 "max_length": 9,
                 "do_sample": False,
                 "top_k": 7,
                 "temperature": 0.3,
+                "top_h": 0.4,
+                "epsilon_cutoff": 0.1,
                 "no_repeat_ngram_size": 0,
                 "repetition_penalty": None,
             },
-            {"max_new_tokens": 8},
+            {"max_length": 9},
         ),
+        (
+            {
+                "max_length": 9,
+                "do_sample": True,
+                "num_return_sequences": 3,
+                "top_k": 7,
+                "temperature": 0.3,
+                "top_p": 0.9,
+                "min_p": 0.1,
+                "typical_p": 0.8,
+                "eta_cutoff": 0.0,
+            },
+            {
+                "max_length": 9,
+                "do_sample": True,
+                "num_return_sequences": 3,
+                "top_k": 7,
+                "temperature": 0.3,
+                "top_p": 0.9,
+                "min_p": 0.1,
+                "typical_p": 0.8,
+            },
+        ),
+        (
+            {
+                "max_length": 9,
+                "repetition_penalty": 1.5,
+                "encoder_repetition_penalty": 2,
+                "no_repeat_ngram_size": 2,
+                "encoder_no_repeat_ngram_size": 3,
+                "bad_words_ids": [[5], [6, 7]],
+                "sequence_bias": [[[5], 1.5], [[6, 7], -2.0]],
+                "begin_suppress_tokens": [5],
+                "forced_bos_token_id": 6,
+                "forced_eos_token_id": [1, 9],
+                "exponential_decay_length_penalty": [3, 1.5],
+                "eos_token_id": [1, 9],
+            },
+            {
+                "max_length": 9,
+                "repetition_penalty": 1.5,
+                "encoder_repetition_penalty": 2,
+                "no_repeat_ngram_size": 2,
+                "encoder_no_repeat_ngram_size": 3,
+                "bad_words_ids": ((5,), (6, 7)),
+                "sequence_bias": {(5,): 1.5, (6, 7): -2.0},
+                "begin_suppress_tokens": (5,),
+                "forced_bos_token_id": 6,
+                "forced_eos_token_id": (1, 9),
+                "exponential_decay_length_penalty": (3, 1.5),
+                "eos_token_id": (1, 9),
+            },
+        ),
+        # One end token is the decoder's own.
+        ({"eos_token_id": [1], "max_length": 9}, {"max_length": 9}),
     ],
 )
 def test_settings_of_generation(copy, changes, settings):
     folder = copy("v4_shared", generation=lambda values: values.update(changes))
     model = bg.EncoderDecoderModel.from_huggingface(folder)
     assert model.generation_config == bg.GenerationConfig(**settings)
+    assert model.decoder.config.eos_token_id == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"do_sample": True, "no_repeat_ngram_size": 3, "what": 1},
-            "not supported here: do_sample=True, no_repeat_ngram_size=3, what=1. Other settings",
+            {"do_sample": True, "num_beam_groups": 3, "what": 1, "top_h": 0.5, "eta_cutoff": 0.1},
+            "not supported here: num_beam_groups=3, what=1, top_h=0.5, eta_cutoff=0.1. Other sett",
         ),
         ({"max_length": 30}, "lets 29 tokens be generated, but the decoder has 20 positions"),
+        ({"max_new_tokens": 21}, "lets 21 tokens be generated, but the decoder has 20 positions"),
+        ({"num_return_sequences": 2}, "json: num_return_sequences must not exceed num_beams .*1"),
+        ({"do_sample": True, "top_p": 3}, "json: top_p must be a number above 0 and not above 1"),
         (
             {"num_beams": 0},
             "num_beams must be an integer of at least 1, received 0. Other settings",
         ),
-        ({"max_length": "long"}, "max_length='long'"),
+        ({"max_length": "long"}, "max_length must be an integer .* 'long'. Other settings"),
     ],
 )
 def test_settings_that_cannot_be_followed(copy, changes, message):
@@ -800,7 +861,7 @@ def test_settings_there_and_back(tmp_path):
         "bos_token_id": 3,
         "eos_token_id": 4,
         "decoder_start_token_id": 3,
-        "max_length": 9,
+        "max_new_tokens": 8,
         "min_new_tokens": 2,
         "num_beams": 4,
         "num_return_sequences": 2,
@@ -811,6 +872,53 @@ def test_settings_there_and_back(tmp_path):
     own = json.loads((tmp_path / "out/config.json").read_text())["bertgen_tf"]
     assert "generation" not in own
     assert_same_model(plain, bg.EncoderDecoderModel.from_huggingface(tmp_path / "out"))
+
+
+SETTINGS = {
+    "max_length": 12,
+    "min_length": 4,
+    "min_new_tokens": 2,  # transformers follows one of the two
+    "num_return_sequences": 3,
+    "do_sample": True,
+    "temperature": 0.5,
+    "top_k": 7,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "typical_p": 0.8,
+    "seed": 5,
+    "repetition_penalty": 1.5,
+    "encoder_repetition_penalty": 0.5,
+    "no_repeat_ngram_size": 2,
+    "encoder_no_repeat_ngram_size": 3,
+    "bad_words_ids": ((5,), (7, 8)),
+    "sequence_bias": (((4,), 2.0), ((6, 1), -1.5)),
+    "suppress_tokens": (10, 11),
+    "begin_suppress_tokens": (9,),
+    "forced_bos_token_id": 3,
+    "forced_eos_token_id": (4, 2),
+    "exponential_decay_length_penalty": (4, 1.25),
+    "eos_token_id": (4, 6),
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        {"max_new_tokens": 9, "num_beams": 3, "early_stopping": True, "eos_token_id": 6},
+    ],
+)
+def test_every_setting_there_and_back(tmp_path, settings):
+    """An end token that is not the decoder's own does not become it."""
+    model = make_pair("none", generation_config=bg.GenerationConfig(**settings))
+    model.save_to_huggingface(tmp_path / "out")
+    assert_same_model(model, bg.EncoderDecoderModel.from_huggingface(tmp_path / "out"))
+    theirs = json.loads((tmp_path / "out/generation_config.json").read_text())
+    ids = {"pad_token_id": 0, "bos_token_id": 3, "decoder_start_token_id": 3}
+    expected = {name: value for name, value in settings.items() if name != "seed"}
+    assert theirs == json.loads(json.dumps({**ids, **expected}))
+    own = json.loads((tmp_path / "out/config.json").read_text())
+    assert own["eos_token_id"] == own["decoder"]["eos_token_id"] == 4
 
 
 def test_word_piece_there_and_back(tmp_path):
@@ -937,7 +1045,7 @@ def test_warm_start_from_bert(tmp_path):
     np.testing.assert_array_equal(
         model.decoder.embeddings.position_embeddings.embeddings, positions + types[0]
     )
-    query = stored["encoder.layer.1.attention.self.query.weight"].T
+    query = stored["encoder.layer.1.attention.self.query.weight"]
     for attention in ("self_attention", "cross_attention"):
         block = getattr(model.decoder.blocks[1], attention)
         np.testing.assert_array_equal(block.query.kernel, query)
@@ -1084,7 +1192,7 @@ def test_tokenizers_that_cannot_be_followed(tmp_path, name, content, message):
 
 def test_every_setting_has_its_place():
     """A field that is added to a config and forgotten here would be lost in silence."""
-    fields = {*generations.GENERATION_FIELDS.values(), *generations.OWN_GENERATION}
+    fields = {*generations.GENERATION_FIELDS, *generations.OWN_GENERATION}
     assert fields == set(bg.GenerationConfig.__dataclass_fields__)
     fields = {*configs._SIZES, *configs._IDS, "hidden_act", "add_cross_attention"}
     assert fields == set(bg.BertGenerationConfig.__dataclass_fields__)

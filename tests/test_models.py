@@ -3,10 +3,11 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import PIECES, make_model
 
 import bertgen_tf as bg
-from bertgen_tf.layers import Attention
+from bertgen_tf.layers import Attention, Dense
 from bertgen_tf.weights import named_variables
 
 RNG = np.random.default_rng(5)
@@ -31,7 +32,7 @@ def numpy_model(model, batch):
         return x * w[f"{name}/gamma"] + w[f"{name}/beta"]
 
     def dense(x, name):
-        return x @ w[f"{name}/kernel"] + w[f"{name}/bias"]
+        return x @ w[f"{name}/kernel"].T + w[f"{name}/bias"]
 
     def attention(x, memory, mask, name, config):
         heads = config.num_attention_heads
@@ -159,7 +160,7 @@ def test_cached_decoding_equals_the_whole_sequence(model, beams, chunks):
         encoder_hidden_states=np.repeat(memory, beams, 0),
         encoder_attention_mask=np.repeat(SOURCE_MASK, beams, 0),
     )
-    cache = model.decoder.init_cache(3 * beams, 8, memory)
+    cache = model.decoder.repeat_cache(model.decoder.init_cache(3, 8, memory), beams)
     index = 0
     for length in chunks:
         logits, cache = model.decoder(
@@ -172,13 +173,61 @@ def test_cached_decoding_equals_the_whole_sequence(model, beams, chunks):
         index += length
 
 
+def test_beams_that_change_places_take_their_past_along(model):
+    """Only `cache["beams"]` moves; the logits are those of the whole sequence of each beam."""
+    memory = model.encoder(SOURCE, SOURCE_MASK)
+    beams = 2
+    targets = np.stack([(TARGET + k) % len(PIECES) for k in range(beams)], 1)  # [3, 2, 5]
+    cache = model.decoder.repeat_cache(model.decoder.init_cache(3, 8, memory), beams)
+    parents = np.array([[[1, 0], [0, 0], [1, 1]], [[0, 1], [1, 0], [1, 0]], [[1, 1]] * 3] * 2)
+    pasts = targets[:, :, :0]
+    for t in range(5):
+        pasts = np.concatenate([pasts, targets[:, :, t : t + 1]], axis=2)
+        logits, cache = model.decoder(
+            pasts[:, :, -1].reshape(6, 1),
+            encoder_attention_mask=SOURCE_MASK,
+            cache=cache,
+            cache_index=t,
+        )
+        expected = model.decoder(
+            pasts.reshape(6, t + 1),
+            encoder_hidden_states=np.repeat(memory, beams, 0),
+            encoder_attention_mask=np.repeat(SOURCE_MASK, beams, 0),
+        )
+        np.testing.assert_allclose(logits[:, 0], expected[:, -1], atol=2e-5)
+        pasts = np.take_along_axis(pasts, parents[t][..., None], axis=1)
+        moved = tf.gather(cache["beams"], parents[t], axis=1, batch_dims=1)
+        cache = {**cache, "beams": moved}
+
+
+def test_dense_is_that_of_keras(tmp_path):
+    """Its initial values, its outputs for one position and several, what its file holds."""
+    inputs = RNG.normal(size=(3, 4, 5)).astype(np.float32)
+    theirs = keras.layers.Dense(7, kernel_initializer=keras.initializers.GlorotUniform(seed=2))
+    ours = Dense(7, keras.initializers.GlorotUniform(seed=2))
+    models = [keras.Sequential([keras.Input((4, 5)), layer]) for layer in (theirs, ours)]
+    np.testing.assert_array_equal(ours.kernel, np.transpose(theirs.kernel))
+    bias = RNG.normal(size=7).astype(np.float32)
+    theirs.bias.assign(bias)
+    ours.bias.assign(bias)
+    np.testing.assert_allclose(ours(inputs), theirs(inputs), atol=1e-6)
+    np.testing.assert_allclose(ours(inputs[:, :1]), theirs(inputs[:, :1]), atol=1e-6)
+    for source, target in (models, models[::-1]):
+        source.save_weights(tmp_path / "file.weights.h5")
+        for variable in target.variables:
+            variable.assign(np.zeros(variable.shape))
+        target.load_weights(tmp_path / "file.weights.h5")
+        np.testing.assert_allclose(target(inputs), source(inputs), atol=1e-6)
+
+
 def test_cache_update_writes_only_its_positions():
-    old = np.zeros((2, 6, 3, 4), np.float32)
-    new = RNG.normal(size=(2, 2, 3, 4)).astype(np.float32)
+    old = np.zeros((2, 3, 6, 4), np.float32)
+    new = RNG.normal(size=(2, 3, 2, 4)).astype(np.float32)
     keys, values = map(np.asarray, Attention.update((old, old + 1), (new, -new), 3))
-    np.testing.assert_array_equal(keys[:, 3:5], new)
-    np.testing.assert_array_equal(values[:, 3:5], -new)
-    assert not np.any(keys[:, [0, 1, 2, 5]]) and np.all(values[:, [0, 1, 2, 5]] == 1)
+    np.testing.assert_array_equal(keys[:, :, 3:5], new)
+    np.testing.assert_array_equal(values[:, :, 3:5], -new)
+    rest = [0, 1, 2, 5]
+    assert not np.any(keys[:, :, rest]) and np.all(values[:, :, rest] == 1)
 
 
 def test_decoder_without_cross_attention_is_a_language_model():

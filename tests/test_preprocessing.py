@@ -289,3 +289,27 @@ def test_wrong_ids(preprocessor):
 def test_mask_first_needs_a_mask_token():
     with pytest.raises(ValueError, match="needs a tokenizer with a mask token"):
         Seq2SeqPreprocessor(BertTokenizer(PIECES[:-1]), mask_first=True)
+
+
+def test_prompts_begin_as_targets_do_and_do_not_end(tokenizer):
+    preprocessor = Seq2SeqPreprocessor(tokenizer, max_source_length=5, max_target_length=4)
+    prompts = values(preprocessor.prompt_preprocess(["c d", "", "c d e a b"]))
+    assert prompts["decoder_input_ids"] == [
+        [BOS, C, D, PAD, PAD, PAD],
+        [BOS, PAD, PAD, PAD, PAD, PAD],
+        [BOS, C, D, E, A, B],  # not cut
+    ]
+    assert prompts["decoder_attention_mask"] == [[1, 1, 1, 0, 0, 0], [1] + [0] * 5, [1] * 6]
+    masked = Seq2SeqPreprocessor(tokenizer, 5, 4, add_bos=True, add_eos=True, mask_first=True)
+    prompts = masked.prompt_preprocess(tf.constant(["c d"]))
+    assert values(prompts) == {
+        "decoder_input_ids": [[BOS, MASK, C, D]],
+        "decoder_attention_mask": [[1, 1, 1, 1]],
+    }
+    # What a decoder is trained on with the same text begins so.
+    trained = masked(["a"], ["c d"])[0]["decoder_input_ids"].numpy()
+    np.testing.assert_array_equal(trained[0, :4], prompts["decoder_input_ids"][0])
+    for name, tensor in masked.prompt_preprocess(tf.constant([], tf.string)).items():
+        assert (tensor.shape, tensor.dtype) == ([0, 1], tf.int32), name
+    with pytest.raises(ValueError, match="`texts` must be a vector of strings"):
+        masked.prompt_preprocess("c d")

@@ -1,0 +1,195 @@
+"""The output file of `bertgen-tf generate`: complete under its own name, or to be gone on with.
+
+Until everything is written the file is called FILE.partial, so that no error costs an older one.
+FILE.partial.json beside it tells which run began it: lines of another one must not follow.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+_AGAIN = "--overwrite starts anew"
+
+
+class Begun(NamedTuple):
+    """What an earlier run left: `lines` complete ones, up to byte `size` of the file."""
+
+    lines: int = 0
+    size: int = 0
+
+
+def check_path(path: str, overwrite: bool, resume: bool) -> None:
+    """Raises a ValueError if nothing could, or should, be written there; "-" is no file."""
+    if path == "-":
+        if resume:
+            raise ValueError("--resume needs --output, a file to go on with")
+        return
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"--output must be a file, or - for standard output, but {path} is none")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--output must lie in a folder that can be written, but {folder} is none")
+    if overwrite or resume:
+        return
+    if os.path.exists(_partial(path)):
+        raise ValueError(f"{_partial(path)} exists; --resume goes on, {_AGAIN}")
+    if os.path.exists(path):
+        raise ValueError(f"{path} exists; --overwrite replaces it")
+
+
+def find_begun(path: str, run: dict[str, Any], total: int) -> Begun:
+    """What there is to go on with, by a run of the same settings.
+
+    Args:
+        path: the output file.
+        run: what decides the outputs, as JSON has it.
+        total: the lines of a complete file.
+
+    Returns:
+        how much is done; all of it if `path` itself is complete.
+
+    Raises:
+        ValueError: another run wrote what is there, or it does not tell which.
+    """
+    partial = _partial(path)
+    if not os.path.exists(partial):
+        if not os.path.exists(path):
+            return Begun()
+        # Perhaps killed after the last line: a file has its own name when it is complete.
+        done = _complete_lines(path)
+        if done.lines != total or done.size != os.path.getsize(path):
+            raise ValueError(
+                f"{path} exists, with {done.lines} lines for {total} texts, and no {partial} to go "
+                f"on with; {_AGAIN}"
+            )
+        return done
+    begun = _complete_lines(partial)
+    if begun.lines:
+        _check_same_run(path, run)
+    if begun.lines > total:
+        raise ValueError(f"{partial} has {begun.lines} lines for {total} texts; {_AGAIN}")
+    return begun
+
+
+def is_complete(path: str) -> bool:
+    """Whether a file that `find_begun` found has its name already."""
+    return os.path.exists(path) and not os.path.exists(_partial(path))
+
+
+@contextlib.contextmanager
+def open_output(
+    path: str,
+    run: dict[str, Any] | None,
+    begun: Begun,
+    complain: Callable[[str], None],
+) -> Iterator[TextIO]:
+    """The file to write to, which gets its name when the block ends well.
+
+    Args:
+        path: the output file, or "-" for standard output.
+        run: what `find_begun` compares; None if the run could not be resumed.
+        begun: what to keep of FILE.partial.
+        complain: gets a message where the lines are, if the block raises.
+    """
+    if path == "-":
+        sys.stdout.reconfigure(encoding="utf-8")
+        yield sys.stdout
+        return
+    partial = _partial(path)
+    with open(partial, "a", encoding="utf-8", newline="\n") as file:
+        try:
+            file.truncate(begun.size)
+            if not begun.lines:
+                # In this order no lines ever stand beside the settings of another run.
+                sync(file)
+                forget(path)
+                if run is not None:
+                    _write_settings(_settings(path), run)
+            yield file
+            sync(file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.flush()
+            if os.path.getsize(partial):
+                complain(f"what was finished is in {partial}")
+            else:
+                os.remove(partial)
+                forget(path)
+            raise
+    os.replace(partial, path)
+    forget(path)
+
+
+def forget(path: str) -> None:
+    """Removes the settings of a run that is complete."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(_settings(path))
+
+
+def sync(file: TextIO) -> None:
+    """Puts what was written where neither a kill nor, for files, a power cut loses it."""
+    file.flush()
+    if file is not sys.stdout:
+        os.fsync(file.fileno())
+
+
+def digest(*paths: str | os.PathLike) -> str:
+    """SHA-256 of the contents of files."""
+    digests = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digests.update(hashlib.file_digest(file, "sha256").digest())
+    return digests.hexdigest()
+
+
+def _check_same_run(path: str, run: dict[str, Any]) -> None:
+    partial, settings = _partial(path), _settings(path)
+    try:
+        earlier = json.loads(Path(settings).read_text(encoding="utf-8"))
+        if not isinstance(earlier, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--resume needs {settings}, which tells what run began {partial}, but it cannot be "
+            f"read; {_AGAIN}"
+        ) from error
+    run = json.loads(json.dumps(run))  # tuples are lists there
+    other = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
+    if other:
+        raise ValueError(
+            f"--resume needs the run that began {partial}, but that had another "
+            f"{', '.join(other)}; {_AGAIN}"
+        )
+
+
+def _write_settings(path: str, run: dict[str, Any]) -> None:
+    with open(f"{path}.new", "w", encoding="utf-8") as file:
+        json.dump(run, file, indent=2)
+        file.write("\n")
+        sync(file)
+    os.replace(f"{path}.new", path)
+
+
+def _complete_lines(path: str) -> Begun:
+    """The lines that end, without one that was torn off."""
+    lines = size = position = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            if b"\n" in block:
+                lines += block.count(b"\n")
+                size = position + block.rindex(b"\n") + 1
+            position += len(block)
+    return Begun(lines, size)
+
+
+def _partial(path: str) -> str:
+    return f"{path}.partial"
+
+
+def _settings(path: str) -> str:
+    return f"{path}.partial.json"

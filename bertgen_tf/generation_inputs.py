@@ -1,0 +1,214 @@
+"""What `generate` takes, checked: texts, datasets and prompts, or ids."""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from bertgen_tf.generation import start_prompt
+
+_ID_KEYS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+
+
+class Rows(NamedTuple):
+    """N examples as int32 ids, padded at their ends.
+
+    Attributes:
+        input_ids, attention_mask: [N, S], S at least 1.
+        decoder_input_ids: [N, P], start token first.
+        prompt_lengths: [N]: how many columns of decoder_input_ids count.
+    """
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    decoder_input_ids: np.ndarray
+    prompt_lengths: np.ndarray
+
+
+def read_texts(inputs: Any) -> tuple[Iterable[str | bytes], int | None]:
+    """The texts, and how many, if that is known.
+
+    Args:
+        inputs: a string, a list of strings, or a dataset of them, batched or not.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a dataset without end.
+    """
+    if isinstance(inputs, str):
+        return [inputs], 1
+    if isinstance(inputs, list | tuple):
+        for place, text in enumerate(inputs):
+            if not isinstance(text, str):
+                raise TypeError(
+                    "inputs must be a string, a list of strings, a tf.data.Dataset of strings or "
+                    f"dict(input_ids, attention_mask), received a {type(inputs).__name__} with "
+                    f"{type(text).__name__} at {place}."
+                )
+        return inputs, len(inputs)
+    if isinstance(inputs, tf.data.Dataset):
+        spec = inputs.element_spec
+        if not (
+            isinstance(spec, tf.TensorSpec)
+            and spec.dtype == tf.string
+            and spec.shape.rank in (0, 1)
+        ):
+            raise TypeError(
+                "inputs, if a tf.data.Dataset, must hold strings, batched or not, received one of "
+                f"{spec}. Map it to the source texts."
+            )
+        cardinality = int(inputs.cardinality())
+        if cardinality == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("inputs must end, received a tf.data.Dataset that repeats for ever.")
+        if spec.shape.rank == 1:
+            inputs, cardinality = inputs.unbatch(), -1
+        return inputs.as_numpy_iterator(), cardinality if cardinality >= 0 else None
+    raise TypeError(
+        "inputs must be a string, a list of strings, a tf.data.Dataset of strings or "
+        f"dict(input_ids, attention_mask), received {type(inputs).__name__}."
+    )
+
+
+def check_decoder_text(decoder_text: Any, total: int | None) -> None:
+    """Raises unless it is a prompt for all texts, or one for each of a list."""
+    if decoder_text is None or isinstance(decoder_text, str):
+        return
+    if not isinstance(decoder_text, list | tuple) or not all(
+        isinstance(text, str) for text in decoder_text
+    ):
+        raise TypeError(
+            "decoder_text must be a string, or a list of strings, received "
+            f"{type(decoder_text).__name__}."
+        )
+    if total not in (None, len(decoder_text)):
+        raise _unequal(len(decoder_text), total)
+
+
+def with_prompts(
+    texts: Iterable[str | bytes], decoder_text: str | Iterable[str] | None
+) -> Iterator[tuple[str | bytes, str | None]]:
+    """Each text and its prompt; a ValueError where there are more of the one than the other."""
+    if decoder_text is None or isinstance(decoder_text, str):
+        yield from ((text, decoder_text) for text in texts)
+        return
+    for number, pair in enumerate(itertools.zip_longest(texts, decoder_text)):
+        if pair[0] is None or pair[1] is None:
+            more = f"more than {number}"
+            raise _unequal(*((more, number) if pair[0] is None else (number, more)))
+        yield pair
+
+
+def _unequal(prompts: int | str, texts: int | str) -> ValueError:
+    return ValueError(
+        "decoder_text must be one prompt for all texts, or a list of one for each, received "
+        f"{prompts} prompts for {texts} texts."
+    )
+
+
+def strings(texts: Sequence[str | bytes]) -> tf.Tensor:
+    """A string vector, also of no texts."""
+    return tf.constant(list(texts), tf.string, [len(texts)])
+
+
+def id_rows(inputs: dict[str, Any], model: Any) -> Rows:
+    """The ids that `generate` takes, each prompt with the start token.
+
+    Raises:
+        ValueError: keys, shapes, ids or masks are none that the model takes.
+    """
+    keys = set(inputs)
+    if (
+        "input_ids" not in keys
+        or not keys <= set(_ID_KEYS)
+        or ("decoder_attention_mask" in keys and "decoder_input_ids" not in keys)
+    ):
+        raise ValueError(
+            "inputs must have the keys input_ids and, where there is padding, attention_mask; with "
+            "prompts decoder_input_ids and, where there is padding, decoder_attention_mask; "
+            f"received {', '.join(map(str, inputs)) or 'none'}."
+        )
+    ids, mask = _ids_and_mask(inputs, "input_ids", "attention_mask", model.encoder.config)
+    if ids.shape[1] == 0:  # nothing but padding
+        ids = np.full([len(ids), 1], model.encoder.config.pad_token_id, np.int32)
+        mask = np.zeros_like(ids)
+    if "decoder_input_ids" not in inputs:
+        start = np.asarray(start_prompt(model, len(ids)))
+        return Rows(ids, mask, start, np.ones([len(ids)], np.int32))
+    prompts, prompt_mask = _ids_and_mask(
+        inputs, "decoder_input_ids", "decoder_attention_mask", model.decoder.config
+    )
+    if len(prompts) != len(ids):
+        raise ValueError(
+            "decoder_input_ids must have a row for each of input_ids, received "
+            f"{len(prompts)} for {len(ids)}."
+        )
+    return Rows(ids, mask, *_with_start(prompts, prompt_mask, model))
+
+
+def _with_start(prompts: np.ndarray, mask: np.ndarray, model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts with the start token first, and their lengths with it."""
+    if (np.diff(mask, axis=1) > 0).any():
+        row = int((np.diff(mask, axis=1) > 0).any(axis=1).argmax())
+        raise ValueError(
+            "decoder_attention_mask must have the padding at the end of each row, received "
+            f"{mask[row].tolist()} in row {row}. Move the prompts to the left."
+        )
+    lengths = mask.sum(axis=1, dtype=np.int32)
+    start = np.asarray(start_prompt(model, len(prompts)), np.int32)
+    begun = (prompts[:, :1] == start).any(axis=1) & (lengths > 0)
+    if len(begun) and begun.all():
+        return prompts, lengths
+    if begun.any():
+        raise ValueError(
+            f"decoder_input_ids must begin with the start token ({start[0, 0]}) in every row, or "
+            f"in none, where it is put in front; received it in {begun.sum()} of {len(begun)} rows."
+        )
+    return np.concatenate([start, prompts], axis=1), lengths + 1
+
+
+def _ids_and_mask(
+    inputs: dict[str, Any], ids_name: str, mask_name: str, config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [N, length] each; without a mask every id counts."""
+    ids = np.asarray(inputs[ids_name])
+    mask = np.asarray(inputs.get(mask_name, np.ones(ids.shape, np.int32)))
+    if ids.ndim != 2 or mask.shape != ids.shape or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"{ids_name} and {mask_name} must be integers of one shape [batch, length], received "
+            f"{ids.dtype} {ids.shape} and {mask.dtype} {mask.shape}."
+        )
+    if mask.dtype.kind not in "iufb" or not np.isin(mask, (0, 1)).all():
+        raise ValueError(
+            f"{mask_name} must be 1 on tokens and 0 on padding, received {mask.dtype} with other "
+            "values."
+        )
+    if ids.shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"{ids_name} must not be longer than max_position_embeddings "
+            f"({config.max_position_embeddings}), received {ids.shape[1]} tokens."
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+        raise ValueError(
+            f"{ids_name} must lie in [0, {config.vocab_size}), received {ids.min()} to {ids.max()}."
+        )
+    return ids.astype(np.int32), mask.astype(np.int32)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raises unless it is a number of things, at least one."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, received {value!r}.")
+
+
+def check_processors(processors: Any) -> tuple[Callable, ...]:
+    """The logits processors as what can be a key."""
+    if not isinstance(processors, list | tuple) or not all(
+        callable(processor) and isinstance(processor, Hashable) for processor in processors
+    ):
+        raise TypeError(
+            "logits_processor must be a list of functions (logits, ids, step) -> logits that can "
+            f"be hashed, as compiled functions are kept by them, received {processors!r}."
+        )
+    return tuple(processors)

@@ -1,0 +1,187 @@
+"""What settings of generation mean for a model: whether they fit, and what they do to logits."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from bertgen_tf import filters, logits
+from bertgen_tf.config import GenerationConfig
+
+
+def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -> None:
+    """Raises if the settings do not fit the model, or not prompts of this length.
+
+    Raises:
+        ValueError: too many tokens for the decoder's positions, too few for the minimum, or ids
+            outside the vocabulary.
+    """
+    decoder = model.decoder.config
+    # The last token is never read.
+    longest = decoder.max_position_embeddings + 1
+    prompt = "" if prompt_length == 1 else f" less the prompt's further {prompt_length - 1} tokens"
+    if config.max_length is None:
+        total = prompt_length + config.max_new_tokens
+        if total > longest:
+            raise ValueError(
+                "max_new_tokens must not exceed the decoder's max_position_embeddings "
+                f"({decoder.max_position_embeddings}){prompt}, received {config.max_new_tokens}."
+            )
+    else:
+        total = config.max_length
+        if total > longest:
+            raise ValueError(
+                "max_length must not exceed the decoder's max_position_embeddings + 1 "
+                f"({longest}), received {total}."
+            )
+        if total <= prompt_length:
+            raise ValueError(
+                "max_length counts start token and prompt, and must leave a token to generate: it "
+                f"must be above {prompt_length} here, received {total}. Set max_new_tokens instead."
+            )
+    for name, count in (
+        ("min_length", config.min_length),
+        ("min_new_tokens", prompt_length + config.min_new_tokens),
+    ):
+        if count > total:
+            raise ValueError(
+                f"{name} must fit into the longest output ({total} tokens, {prompt_length} of them "
+                f"start token and prompt), received {getattr(config, name)}."
+            )
+    for name, ids in _token_ids(config).items():
+        if any(token >= decoder.vocab_size for token in ids):
+            raise ValueError(
+                f"{name} must be smaller than vocab_size ({decoder.vocab_size}), "
+                f"received {getattr(config, name)}."
+            )
+
+
+def processors_for(
+    config: GenerationConfig,
+    model: Any,
+    input_ids: tf.Tensor,
+    attention_mask: tf.Tensor,
+    prompt_length: int | tf.Tensor = 1,
+    logits_processor: Sequence[logits.Processor] = (),
+) -> list[logits.Processor]:
+    """The processors of the settings in the order of transformers, the caller's own last."""
+    eos = eos_token_ids(config, model)
+    source = {"input_ids": input_ids, "attention_mask": attention_mask}
+    begin = prompt_length
+    if config.forced_bos_token_id is not None:  # which comes first without a prompt
+        begin = prompt_length + tf.cast(tf.equal(prompt_length, 1), tf.int32)
+    decay = config.exponential_decay_length_penalty or (0, 1.0)
+    table = (
+        (config.sequence_bias, logits.sequence_bias, (config.sequence_bias,), {}),
+        (
+            config.encoder_repetition_penalty != 1.0,
+            logits.encoder_repetition_penalty,
+            (config.encoder_repetition_penalty,),
+            source,
+        ),
+        (
+            config.repetition_penalty != 1.0,
+            logits.repetition_penalty,
+            (config.repetition_penalty,),
+            {},
+        ),
+        (config.no_repeat_ngram_size, logits.no_repeat_ngram, (config.no_repeat_ngram_size,), {}),
+        (
+            config.encoder_no_repeat_ngram_size,
+            logits.encoder_no_repeat_ngram,
+            (config.encoder_no_repeat_ngram_size,),
+            source,
+        ),
+        (config.bad_words_ids, logits.bad_words, (config.bad_words_ids, eos), {}),
+        (config.min_length, logits.min_length, (config.min_length, eos), {}),
+        (
+            config.min_new_tokens,
+            logits.min_new_tokens,
+            (config.min_new_tokens, eos),
+            {"prompt_length": prompt_length},
+        ),
+        (
+            config.forced_bos_token_id is not None,
+            logits.forced_bos,
+            (config.forced_bos_token_id,),
+            {},
+        ),
+        (
+            config.forced_eos_token_id is not None,
+            logits.forced_eos,
+            (_as_tuple(config.forced_eos_token_id), total_length(config, prompt_length)),
+            {},
+        ),
+        (
+            config.exponential_decay_length_penalty,
+            logits.exponential_decay_length_penalty,
+            (*decay, eos),
+            {"prompt_length": prompt_length},
+        ),
+        (config.suppress_tokens, logits.suppress_tokens, (config.suppress_tokens,), {}),
+        (
+            config.begin_suppress_tokens,
+            logits.begin_suppress_tokens,
+            (config.begin_suppress_tokens, begin),
+            {},
+        ),
+    )
+    chosen = [factory(*args, **kwargs) for wanted, factory, args, kwargs in table if wanted]
+    return [*chosen, *logits_processor]
+
+
+def filters_for(config: GenerationConfig, model: Any) -> list[logits.Processor]:
+    """What narrows the choice of a draw, in the order of transformers."""
+    if not config.do_sample:
+        return []
+    # A beam must find a continuation beside its ends.
+    keep = 1 if config.num_beams == 1 else 1 + len(eos_token_ids(config, model))
+    chosen = []
+    if config.temperature != 1.0:
+        chosen.append(filters.temperature(config.temperature))
+    for factory, value, off in (
+        (filters.top_k, config.top_k, 0),
+        (filters.top_p, config.top_p, 1.0),
+        (filters.min_p, config.min_p, 0.0),
+        (filters.typical_p, config.typical_p, 1.0),
+    ):
+        if value != off:
+            chosen.append(factory(value, min_tokens_to_keep=keep))
+    return chosen
+
+
+def uses_beams(config: GenerationConfig) -> bool:
+    """Whether `decoding.beam_search` or `decoding.sample` follows these settings."""
+    # tensor2tensor's beam of one goes on after an end that was not likely enough.
+    return config.num_beams > 1 or (config.beam_scorer == "gnmt" and not config.do_sample)
+
+
+def eos_token_ids(config: GenerationConfig, model: Any) -> tuple[int, ...]:
+    """The ids that end a sequence."""
+    if config.eos_token_id is None:
+        return (model.decoder.config.eos_token_id,)
+    return _as_tuple(config.eos_token_id)
+
+
+def _as_tuple(ids: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else ids
+
+
+def _token_ids(config: GenerationConfig) -> dict[str, tuple[int, ...]]:
+    """All token ids of the settings, by field."""
+    return {
+        "suppress_tokens": config.suppress_tokens,
+        "begin_suppress_tokens": config.begin_suppress_tokens,
+        "bad_words_ids": sum(config.bad_words_ids, ()),
+        "sequence_bias": sum((ids for ids, _ in config.sequence_bias), ()),
+        "forced_bos_token_id": _as_tuple(config.forced_bos_token_id),
+        "forced_eos_token_id": _as_tuple(config.forced_eos_token_id),
+        "eos_token_id": _as_tuple(config.eos_token_id),
+    }
+
+
+def total_length(config: GenerationConfig, prompt_length: int | tf.Tensor) -> int | tf.Tensor:
+    """Tokens of the longest output, start token and prompt included."""
+    return config.max_length or prompt_length + config.max_new_tokens

@@ -1,0 +1,133 @@
+"""Generation of one text that is given out while it is generated."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation import make_seeds, start_prompt, streaming_functions
+from bertgen_tf.generation_inputs import check_count, check_processors
+from bertgen_tf.generation_settings import check_config
+from bertgen_tf.generator import MAX_FUNCTIONS
+from bertgen_tf.text_stream import TextStream
+
+
+def stream(
+    model: Any,
+    text: str,
+    generation_config: GenerationConfig | None = None,
+    *,
+    decoder_text: str | None = None,
+    logits_processor: Sequence[Callable] = (),
+    tokens_per_step: int = 1,
+    jit_compile: bool = True,
+    **options: Any,
+) -> Iterator[str]:
+    """Generates from one text and gives the result out in parts, as soon as they are final.
+
+    Put together, the parts are what `model.generate` gives with the same arguments (for samples:
+    with the same seed). What could still change is held back, see `TextStream`: mostly a word.
+
+    Args:
+        model: an `EncoderDecoderModel` with a tokenizer.
+        text: the source.
+        generation_config: settings of greedy search or sampling; by default the model's own.
+        decoder_text: a prompt, with which the result begins.
+        logits_processor: see `EncoderDecoderModel.generate`.
+        tokens_per_step: how many tokens are generated at a time; more take less time in all.
+        jit_compile: compiles the steps with XLA; False runs them as plain graphs.
+        **options: fields of `GenerationConfig` that replace those of the settings.
+
+    Returns:
+        An iterator of strings that are not empty. A step runs when its part is asked for, and the
+        iterator may be left at any time.
+
+    Raises:
+        TypeError, ValueError: right at the call, for what `generate` does not take either, for
+            beam search and for more than one sequence.
+    """
+    if model.preprocessor is None:
+        raise ValueError(
+            "Streaming needs a tokenizer, and this model has none. Pass tokenizer= to "
+            "EncoderDecoderModel, or call generate with dict(input_ids, attention_mask)."
+        )
+    for name, value, optional in (("text", text, False), ("decoder_text", decoder_text, True)):
+        if not isinstance(value, str) and not (optional and value is None):
+            raise TypeError(
+                f"{name} must be one string, received {type(value).__name__}. Stream one text at a "
+                "time, or call generate."
+            )
+    config = generation_config or model.generation_config
+    config = config.replace(**options) if options else config
+    if config.num_return_sequences > 1:
+        raise ValueError(
+            "num_return_sequences must be 1 for streaming, which gives one text, received "
+            f"{config.num_return_sequences}. Call generate for several."
+        )
+    check_count("tokens_per_step", tokens_per_step)
+    prompt = start_prompt(model, 1)
+    if decoder_text is not None:
+        prompt = model.preprocessor.prompt_preprocess([decoder_text])["decoder_input_ids"]
+    check_config(config, model, int(prompt.shape[1]))
+    functions = _functions(
+        model, config, jit_compile, check_processors(logits_processor), int(tokens_per_step)
+    )
+    source = model.preprocessor.generate_preprocess([text])
+    # Only a generator's own code waits until it is asked; all that can be wrong is known now.
+    return _parts(TextStream(model.preprocessor), functions, source, prompt, config)
+
+
+def _parts(
+    text: TextStream,
+    functions: tuple[Callable, Callable],
+    source: dict[str, tf.Tensor],
+    prompt: tf.Tensor,
+    config: GenerationConfig,
+) -> Iterator[str]:
+    start, advance = functions
+
+    def add(ids: np.ndarray) -> Iterator[str]:
+        part = text.add(ids.tolist())
+        if part:
+            yield part
+
+    yield from add(prompt[0, 1:].numpy())
+    state = start(source["input_ids"], source["attention_mask"], prompt, make_seeds(config, 0, 1))
+    length, done = prompt.shape[1], False
+    while not done:
+        step = advance(state)
+        known, length = length, int(step.length)
+        yield from add(step.sequences[0, 0, known:length].numpy())
+        state, done = step.state, bool(step.done)
+    rest = text.finish()
+    if rest:
+        yield rest
+
+
+def _functions(
+    model: Any,
+    config: GenerationConfig,
+    jit_compile: bool,
+    logits_processor: tuple[Callable, ...],
+    tokens_per_step: int,
+) -> tuple[Callable, Callable]:
+    """`streaming_functions`, kept for all seeds among the functions of the model's generator."""
+    config = config.replace(seed=None)
+    key = ("stream", config, bool(jit_compile), logits_processor, tokens_per_step)
+    kept = model._generator.functions
+    # The one used last stands last; the first one goes.
+    functions = kept.pop(key, None)
+    if functions is None:
+        functions = streaming_functions(
+            model,
+            config,
+            jit_compile,
+            logits_processor=logits_processor,
+            tokens_per_step=tokens_per_step,
+        )
+        if len(kept) >= MAX_FUNCTIONS:
+            kept.pop(next(iter(kept)))
+    kept[key] = functions
+    return functions
