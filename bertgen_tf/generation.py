@@ -289,8 +289,8 @@ def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared
     batch = tf.shape(inputs.input_ids)[0]
     width = inputs.prompt.shape[1]
     memory = model.encoder(inputs.input_ids, inputs.attention_mask, training=False)
-    # Of the longest sequences of this bucket; their last token is never read.
-    longest = max(width, total_length(config, width)) - 1
+    # Of the longest sequences of this bucket; the last token generated is never read.
+    longest = max(width, total_length(config, width) - 1)
     cache = decoder.init_cache(batch, longest, memory)
     if width > 1:
         # Beyond the prompt's end this writes what the loop writes again before it is read.

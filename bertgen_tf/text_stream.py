@@ -41,75 +41,121 @@ class TextStream:
     def __init__(self, preprocessor: Any):
         tokenizer = preprocessor.tokenizer
         self._preprocessor = preprocessor
-        self._tokenizer = tokenizer
         self._hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id}
         self._hidden.update(preprocessor.hidden_token_ids)
-        self._prose: list[_Replacement | _Composition] = []
-        if isinstance(tokenizer, BertTokenizer) and preprocessor.prose:
+        if isinstance(tokenizer, BertGenerationTokenizer):
+            self._final: _Characters | _Prose | _Words = _Characters(tokenizer)
+        elif preprocessor.prose:
             self._hidden.add(tokenizer.mask_token_id)
-            alphabet = "".join(sorted({*"".join(tokenizer.get_vocab()), *string.printable}))
-            self._prose = [_Replacement(rule) for rule in _growing_rules(alphabet)]
-            self._prose.append(_Composition(alphabet))
+            self._final = _Prose(tokenizer)
+        else:
+            self._final = _Words(tokenizer)
         self._ids: list[int] = []  # what is shown
         self._ended = False
-        self._given = ""
+        self._given = 0
 
     def add(self, ids: Iterable[int]) -> str:
         """Takes the next ids; returns what is final since then, perhaps nothing."""
         new = self._visible(ids)
+        if not new:
+            return ""
         self._ids += new
-        if self._prose:
-            part = "".join(f" {piece}" for piece in self._tokenizer.convert_ids_to_tokens(new))
-            for stage in self._prose:
-                part = stage.add(part)
-        else:
-            part = self._text(self._ids[: self._complete()])[len(self._given) :]
-        self._given += part
+        part = self._final.add(new)
+        self._given += len(part)
         return part
 
     def finish(self) -> str:
         """Returns the rest of the text; there are no further ids."""
-        part = self._text(self._ids)[len(self._given) :]
-        self._given += part
+        text = self._preprocessor.generate_postprocess(np.array(self._ids, np.int32))
+        part = text.numpy().decode("utf-8")[self._given :]
+        self._given += len(part)
         return part
 
     def _visible(self, ids: Iterable[int]) -> list[int]:
         """What `visible_ids` keeps of them."""
+        tokenizer = self._preprocessor.tokenizer
         visible = []
         for i in ids:
-            self._ended |= i == self._tokenizer.eos_token_id
-            if not self._ended and i not in self._hidden and 0 <= i < self._tokenizer.vocab_size:
+            self._ended |= i == tokenizer.eos_token_id
+            if not self._ended and i not in self._hidden and 0 <= i < tokenizer.vocab_size:
                 visible.append(i)
         return visible
 
-    def _text(self, ids: Sequence[int]) -> str:
-        text = self._preprocessor.generate_postprocess(np.array(ids, np.int32))
-        return text.numpy().decode("utf-8")
+
+class _Words:
+    """Word pieces with single spaces between words."""
+
+    def __init__(self, tokenizer: BertTokenizer):
+        self._tokenizer = tokenizer
+        self._space = ""
+
+    def add(self, ids: list[int]) -> str:
+        pieces = self._tokenizer.convert_ids_to_tokens(ids)
+        part = (self._space + " ".join(pieces)).replace(" ##", "")
+        self._space = " "
+        return part
+
+
+class _Characters:
+    """What SentencePiece makes of its pieces."""
+
+    def __init__(self, tokenizer: BertGenerationTokenizer):
+        self._tokenizer = tokenizer
+        self._denormalizes = _denormalizes(tokenizer._proto)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def add(self, ids: list[int]) -> str:
+        self._ids += ids
+        complete = np.array(self._ids[: self._complete()], np.int32)
+        # As `detokenize` does, which spends ten times as long on finding the ids that are visible.
+        row = tf.RaggedTensor.from_row_splits(complete, [0, len(complete)], validate=False)
+        text = self._tokenizer._tokenizer.detokenize(row)[0].numpy().decode("utf-8")
+        part = text[self._given :]
+        self._given = len(text)
+        return part
 
     def _complete(self) -> int:
-        """How many of the ids further ones cannot change, where there are no rules of prose."""
-        tokenizer = self._tokenizer
-        if not isinstance(tokenizer, BertGenerationTokenizer):
-            return len(self._ids)
-        if _denormalizes(tokenizer._proto):
+        """How many of the ids make a text that further ones do not change."""
+        if self._denormalizes:
             return 0
         # SentencePiece reads adjacent bytes together, from the first one on. While they are valid
-        # characters, these stay; behind anything else their end is where something else follows.
+        # characters, these stay; behind anything else the bytes wait for what is no byte.
         first = len(self._ids)
-        while first and tokenizer._processor.is_byte(self._ids[first - 1]):
+        while first and self._tokenizer._processor.is_byte(self._ids[first - 1]):
             first -= 1
-        tail = tokenizer.convert_ids_to_tokens(self._ids[first:])
+        tail = self._tokenizer.convert_ids_to_tokens(self._ids[first:])
         try:
-            characters = codecs.utf_8_decode(b"".join(map(tokenizer._spelling, tail)), "strict")
+            # Not an error: an end in the middle of a character.
+            _, valid = codecs.utf_8_decode(b"".join(map(self._tokenizer._spelling, tail)))
         except UnicodeDecodeError as error:
-            return first + error.start
-        return first + characters[1]
+            valid = error.start
+        return first + valid
 
 
 @functools.lru_cache(maxsize=8)
 def _denormalizes(proto: bytes) -> bool:
     model = sentencepiece_model_pb2.ModelProto.FromString(proto)
     return bool(model.denormalizer_spec.precompiled_charsmap)
+
+
+class _Prose:
+    """Word pieces put together by the rules of `prose`."""
+
+    def __init__(self, tokenizer: BertTokenizer):
+        self._tokenizer = tokenizer
+        alphabet = "".join(sorted({*"".join(tokenizer.get_vocab()), *string.printable}))
+        self._stages: list[_Replacement | _Composition] = [
+            *map(_Replacement, _growing_rules(alphabet)),
+            _Composition(alphabet),
+        ]
+
+    def add(self, ids: list[int]) -> str:
+        pieces = self._tokenizer.convert_ids_to_tokens(ids)
+        part = "".join(f" {piece}" for piece in pieces)
+        for stage in self._stages:
+            part = stage.add(part)
+        return part
 
 
 class _GrowingRule(NamedTuple):

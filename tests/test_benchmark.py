@@ -118,14 +118,15 @@ def test_benchmark_from_end_to_end(tmp_path, monkeypatch, capfd):
     assert content["machine"]["tensorflow"] in printed.out
 
 
-def _timed(seconds, first=0.0, equal=1.0, peaks=(None,)):
+def _timed(seconds, first, equal, before, peaks):
     return {
         "first_seconds": first,
         "first_peak": None,
         "equal_tokens": equal,
         "seconds": [seconds],
         "median": seconds,
-        "peaks": list(peaks),
+        "before": before,
+        "peaks": peaks,
     }
 
 
@@ -145,7 +146,7 @@ def _result(**engines):
                 "beams": 1,
                 "new_tokens": tokens,
                 "engines": {
-                    name: _timed(values[i], first=9, equal=0.75, peaks=[15_000_000, 17_000_000])
+                    name: _timed(values[i], 9, 0.75, [14_000_000, 15_000_000], [18_000_000] * 2)
                     for name, values in engines.items()
                 },
             }
@@ -164,12 +165,19 @@ def test_report_divides_by_our_times():
     # CTranslate2's int8 against ours, all others against XLA.
     assert times == "| tiny | 1 | 1 | 0.500 | 0.250 (0.50) | 2.000 (4.00) | 1.000 (4.00) |"
     assert "| tiny | 1 | 1 | 8.5 | 8.8 |" in lines  # compiling
-    assert "| tiny | xla | 8 | 5 | 8 (1.00) | 12 (1.50) |" in lines  # memory
+    assert "| tiny | xla | 8 | 5 | 8 (1.00) | 10 (1.25) | 13 (1.62) | 4 (0.50) |" in lines
     # 30 tokens of 4 MB in 0.3 s, of 1 MB in 0.15 s
     assert "| tiny | xla | 4 | 10.00 | 0.4 | 4.0 | 10% |" in lines
     assert "| tiny | int8 | 1 | 5.00 | 0.2 | 4.0 | 5% |" in lines
     assert "| tiny | 1 | 1 | 75.0% | 75.0% |" in lines
     assert lines[-1] == "All float32 engines returned the same ids."
+
+
+def test_report_leaves_out_what_was_not_measured():
+    result = _result(xla=(0.5, 0.6))
+    result["engines"]["xla"]["imported"] = None
+    lines = benchmark_report.report([result], repeat=1).splitlines()
+    assert [line for line in lines if line.startswith("| tiny | xla")] == []
 
 
 def test_report_without_ours_and_with_differences():

@@ -241,6 +241,16 @@ def test_outputs_that_are_asked_for(echo, model):
     assert Generator(model).generate({"input_ids": np.zeros([2, 0], int)}).scores.shape == (2, 1)
 
 
+def test_masks_may_have_gaps(echo, model):
+    """Padding before and between tokens is not cut off with that behind them."""
+    ids = RNG.integers(6, len(PIECES), [3, 9])
+    mask = np.array([[0, 0, 1, 1, 0, 1, 0, 0, 0], [1] + [0] * 8, [0] * 9])
+    output = Generator(model).generate({"input_ids": ids, "attention_mask": mask}, batch_size=1)
+    assert sorted(width for _, width, _ in echo.shapes) == [1, 1, 6]
+    expected = np.pad(np.where(mask, ids, PAD), [[0, 0], [0, NEW - 9]])
+    np.testing.assert_array_equal(output.sequences[:, 0, 1:], expected)
+
+
 # ------------------------------------------------------------------------------------- prompts
 
 

@@ -214,7 +214,7 @@ def test_what_is_not_shown():
     assert [nothing.add([]), nothing.add([unknown]), nothing.finish()] == ["", "", ""]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(ids_of(PIECES))
 def test_any_pieces_without_prose(bert, ids):
     held = check_prefixes(Seq2SeqPreprocessor(bert, prose=False, hidden_token_ids=[7, 9]), ids)
@@ -247,7 +247,7 @@ def test_sentencepiece_of_any_pieces(options):
     assert tokenizer.unk_token_id not in bytes_of.values()
     rng = np.random.default_rng(4)
     characters = [*"aé中😀\u2581\ufffd", "\u0301", " "]
-    for _ in range(80):
+    for _ in range(25):
         ids = []
         while len(ids) < 25:
             kind = rng.integers(6)
@@ -375,14 +375,15 @@ def check_stream(model, text, of_both, of_stream):
 def test_parts_make_what_generate_gives(model, options, of_stream):
     counts = [len(check_stream(model, text, options, of_stream)) for text in TEXTS]
     assert max(counts) > 2
-    prompt = {"decoder_text": "the old bird's"}
-    parts = check_stream(model, TEXTS[0], {**options, **prompt}, of_stream)
-    assert parts[0].startswith("the old bird")
+    if options.get("do_sample"):  # Every length of prompt compiles anew: once in each form.
+        prompt = {"decoder_text": "the old bird's"}
+        parts = check_stream(model, TEXTS[0], {**options, **prompt}, of_stream)
+        assert parts[0].startswith("the old bird")
 
 
-@pytest.mark.parametrize("options, of_stream", OPTIONS[1::2])
-def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes, options, of_stream):
+def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes):
     model = make_model(make_tokenizer=lambda: BertGenerationTokenizer(spiece_with_bytes))
+    options, of_stream = OPTIONS[-1]
     for seed in range(4):
         options = {**options, "seed": seed}
         check_stream(model, TEXTS[0], options, of_stream)

@@ -261,6 +261,7 @@ def run_size(
                     answer = workers[engine].run(inputs, case)
                     timed = row["engines"][engine]
                     timed["seconds"].append(answer["seconds"])
+                    timed["before"].append(answer["before"])
                     timed["peaks"].append(answer["peak"])
             for timed in row["engines"].values():
                 timed["median"] = statistics.median(timed["seconds"])
@@ -292,6 +293,7 @@ def first_runs(
             "first_peak": answer["peak"],
             "equal_tokens": equal_share(answer["ids"], next(iter(ids.values()))),
             "seconds": [],
+            "before": [],
             "peaks": [],
         }
     return ids

@@ -64,20 +64,21 @@ def memory_table(results: list[dict[str, Any]]) -> str:
     for result in results:
         weights = result["weight_bytes"]
         for engine, memory in result["engines"].items():
-            peaks = [peak for case in result["cases"] for peak in case["engines"][engine]["peaks"]]
-            if None in (*peaks, memory["imported"], memory["loaded"]):
-                continue
-            loaded, peak = memory["loaded"], max(peaks)
+            timed = [case["engines"][engine] for case in result["cases"]]
+            before = [value for one in timed for value in one["before"]]
+            peaks = [value for one in timed for value in one["peaks"]]
+            if None in (*before, *peaks, memory["imported"], memory["loaded"]):
+                continue  # not Linux
+            above = [value - memory["imported"] for value in (memory["loaded"], max(before))]
+            above.append(max(peaks) - memory["imported"])
+            above.append(max(b - a for a, b in zip(before, peaks, strict=True)))
             rows.append(
                 [result["size"], engine]
                 + [f"{value / 1e6:.0f}" for value in (weights, memory["imported"])]
-                + [
-                    f"{(value - memory['imported']) / 1e6:.0f} "
-                    f"({(value - memory['imported']) / weights:.2f})"
-                    for value in (loaded, peak)
-                ]
+                + [f"{value / 1e6:.0f} ({value / weights:.2f})" for value in above]
             )
-    return table(["size", "engine", "weights", "libraries", "loaded", "peak"], rows)
+    header = ["weights", "libraries", "loaded", "between runs", "peak", "of a run"]
+    return table(["size", "engine", *header], rows)
 
 
 def bandwidth_table(results: list[dict[str, Any]]) -> str:
@@ -89,6 +90,8 @@ def bandwidth_table(results: list[dict[str, Any]]) -> str:
             size = result["weights_per_token"] * (1 if engine.endswith("int8") else 4)
             tokens = NEW_TOKENS - FEW_TOKENS
             seconds = timed[NEW_TOKENS][engine]["median"] - timed[FEW_TOKENS][engine]["median"]
+            if seconds <= 0:
+                continue  # too much else was going on
             rate = size * tokens / seconds
             rows.append(
                 [result["size"], engine, f"{size / 1e6:.0f}", f"{1000 * seconds / tokens:.2f}"]
@@ -137,8 +140,9 @@ def report(results: list[dict[str, Any]], repeat: int) -> str:
         ]
     parts += [
         "Memory in MB: float32 weights, counted once where they are shared; the process with its "
-        "libraries; and what comes on top of that with the model loaded and at the peak of a run "
-        "that does not compile, in brackets how many times the weights:",
+        "libraries; and on top of that with the model loaded, later between the runs (with "
+        "everything that was compiled), and at the peak of a run that does not compile; and how "
+        "much a run takes for itself. In brackets how many times the weights:",
         memory_table(results),
     ]
     if any(case["new_tokens"] == FEW_TOKENS for result in results for case in result["cases"]):
