@@ -773,6 +773,36 @@ def test_processors_see_the_sequence_so_far(num_beams):
     assert np.isfinite(output.scores).all()
 
 
+def test_reorder_replaces_the_gathering_of_rows():
+    """A state that keeps its rows and follows the beams by their numbers, `[batch, beams]`."""
+    table, starts = random_table(17, batch=2, vocabulary=9), [2, 3]
+    plain = table_step(table, 3)
+
+    def step(ids, index, state):
+        rows = tf.reshape(state["parents"] + 3 * tf.range(2)[:, tf.newaxis], [-1])
+        logits, new = plain(ids, index, {"before_last": tf.gather(state["before_last"], rows)})
+        return logits, {**new, "parents": state["parents"]}
+
+    def reorder(state, parents):
+        return {**state, "parents": parents}
+
+    state = {"before_last": tf.zeros([6], tf.int32), "parents": tf.tile([[0, 1, 2]], [2, 1])}
+    options = {"max_new_tokens": 6, "num_return_sequences": 3}
+    output = beam_search(
+        step,
+        state,
+        starts,
+        num_beams=3,
+        eos_token_ids=[EOS],
+        pad_token_id=PAD,
+        reorder=reorder,
+        **options,
+    )
+    expected = search(table, starts, 3, **options)
+    np.testing.assert_array_equal(output.sequences, expected.sequences)
+    np.testing.assert_allclose(output.scores, expected.scores, rtol=1e-6)
+
+
 # ----------------------------------------------------------------------------- errors
 
 

@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import keras
 import pytest
 import tensorflow as tf
 from conftest import make_model
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bertgen_tf as bg
+from bertgen_tf import export
 
 TEXTS = [
     "the man saw a bird, who sang.",
@@ -113,9 +115,9 @@ def reachable(library, nodes):
                     todo += functions[name].node_def
 
 
-def test_serving_default_has_no_xla_op_anywhere(exported):
+def check_ops(path):
     proto = saved_model_pb2.SavedModel()
-    proto.ParseFromString((exported[0] / "saved_model.pb").read_bytes())
+    proto.ParseFromString((path / "saved_model.pb").read_bytes())
     (meta_graph,) = proto.meta_graphs
     graph = meta_graph.graph_def
     compiled = {}
@@ -134,6 +136,43 @@ def test_serving_default_has_no_xla_op_anywhere(exported):
     # A function that no signature runs must not bring one either.
     for function in graph.library.function:
         assert not [n.op for n in function.node_def if n.op.startswith("Xla")]
+
+
+def test_serving_default_has_no_xla_op_anywhere(exported):
+    check_ops(exported[0])
+
+
+def only_words(logits, ids, step):
+    """Bans the special tokens, marks and letters: every draw is a word."""
+    return tf.where(tf.range(tf.shape(logits)[-1]) < 65, -1e7, logits)
+
+
+def test_samples_are_drawn_anew_at_every_call(tmp_path):
+    """Also where a seed of TensorFlow was set, and after a restart of the server."""
+    model = make_model("all")
+    keras.utils.set_random_seed(3)
+    path = tmp_path / "1"
+    options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "max_new_tokens": 6}
+    bg.export_saved_model(model, path, logits_processor=[only_words], **options)
+    check_ops(path)
+    drawn = []
+    for _ in range(2):
+        signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+        for _ in range(2):
+            drawn += signature(text=tf.constant(TEXTS[:1] * 3))["text"].numpy().tolist()
+    words = {word for text in drawn for word in text.decode().split()}
+    assert len(words) > 3 and all(len(word) > 2 for word in words - {"a"})
+    assert len(set(drawn)) == 12
+
+
+def test_samples_with_a_seed_are_those_of_generate(model):
+    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "seed": 5}
+    config = bg.GenerationConfig(**options)
+    serve = export._serving_function(model, config, (), jit_compile=False)
+    expected = model.generate(TEXTS[:3], jit_compile=False, **options)
+    for _ in range(2):
+        assert [t.decode() for t in serve(tf.constant(TEXTS[:3]))["text"].numpy()] == expected
+    assert model.generate(TEXTS[:3], jit_compile=False, **{**options, "seed": 6}) != expected
 
 
 def test_signature_is_the_wire_contract(exported):

@@ -326,7 +326,10 @@ def test_python_matches_what_re2_matches():
     alphabet = "".join(sorted({*"".join(PIECES), *string.printable}))
     rules = text_stream._growing_rules(alphabet)
     rng = np.random.default_rng(3)
-    texts = [" " + " ".join(rng.choice(PIECES, rng.integers(1, 25))) for _ in range(1500)]
+    texts = [
+        " " + " ".join(rng.choice(np.array(PIECES, object), rng.integers(1, 25)))
+        for _ in range(1500)
+    ]
     texts += [
         " " + " ".join(rng.choice(sample, 20)) for sample, _ in RULE_PIECES for _ in range(99)
     ]
@@ -365,7 +368,7 @@ TEXTS = ["the man saw a bird, who sang.", ""]
 
 def check_stream(model, text, of_both, of_stream):
     expected = model.generate(text, **of_both)
-    parts = list(stream(model, text, **of_both, **of_stream))
+    parts = list(model.stream(text, **of_both, **of_stream))
     assert "".join(parts) == expected
     assert all(isinstance(part, str) and part for part in parts)
     return parts

@@ -27,16 +27,17 @@ Generate = Callable[[np.ndarray, int, int], np.ndarray]
 OURS = ("xla", "plain", "int8")
 ENGINES = (*OURS, "huggingface", "ctranslate2", "ctranslate2-int8")
 PAD, EOS, BOS = 0, 1, 2
-# Of random kernels, by a part of the name; the others keep the variance.
+# Of random matrices, by a part of the name; the others keep the variance.
 GAINS = {
-    "attention/output_dense": 0.3,
-    "feed_forward/output_dense": 0.5,
+    "attention.output.dense": 0.3,
+    "output.dense": 0.5,
 }
 
 
 def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -> dict[str, Any]:
     """Writes a model with random weights; returns the bytes of them, shared ones counted once."""
     import bertgen_tf as bg
+    from bertgen_tf import huggingface_files
     from bertgen_tf.weights import named_variables
 
     config = bg.BertGenerationConfig(
@@ -56,15 +57,29 @@ def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -
         config.replace(add_cross_attention=True), encoder if sharing != "none" else None, sharing
     )
     model = bg.EncoderDecoderModel(encoder, decoder)
-    variables = named_variables(model)
-    for name, variable in variables.items():
-        variable.assign(random_weights(name, tuple(variable.shape), seed))
-    model.save_to_huggingface(os.path.join(folder, "huggingface"))
+    unique = {id(variable): variable for variable in named_variables(model).values()}
+    weight_bytes = sum(4 * int(np.prod(variable.shape)) for variable in unique.values())
+    checkpoint = Path(folder) / "huggingface"
+    model.save_to_huggingface(str(checkpoint))
+    for file in checkpoint.glob("*.safetensors"):
+        write_random_weights(file, seed, sharing)
     if for_ctranslate2:
-        arrays = {name: np.asarray(variable) for name, variable in variables.items()}
-        write_ctranslate2(os.path.join(folder, "ctranslate2"), arrays, config)
-    unique = {id(variable): variable for variable in variables.values()}
-    return {"weight_bytes": sum(4 * int(np.prod(v.shape)) for v in unique.values())}
+        tensors = huggingface_files.read_tensors(checkpoint)
+        write_ctranslate2(os.path.join(folder, "ctranslate2"), tensors, config)
+    return {"weight_bytes": weight_bytes}
+
+
+def write_random_weights(file: Path, seed: int, sharing: str) -> None:
+    """Replaces the tensors of a file; those that the stacks share stay equal."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        shared = sharing == "all" or sharing in name  # of these, "word_embeddings"
+        stacks = r"(encoder|decoder\.bert)\."
+        seed_name = re.sub(f"^{stacks}", "", name) if shared else name
+        tensors[name] = random_weights(seed_name, tensor.shape, seed)
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def random_weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -72,48 +87,51 @@ def random_weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
     Logits have a standard deviation of 3, so that the best tokens lie apart. What would make a
     model repeat one token is kept down: tied embeddings, by layer norms that turn the sign of half
-    of the units; the mean of gelu, which the kernels after it cancel; attention to everything
+    of the units; the mean of gelu, which the matrices after it cancel; attention to everything
     alike, and biases, by their size. EOS has no probability to speak of, as engines differ in
     whether a token that is suppressed counts in the softmax.
+
+    Args:
+        name: HuggingFace's.
+        shape: of matrices [outputs, inputs].
+        seed: of all of them.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    if name.endswith("gamma"):
+    if name.endswith("LayerNorm.weight"):
         return rng.choice(np.array([-1, 1], np.float32), shape)
     values = rng.standard_normal(shape, np.float32)
-    if name.endswith("embeddings"):
+    if name.endswith("embeddings.weight"):
         return values * np.float32(3 / shape[1] ** 0.5)
-    if name.endswith("kernel"):
-        if "feed_forward/output_dense" in name:
-            values -= values.mean(axis=0)
+    if name.endswith("weight"):
+        if name.endswith("output.dense.weight"):
+            values -= values.mean(axis=1, keepdims=True)
         gain = next((gain for part, gain in GAINS.items() if part in name), 1)
-        return values * np.float32(gain / shape[0] ** 0.5)
+        return values * np.float32(gain / shape[1] ** 0.5)
     values *= np.float32(0.01)
-    if name.endswith("output_bias"):
+    if name.endswith("lm_head.bias"):
         values[EOS] = -100
     return values
 
 
-def write_ctranslate2(folder: str, arrays: dict[str, np.ndarray], config: Any) -> None:
-    """Writes the weights, by our structural names, as CTranslate2's transformer."""
+def write_ctranslate2(folder: str, tensors: dict[str, np.ndarray], config: Any) -> None:
+    """Writes a checkpoint, by HuggingFace's names, as CTranslate2's transformer."""
     from ctranslate2.specs import TransformerSpec, common_spec
 
     def norm(spec: Any, name: str) -> None:
-        spec.gamma, spec.beta = arrays[f"{name}/gamma"], arrays[f"{name}/beta"]
+        spec.gamma, spec.beta = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
 
     def linear(spec: Any, *names: str) -> None:
-        # [outputs, inputs], of several layers one below the other.
-        kernels = [arrays[f"{name}/kernel"].T for name in names]
-        spec.weight = np.ascontiguousarray(np.concatenate(kernels))
-        spec.bias = np.concatenate([arrays[f"{name}/bias"] for name in names])
+        # Several layers one below the other.
+        spec.weight = np.concatenate([tensors[f"{name}.weight"] for name in names])
+        spec.bias = np.concatenate([tensors[f"{name}.bias"] for name in names])
 
     def attention(spec: Any, name: str, *, cross: bool) -> None:
-        parts = [f"{name}/{part}" for part in ("query", "key", "value")]
-        for target, group in zip(
-            spec.linear, [parts[:1], parts[1:]] if cross else [parts], strict=False
-        ):
+        parts = [f"{name}.self.{part}" for part in ("query", "key", "value")]
+        groups = [parts[:1], parts[1:]] if cross else [parts]
+        for target, group in zip(spec.linear[:-1], groups, strict=True):
             linear(target, *group)
-        linear(spec.linear[-1], f"{name}/output_dense")
-        norm(spec.layer_norm, f"{name}/layer_norm")
+        linear(spec.linear[-1], f"{name}.output.dense")
+        norm(spec.layer_norm, f"{name}.output.LayerNorm")
 
     spec = TransformerSpec.from_config(
         config.num_hidden_layers,
@@ -122,23 +140,23 @@ def write_ctranslate2(folder: str, arrays: dict[str, np.ndarray], config: Any) -
         activation=common_spec.Activation.GELU,
         layernorm_embedding=True,
     )
-    for side, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
+    for side, stack in (("encoder", spec.encoder), ("decoder.bert", spec.decoder)):
         words = stack.embeddings[0] if side == "encoder" else stack.embeddings
-        words.weight = arrays[f"{side}/embeddings/word_embeddings/embeddings"]
-        positions = arrays[f"{side}/embeddings/position_embeddings/embeddings"]
+        words.weight = tensors[f"{side}.embeddings.word_embeddings.weight"]
+        positions = tensors[f"{side}.embeddings.position_embeddings.weight"]
         stack.position_encodings.encodings = positions
         stack.scale_embeddings = 1.0
-        norm(stack.layernorm_embedding, f"{side}/embeddings/layer_norm")
+        norm(stack.layernorm_embedding, f"{side}.embeddings.LayerNorm")
         for i, layer in enumerate(stack.layer):
-            name = f"{side}/layer_{i}"
-            attention(layer.self_attention, f"{name}/self_attention", cross=False)
-            if side == "decoder":
-                attention(layer.attention, f"{name}/cross_attention", cross=True)
-            linear(layer.ffn.linear_0, f"{name}/feed_forward/intermediate")
-            linear(layer.ffn.linear_1, f"{name}/feed_forward/output_dense")
-            norm(layer.ffn.layer_norm, f"{name}/feed_forward/layer_norm")
+            name = f"{side}.encoder.layer.{i}"
+            attention(layer.self_attention, f"{name}.attention", cross=False)
+            if side != "encoder":
+                attention(layer.attention, f"{name}.crossattention", cross=True)
+            linear(layer.ffn.linear_0, f"{name}.intermediate.dense")
+            linear(layer.ffn.linear_1, f"{name}.output.dense")
+            norm(layer.ffn.layer_norm, f"{name}.output.LayerNorm")
     spec.decoder.projection.weight = spec.decoder.embeddings.weight
-    spec.decoder.projection.bias = arrays["decoder/output_bias"]
+    spec.decoder.projection.bias = tensors["decoder.lm_head.bias"]
     tokens = [str(token) for token in range(config.vocab_size)]
     spec.register_source_vocabulary(tokens)
     spec.register_target_vocabulary(tokens)
