@@ -15,10 +15,10 @@ import bertgen_tf as bg
 
 TINY = benchmark.Size(
     num_hidden_layers=2,
-    hidden_size=12,
+    hidden_size=36,
     num_attention_heads=3,
-    intermediate_size=20,
-    vocab_size=61,
+    intermediate_size=52,
+    vocab_size=211,
     source_length=7,
     max_batch=3,
     max_position_embeddings=40,
@@ -28,7 +28,7 @@ INSTALLED = [
     for engine in benchmark_engines.ENGINES
     if all(importlib.util.find_spec(name) for name in benchmark.LIBRARIES.get(engine, ()))
 ]
-INPUTS = np.random.default_rng(5).integers(3, 61, (3, 7))
+INPUTS = np.random.default_rng(5).integers(3, 211, (3, 7))
 
 
 @pytest.fixture(scope="module", params=["none", "all"])
@@ -73,8 +73,8 @@ def test_weights_are_counted(built):
             )
             for count in [int(np.prod(weight.shape))]
         ),
-        61 * 12,  # the output matrix
-        61,  # and its bias
+        211 * 36,  # the output matrix
+        211,  # and its bias
     ]
     assert TINY.weights_per_token() == sum(read)
 

@@ -55,6 +55,7 @@ def test_what_we_write_is_the_same_in_transformers(sharing, tmp_path):
         "decoder logits",
         "greedy search",
         "4 beams",
+        "4 beams with penalties",
     ]
     checks += compare_with_huggingface(model.encoder, str(tmp_path / "encoder"))
     checks += compare_with_huggingface(model.decoder, str(tmp_path / "decoder"))

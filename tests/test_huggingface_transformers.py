@@ -110,7 +110,7 @@ def test_gnmt_is_not_taken_for_a_length_penalty(tmp_path):
     )
     make_model(generation_config=settings).save_to_huggingface(tmp_path / "out")
     theirs = load(transformers.EncoderDecoderModel, tmp_path / "out").generation_config
-    assert (theirs.num_beams, theirs.max_length, theirs.length_penalty) == (4, 8, None)
+    assert (theirs.num_beams, theirs.max_new_tokens, theirs.length_penalty) == (4, 7, None)
 
 
 def test_lone_stacks(tmp_path, model):
