@@ -12,7 +12,7 @@ from bertgen_tf import hub
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import export_saved_model
-from bertgen_tf.generation import GenerateOutput
+from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer

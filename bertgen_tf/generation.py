@@ -48,20 +48,6 @@ class GenerateTensors(NamedTuple):
     cross_attentions: tf.Tensor | None
 
 
-class GenerateOutput(NamedTuple):
-    """What `generate` gives for ids; hypotheses are best first.
-
-    Attributes:
-        sequences: int32 [batch, num_return_sequences, 1 + max_new_tokens]: start token, generated
-            tokens, end token if it was reached, padding.
-        scores: float32 [batch, num_return_sequences]: the log-probability of the sequence, divided
-            by the length penalty of the settings.
-    """
-
-    sequences: np.ndarray
-    scores: np.ndarray
-
-
 def generation_function(
     model: Any,
     config: GenerationConfig,

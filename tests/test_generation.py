@@ -693,7 +693,7 @@ def test_no_weights_are_in_the_graph(model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf, "function", keep)
         for name in ("greedy", "beam sampling", "processors"):
-            run(model, ALL[name], jit_compile=True, output_attentions=True)
+            run(model, ALL[name], output_attentions=True)
     assert len(functions) == 6
     weights = min(np.prod(v.shape) for v in model.variables if len(v.shape) > 1)
     sizes = [
