@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
+QUANTIZATIONS = ("int8",)
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
 
@@ -86,6 +87,8 @@ class BertGenerationConfig(_Config):
     eos_token_id: int = 1
     # Only read by the decoder: a decoder without it is a plain language model.
     add_cross_attention: bool = False
+    # Ours: "int8" for a stack whose matrices are int8, see `EncoderDecoderModel.quantize`.
+    quantization: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -126,6 +129,11 @@ class BertGenerationConfig(_Config):
         if not isinstance(self.add_cross_attention, bool):
             raise ValueError(
                 f"add_cross_attention must be True or False, received {self.add_cross_attention!r}."
+            )
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ValueError(
+                f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, received "
+                f"{self.quantization!r}."
             )
 
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.quantization import check_quantization, quantize_matrix, quantized_linear
 
 # Finite, so that no row of scores can turn into NaN.
 MASKED_SCORE = -1e9
@@ -30,7 +31,13 @@ def activation(name: str) -> Any:
 
 def dense(units: int, config: BertGenerationConfig, name: str, dtype: Any) -> "Dense":
     """A projection with BERT's initialiser."""
-    return Dense(units, kernel_initializer=initializer(config), name=name, dtype=dtype)
+    return Dense(
+        units,
+        kernel_initializer=initializer(config),
+        quantization=config.quantization,
+        name=name,
+        dtype=dtype,
+    )
 
 
 def initializer(config: BertGenerationConfig) -> keras.initializers.Initializer:
@@ -56,6 +63,15 @@ def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
     return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))
 
 
+def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
+    """New variables of a layer for what `quantize_matrix` gives; they do not train."""
+    options = {"initializer": "zeros", "trainable": False, "autocast": False}
+    return [
+        layer.add_weight(shape, dtype="int8", name=name, **options),
+        layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
+    ]
+
+
 def padding_mask(attention_mask: Any) -> Any:
     """[B, S] with 1 on tokens -> bool [B, 1, 1, S], which every head and query reads."""
     return ops.cast(attention_mask, "bool")[:, None, None, :]
@@ -70,43 +86,76 @@ def causal_mask(query_length: Any, key_length: Any, first_query: Any = 0) -> Any
 class Dense(keras.layers.Layer):
     """Keras's `Dense` with its kernel the other way round, `[units, inputs]`; see `linear`.
 
-    Files hold the kernel as Keras's `Dense` does.
+    With `quantization="int8"` the kernel is int8, with a `kernel_scale` [units]; see
+    `bertgen_tf.quantization`. Files hold the kernel as Keras's `Dense` does.
     """
 
     def __init__(
-        self, units: int, kernel_initializer: keras.initializers.Initializer, **kwargs: Any
+        self,
+        units: int,
+        kernel_initializer: keras.initializers.Initializer,
+        quantization: str | None = None,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.units = units
         self.kernel_initializer = kernel_initializer
+        self.quantization = quantization
 
     def build(self, input_shape: Any) -> None:
-        self.kernel = self.add_weight(
-            (self.units, input_shape[-1]),
-            # Initialisers take the shape the way Keras's `Dense` has it.
-            initializer=lambda shape, dtype: ops.transpose(
-                self.kernel_initializer(shape[::-1], dtype)
-            ),
-            name="kernel",
-        )
+        shape = (self.units, input_shape[-1])
+        if self.quantization is None:
+            self.kernel = self.add_weight(
+                shape,
+                # Initialisers take the shape the way Keras's `Dense` has it.
+                initializer=lambda shape, dtype: ops.transpose(
+                    self.kernel_initializer(shape[::-1], dtype)
+                ),
+                name="kernel",
+            )
         self.bias = self.add_weight((self.units,), initializer="zeros", name="bias")
+        if self.quantization is not None:
+            self.kernel, self.kernel_scale = quantized_weights(self, shape, "kernel")
         self.built = True
 
+    def quantize(self, mode: str, config: Any = None) -> None:
+        """Replaces the kernel by an int8 one, once; Keras's arguments."""
+        check_quantization(mode, config)
+        if self.quantization is not None:
+            return
+        kernel, scale = quantize_matrix(self.kernel)
+        del self.kernel
+        self.kernel, self.kernel_scale = quantized_weights(self, kernel.shape, "kernel")
+        self.kernel.assign(kernel)
+        self.kernel_scale.assign(scale)
+        self.quantization = mode
+
     def call(self, inputs: Any) -> Any:
-        return linear(inputs, tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias))
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        if self.quantization is None:
+            return linear(inputs, kernel, bias)
+        outputs = quantized_linear(inputs, kernel, tf.convert_to_tensor(self.kernel_scale), bias)
+        return ops.cast(outputs, self.compute_dtype)
 
     def save_own_variables(self, store: Any) -> None:
-        store["0"] = ops.convert_to_numpy(self.kernel).T
-        store["1"] = ops.convert_to_numpy(self.bias)
+        for name, variable in self._stored().items():
+            store[name] = ops.convert_to_numpy(variable).T
 
     def load_own_variables(self, store: Any) -> None:
-        if len(store.keys()) != 2:
+        stored = self._stored()
+        if len(store.keys()) != len(stored):
             raise ValueError(
-                f"{self.path} should be stored as kernel and bias, found {len(store.keys())} "
-                "tensors."
+                f"{self.path} should be stored as {len(stored)} tensors (kernel, bias and, of int8, "
+                f"scale), found {len(store.keys())}."
             )
-        self.kernel.assign(ops.transpose(store["0"]))
-        self.bias.assign(store["1"])
+        for name, variable in stored.items():
+            variable.assign(ops.transpose(store[name]))
+
+    def _stored(self) -> dict[str, Any]:
+        variables = [self.kernel, self.bias]
+        if self.quantization is not None:
+            variables.append(self.kernel_scale)
+        return {str(number): variable for number, variable in enumerate(variables)}
 
 
 class Embeddings(keras.layers.Layer):

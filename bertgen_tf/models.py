@@ -17,7 +17,15 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, padding_mask
+from bertgen_tf.layers import (
+    Dense,
+    Embeddings,
+    TransformerBlock,
+    causal_mask,
+    padding_mask,
+    quantized_weights,
+)
+from bertgen_tf.quantization import check_quantization, quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
 
@@ -63,6 +71,10 @@ class BertGenerationEncoder(keras.Model):
         from bertgen_tf import huggingface
 
         huggingface.save(self, folder, max_shard_size)
+
+    def quantize(self, mode: str, config: Any = None) -> None:
+        """Makes the matrices int8, in place; see `EncoderDecoderModel.quantize`."""
+        _quantize_matrices(self, mode, config)
 
     def build(self, input_shape: Any = None) -> None:
         self.embeddings.build()
@@ -194,6 +206,15 @@ class BertGenerationDecoder(keras.Model):
 
         huggingface.save(self, folder, max_shard_size)
 
+    def quantize(self, mode: str, config: Any = None) -> None:
+        """Makes the matrices int8, in place; see `EncoderDecoderModel.quantize`."""
+        if self.config.quantization is None:
+            _quantize_matrices(self, mode, config)
+            self._build_output_kernel()
+            kernel, scale = quantize_matrix(self.embeddings.word_embeddings.embeddings)
+            self.output_kernel.assign(kernel)
+            self.output_kernel_scale.assign(scale)
+
     def build(self, input_shape: Any = None) -> None:
         if not self.embeddings.built:
             self.embeddings.build()
@@ -202,6 +223,14 @@ class BertGenerationDecoder(keras.Model):
         self.output_bias = self.add_weight(
             (self.config.vocab_size,), initializer="zeros", name="output_bias", autocast=False
         )
+        if self.config.quantization is not None:
+            self._build_output_kernel()
+
+    def _build_output_kernel(self) -> None:
+        # Beside the word embeddings that it is rounded from, which are looked up in float32.
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        weights = quantized_weights(self, shape, "output_kernel")
+        self.output_kernel, self.output_kernel_scale = weights
 
     def call(
         self,
@@ -260,8 +289,7 @@ class BertGenerationDecoder(keras.Model):
             )
             new_cache.append(pair)
             weights.append(looked_at)
-        logits = self.embeddings.logits(hidden, tf.convert_to_tensor(self.output_bias))
-        results = [logits]
+        results = [self._logits(hidden)]
         if cache is not None:
             results.append({**cache, "self": new_cache})
         if return_attention_weights:
@@ -306,6 +334,13 @@ class BertGenerationDecoder(keras.Model):
             "beams": ops.repeat(cache["beams"], num_beams, axis=1),
         }
 
+    def _logits(self, hidden: Any) -> Any:
+        bias = tf.convert_to_tensor(self.output_bias)
+        if self.config.quantization is None:
+            return self.embeddings.logits(hidden, bias)
+        kernel, scale = map(tf.convert_to_tensor, (self.output_kernel, self.output_kernel_scale))
+        return quantized_linear(hidden, kernel, scale, bias)
+
     def _project(self, encoder_hidden_states: Any) -> list:
         if (encoder_hidden_states is not None) != self.config.add_cross_attention:
             needed = "needs" if self.config.add_cross_attention else "takes no"
@@ -328,6 +363,14 @@ class BertGenerationDecoder(keras.Model):
         if not trainable:  # what is shared stays as the other side has it
             model.trainable = False
         return model
+
+
+def _quantize_matrices(stack: keras.Model, mode: str, config: Any) -> None:
+    check_quantization(mode, config)
+    for layer in stack._flatten_layers():
+        if isinstance(layer, Dense):
+            layer.quantize(mode)
+    stack.config = stack.config.replace(quantization=mode)
 
 
 def _own_beams(beams: Any, index: Any, length: Any) -> Any:
@@ -381,6 +424,7 @@ def _check_shareable(
             "hidden_act",
             "max_position_embeddings",
             "layer_norm_eps",
+            "quantization",
         ]
     differing = [
         f"{name} ({getattr(encoder, name)} and {getattr(config, name)})"

@@ -335,7 +335,7 @@ def test_layout_of_the_first_checkpoints(tmp_path):
     model = read(folder)
     assert model.decoder.sharing == "all"
     assert model.generation_config == bg.GenerationConfig(
-        max_new_tokens=11, num_beams=3, length_penalty=0.7
+        max_length=12, num_beams=3, length_penalty=0.7
     )
     inputs = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
     logits = model({name: golden[name] for name in inputs})
