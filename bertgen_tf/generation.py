@@ -23,6 +23,7 @@ from bertgen_tf.generation_settings import (
     uses_beams,
 )
 from bertgen_tf.logits import Processor
+from bertgen_tf.quantization import integer_products
 
 # input_ids, attention_mask, decoder_input_ids, seeds
 _SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 3 + [tf.TensorSpec([None, 2], tf.int32)]
@@ -82,7 +83,8 @@ def generation_function(
             input_signature=_Inputs.signature(width),
         )
         def search(*inputs: tf.Tensor) -> GenerateTensors:
-            return _search(model, config, _Inputs(*inputs), logits_processor, output_attentions)
+            with integer_products(jit_compile):
+                return _search(model, config, _Inputs(*inputs), logits_processor, output_attentions)
 
         @tf.function(autograph=False, input_signature=_SIGNATURE)
         def padded(*tensors: tf.Tensor) -> GenerateTensors:
@@ -160,7 +162,8 @@ def streaming_functions(
 
     @tf.function(jit_compile=jit_compile, autograph=False)
     def begin(inputs: _Inputs) -> tuple[decoding.SamplingLoop, Any]:
-        prepared = _prepare(model, config, inputs)
+        with integer_products(jit_compile):
+            prepared = _prepare(model, config, inputs)
         # Processors are for what comes then.
         sampling = decoding.Sampling(**_options(model, config, ()))
         return sampling.start(prepared.state, **_start(config, inputs)), prepared.cross
@@ -170,7 +173,8 @@ def streaming_functions(
         processors = _processors(model, config, inputs, logits_processor)
         sampling = decoding.Sampling(**_options(model, config, processors))
         step = _step_function(model, cross, inputs.attention_mask)
-        loop = sampling.advance(step, loop, tokens_per_step)
+        with integer_products(jit_compile):
+            loop = sampling.advance(step, loop, tokens_per_step)
         done = tf.reduce_all(loop.done) | (loop.index + 1 >= loop.limit)
         return loop, sampling.output(loop).sequences, done
 

@@ -29,11 +29,14 @@ def activation(name: str) -> Any:
     }[name]
 
 
-def dense(units: int, config: BertGenerationConfig, name: str, dtype: Any) -> "Dense":
+def dense(
+    units: int, config: BertGenerationConfig, name: str, dtype: Any, parts: tuple[str, ...] = ()
+) -> "Dense":
     """A projection with BERT's initialiser."""
     return Dense(
         units,
         kernel_initializer=initializer(config),
+        parts=parts,
         quantization=config.quantization,
         name=name,
         dtype=dtype,
@@ -86,20 +89,29 @@ def causal_mask(query_length: Any, key_length: Any, first_query: Any = 0) -> Any
 class Dense(keras.layers.Layer):
     """Keras's `Dense` with its kernel the other way round, `[units, inputs]`; see `linear`.
 
-    With `quantization="int8"` the kernel is int8, with a `kernel_scale` [units]; see
-    `bertgen_tf.quantization`. Files hold the kernel as Keras's `Dense` does.
+    Files hold the kernel as Keras's `Dense` does.
+
+    Args:
+        units: outputs.
+        kernel_initializer: gets the shape as Keras's `Dense` has it, `(inputs, units)`.
+        parts: names of the projections of equal size that this one holds, one below the other; see
+            `weights.named_variables`.
+        quantization: "int8" for an int8 kernel with a `kernel_scale` [units]; see
+            `bertgen_tf.quantization`.
     """
 
     def __init__(
         self,
         units: int,
         kernel_initializer: keras.initializers.Initializer,
+        parts: tuple[str, ...] = (),
         quantization: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.units = units
         self.kernel_initializer = kernel_initializer
+        self.parts = parts
         self.quantization = quantization
 
     def build(self, input_shape: Any) -> None:
@@ -107,7 +119,6 @@ class Dense(keras.layers.Layer):
         if self.quantization is None:
             self.kernel = self.add_weight(
                 shape,
-                # Initialisers take the shape the way Keras's `Dense` has it.
                 initializer=lambda shape, dtype: ops.transpose(
                     self.kernel_initializer(shape[::-1], dtype)
                 ),
@@ -145,8 +156,8 @@ class Dense(keras.layers.Layer):
         stored = self._stored()
         if len(store.keys()) != len(stored):
             raise ValueError(
-                f"{self.path} should be stored as {len(stored)} tensors (kernel, bias and, of int8, "
-                f"scale), found {len(store.keys())}."
+                f"{self.path} should be stored as {len(stored)} tensors (kernel and bias, and of "
+                f"int8 a scale), found {len(store.keys())}."
             )
         for name, variable in stored.items():
             variable.assign(ops.transpose(store[name]))
@@ -217,19 +228,8 @@ class Embeddings(keras.layers.Layer):
 class Attention(keras.layers.Layer):
     """Multi-head attention with its residual connection and post-layer normalisation.
 
-    One class serves self-attention and cross-attention, whole sequences and cached decoding.
-
-    **Cache contract.** Keys and values are a pair of tensors [B, A, S, D] each.
-
-    - Whole sequence: `call(hidden, self.project(memory), mask)`, where `memory` is
-      `hidden` itself for self-attention.
-    - Cached cross-attention: the pair is projected from the encoder's output once. It has one row
-      per example; `hidden` may have K adjacent rows per example (the beams), which all attend to
-      the same keys without a copy of them.
-    - Cached self-attention: the pair is a buffer with one row per example and S = length * K slots:
-      slot `i * K + k` is position i as beam k wrote it. `update` writes T positions from `index` on
-      and returns the new pair. Beams that change places leave the buffer as it is; the mask tells
-      which slots are a beam's own past.
+    What self-attention and cross-attention have in common, for whole sequences and for cached
+    decoding. Keys and values are a pair of tensors [B, A, S, D] each.
     """
 
     def __init__(self, config: BertGenerationConfig, **kwargs: Any):
@@ -238,9 +238,6 @@ class Attention(keras.layers.Layer):
         self.num_heads = config.num_attention_heads
         self.head_size = config.hidden_size // config.num_attention_heads
         policy = self.dtype_policy
-        self.query = dense(config.hidden_size, config, "query", policy)
-        self.key = dense(config.hidden_size, config, "key", policy)
-        self.value = dense(config.hidden_size, config, "value", policy)
         self.attention_dropout = keras.layers.Dropout(
             config.attention_probs_dropout_prob, dtype=policy
         )
@@ -251,35 +248,120 @@ class Attention(keras.layers.Layer):
         )
 
     def build(self, input_shape: Any = None) -> None:
-        shape = (None, None, self.config.hidden_size)
-        for layer in (self.query, self.key, self.value, self.output_dense, self.layer_norm):
-            layer.build(shape)
+        for layer in self._flatten_layers(include_self=False, recursive=False):
+            layer.build((None, None, self.config.hidden_size))
 
-    def project(self, memory: Any, rows: Any = None) -> tuple[Any, Any]:
-        """Keys and values of `memory` [B, S, H]: two tensors [B, A, S, D].
+    def attend(
+        self,
+        hidden: Any,
+        queries: Any,
+        keys_values: tuple[Any, Any],
+        attention_mask: Any,
+        training: bool | None,
+    ) -> tuple[Any, Any]:
+        """Attention over one pair of keys and values per example, for all its rows.
 
-        With `rows`, `memory` [rows * K, T, H] has K rows for each of so many examples, which become
+        Args:
+            hidden: [B * K, T, H], to which the result is added.
+            queries: [B * K, T, H]; the K rows of an example are adjacent.
+            keys_values: [B, A, S, D] each.
+            attention_mask: None or bool, broadcast to [B, A, K * T, S].
+
+        Returns:
+            what is like hidden, and the attention weights, float32 [B, A, K * T, S].
+        """
+        keys, values = keys_values
+        # The rows of one example share its keys: they are folded into the query axis.
+        folded = (ops.shape(keys)[0], -1, self.num_heads, self.head_size)
+        queries = ops.transpose(ops.reshape(queries, folded), (0, 2, 1, 3))  # [B, A, K*T, D]
+        scores = tf.matmul(queries, keys, transpose_b=True)  # [B, A, K*T, S]
+        scores = ops.cast(scores, "float32") / self.head_size**0.5
+        if attention_mask is not None:
+            scores = ops.where(attention_mask, scores, MASKED_SCORE)
+        weights = tf.nn.softmax(scores)
+        if attention_mask is not None:
+            # A query that may see nothing (an empty source) gets zeros, however long the padding.
+            weights = weights * ops.cast(ops.any(attention_mask, axis=-1, keepdims=True), "float32")
+        dropped = self.attention_dropout(ops.cast(weights, values.dtype), training=training)
+        context = ops.transpose(tf.matmul(dropped, values), (0, 2, 1, 3))  # [B, K*T, A, D]
+        output = self.output_dense(ops.reshape(context, ops.shape(hidden)))
+        return self.layer_norm(hidden + self.dropout(output, training=training)), weights
+
+    def split_heads(self, tensor: Any, rows: Any = None) -> Any:
+        """[B, S, H] -> [B, A, S, D].
+
+        With `rows`, a tensor [rows * K, T, H] has K rows for each of so many examples, which become
         slots: [rows, A, T * K, D].
         """
-        return self._split(self.key(memory), rows), self._split(self.value(memory), rows)
+        batch, length, _ = ops.shape(tensor)
+        if rows is None:
+            tensor = ops.reshape(tensor, (batch, length, self.num_heads, self.head_size))
+            return ops.transpose(tensor, (0, 2, 1, 3))
+        tensor = ops.reshape(tensor, (rows, -1, length, self.num_heads, self.head_size))
+        tensor = ops.transpose(tensor, (0, 3, 2, 1, 4))  # [rows, A, T, K, D]
+        return ops.reshape(tensor, (rows, self.num_heads, -1, self.head_size))
 
-    @staticmethod
-    def update(cache: tuple[Any, Any], new: tuple[Any, Any], slot: Any) -> tuple[Any, Any]:
-        """Writes `new` [B, A, N, D] into `cache` [B, A, S, D] from `slot` on.
 
-        By scattering, not by a slice update, which TensorFlow has only as an XLA op.
+class SelfAttention(Attention):
+    """Attention of a sequence to itself, or to its past.
+
+    **Cache contract.** The cache is a pair of buffers [B, A, S, D] with one row per example and
+    S = length * K slots: slot `i * K + k` is position i as beam k wrote it. A call writes its T
+    positions from `index` on and returns the new pair. Beams that change places leave the buffers
+    as they are; the mask tells which slots are a beam's own past.
+    """
+
+    def __init__(self, config: BertGenerationConfig, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        # One product for the three: a step of generation has few rows, and reads it at full speed.
+        self.query_key_value = dense(
+            3 * config.hidden_size,
+            config,
+            "query_key_value",
+            self.dtype_policy,
+            parts=("query", "key", "value"),
+        )
+
+    def call(
+        self,
+        hidden: Any,
+        attention_mask: Any = None,
+        cache: tuple[Any, Any] | None = None,
+        index: Any = 0,
+        training: bool | None = None,
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """Hidden [B * K, T, H], mask bool, broadcast to [B, A, K * T, S].
+
+        Returns:
+            what is like hidden, and the pair that was read: the extended cache, or without a cache
+            the keys and values of `hidden`.
         """
-        batch, heads, size, width = ops.shape(cache[0])
-        first = ops.arange(batch * heads) * size + slot  # [B*A]
-        places = ops.reshape(first[:, None] + ops.arange(ops.shape(new[0])[2]), (-1, 1))
+        queries, keys, values = ops.split(self.query_key_value(hidden), 3, axis=-1)
+        rows = None if cache is None else ops.shape(cache[0])[0]
+        pair = self.split_heads(keys, rows), self.split_heads(values, rows)
+        if cache is not None:
+            pair = write_cache(cache, pair, index * (ops.shape(hidden)[0] // rows))
+        hidden, _ = self.attend(hidden, queries, pair, attention_mask, training)
+        return hidden, pair
 
-        def write(old: Any, tensor: Any) -> Any:
-            flat = tf.tensor_scatter_nd_update(
-                ops.reshape(old, (-1, width)), places, ops.reshape(tensor, (-1, width))
-            )
-            return ops.reshape(flat, (batch, heads, size, width))
 
-        return write(cache[0], new[0]), write(cache[1], new[1])
+class CrossAttention(Attention):
+    """Attention to the encoder's output.
+
+    Its keys and values are projected once. They have one row per example; `hidden` may have K
+    adjacent rows per example (the beams), which all attend to the same keys without a copy of them.
+    """
+
+    def __init__(self, config: BertGenerationConfig, **kwargs: Any):
+        super().__init__(config, **kwargs)
+        size, policy = config.hidden_size, self.dtype_policy
+        self.query = dense(size, config, "query", policy)
+        self.key_value = dense(2 * size, config, "key_value", policy, parts=("key", "value"))
+
+    def project(self, memory: Any) -> tuple[Any, Any]:
+        """Keys and values of `memory` [B, S, H]: two tensors [B, A, S, D]."""
+        keys, values = ops.split(self.key_value(memory), 2, axis=-1)
+        return self.split_heads(keys), self.split_heads(values)
 
     def call(
         self,
@@ -293,34 +375,25 @@ class Attention(keras.layers.Layer):
         Returns:
             what is like hidden, and the attention weights, float32 [B, A, K * T, S].
         """
-        keys, values = keys_values
-        shape = ops.shape(hidden)
-        # The rows of one example share its keys: they are folded into the query axis.
-        queries = ops.reshape(
-            self.query(hidden), (ops.shape(keys)[0], -1, self.num_heads, self.head_size)
-        )
-        queries = ops.transpose(queries, (0, 2, 1, 3))  # [B, A, K*T, D]
-        scores = tf.matmul(queries, keys, transpose_b=True)  # [B, A, K*T, S]
-        scores = ops.cast(scores, "float32") / self.head_size**0.5
-        if attention_mask is not None:
-            scores = ops.where(attention_mask, scores, MASKED_SCORE)
-        weights = tf.nn.softmax(scores)
-        if attention_mask is not None:
-            # A query that may see nothing (an empty source) gets zeros, however long the padding.
-            weights = weights * ops.cast(ops.any(attention_mask, axis=-1, keepdims=True), "float32")
-        dropped = self.attention_dropout(ops.cast(weights, values.dtype), training=training)
-        context = ops.transpose(tf.matmul(dropped, values), (0, 2, 1, 3))  # [B, K*T, A, D]
-        output = self.output_dense(ops.reshape(context, shape))
-        return self.layer_norm(hidden + self.dropout(output, training=training)), weights
+        return self.attend(hidden, self.query(hidden), keys_values, attention_mask, training)
 
-    def _split(self, tensor: Any, rows: Any) -> Any:
-        batch, length, _ = ops.shape(tensor)
-        if rows is None:
-            tensor = ops.reshape(tensor, (batch, length, self.num_heads, self.head_size))
-            return ops.transpose(tensor, (0, 2, 1, 3))
-        tensor = ops.reshape(tensor, (rows, -1, length, self.num_heads, self.head_size))
-        tensor = ops.transpose(tensor, (0, 3, 2, 1, 4))  # [rows, A, T, K, D]
-        return ops.reshape(tensor, (rows, self.num_heads, -1, self.head_size))
+
+def write_cache(cache: tuple[Any, Any], new: tuple[Any, Any], slot: Any) -> tuple[Any, Any]:
+    """Writes `new` [B, A, N, D] into `cache` [B, A, S, D] from `slot` on.
+
+    By scattering, not by a slice update, which TensorFlow has only as an XLA op.
+    """
+    batch, heads, size, width = ops.shape(cache[0])
+    first = ops.arange(batch * heads) * size + slot  # [B*A]
+    places = ops.reshape(first[:, None] + ops.arange(ops.shape(new[0])[2]), (-1, 1))
+
+    def write(old: Any, tensor: Any) -> Any:
+        flat = tf.tensor_scatter_nd_update(
+            ops.reshape(old, (-1, width)), places, ops.reshape(tensor, (-1, width))
+        )
+        return ops.reshape(flat, (batch, heads, size, width))
+
+    return write(cache[0], new[0]), write(cache[1], new[1])
 
 
 class FeedForward(keras.layers.Layer):
@@ -366,14 +439,14 @@ class TransformerBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         policy = self.dtype_policy
         if shared is None:
-            self.self_attention = Attention(config, name="self_attention", dtype=policy)
+            self.self_attention = SelfAttention(config, name="self_attention", dtype=policy)
             self.feed_forward = FeedForward(config, name="feed_forward", dtype=policy)
         else:
             self.self_attention = shared.self_attention
             self.feed_forward = shared.feed_forward
         self.cross_attention = None
         if config.add_cross_attention:
-            self.cross_attention = Attention(config, name="cross_attention", dtype=policy)
+            self.cross_attention = CrossAttention(config, name="cross_attention", dtype=policy)
 
     def build(self, input_shape: Any = None) -> None:
         for layer in (self.self_attention, self.cross_attention, self.feed_forward):
@@ -397,21 +470,17 @@ class TransformerBlock(keras.layers.Layer):
             attention_mask: bool, broadcast to [B, A, T, S], for self-attention.
             memory: pair that cross-attention reads; it must be None without cross-attention.
             cross_mask: bool, broadcast to [B, A, T, S], for cross-attention.
-            cache: pair of buffers that self-attention extends from position `index` on.
+            cache: pair of buffers that self-attention extends from position `index` on, see
+                `SelfAttention`.
 
         Returns:
             hidden like the input; the pair that self-attention read: the extended cache, or
             without a cache the keys and values of `hidden`; the weights of cross-attention,
             float32 [B, A, T, S], or None.
         """
-        if cache is None:
-            keys_values = self.self_attention.project(hidden)
-        else:
-            rows = ops.shape(cache[0])[0]
-            new = self.self_attention.project(hidden, rows)
-            slot = index * (ops.shape(hidden)[0] // rows)
-            keys_values = self.self_attention.update(cache, new, slot)
-        hidden, _ = self.self_attention(hidden, keys_values, attention_mask, training=training)
+        hidden, keys_values = self.self_attention(
+            hidden, attention_mask, cache=cache, index=index, training=training
+        )
         weights = None
         if self.cross_attention is not None:
             hidden, weights = self.cross_attention(hidden, memory, cross_mask, training=training)

@@ -300,7 +300,8 @@ class BertGenerationDecoder(keras.Model):
         """An empty cache of `max_length` positions for `batch` examples of one row each.
 
         Returns:
-            {"self": one pair of buffers [batch, A, max_length, D] a layer, see `layers.Attention`,
+            {"self": one pair of buffers [batch, A, max_length, D] a layer, see
+                 `layers.SelfAttention`,
              "beams": int32 [batch, 1, max_length], see `repeat_cache`,
              "cross": one pair [batch, A, S, D] a layer, projected from `encoder_hidden_states`}.
         """

@@ -5,6 +5,9 @@ greatest value / 127. The product rounds its inputs the same way, a scale per ro
 a row's result does not depend on the rows beside it.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -13,6 +16,8 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import QUANTIZATIONS
+
+_INTEGER_PRODUCTS = contextvars.ContextVar("integer_products", default=False)
 
 
 def check_quantization(mode: str, config: Any = None) -> None:
@@ -38,8 +43,24 @@ def quantize_matrix(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(integers), 1 / np.asarray(scale)[:, 0]
 
 
+@contextlib.contextmanager
+def integer_products(wanted: bool) -> Iterator[None]:
+    """While a graph is traced: whether its products are to be of integers.
+
+    XLA multiplies int8 faster than float32. TensorFlow's own kernels do not: without this, kernels
+    become float32 on their way into the product. The results are the same, see `quantized_linear`.
+    """
+    token = _INTEGER_PRODUCTS.set(wanted)
+    try:
+        yield
+    finally:
+        _INTEGER_PRODUCTS.reset(token)
+
+
 def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:
     """`inputs` [..., I] times the transposed `kernel`, plus `bias` [O]: float32 [..., O].
+
+    The sums are of whole numbers: exact in int32, and in float32 as long as they are below 2**24.
 
     Args:
         kernel, scale: of `quantize_matrix`, int8 [O, I] and float32 [O].
@@ -47,17 +68,14 @@ def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:
     shape = ops.shape(inputs)
     rows = tf.reshape(tf.cast(inputs, tf.float32), [-1, kernel.shape[1]])
     integers, inverse = keras.quantizers.abs_max_quantize(rows, axis=-1)
-
-    # For a single row XLA has no fast product of integers, but fuses the conversion of the kernel
-    # into one of floats. Sums of whole numbers are exact there up to 2**24.
-    def of_floats() -> tf.Tensor:
+    if _INTEGER_PRODUCTS.get():
+        count = tf.shape(integers)[0]
+        # XLA has a fast product of two rows, but none of one.
+        missing = tf.cast(tf.equal(count, 1), tf.int32)
+        integers = tf.pad(integers, [[0, missing], [0, 0]])
+        sums = tf.matmul(integers, kernel, transpose_b=True, output_type=tf.int32)[:count]
+    else:
         floats = (tf.cast(tensor, tf.float32) for tensor in (integers, kernel))
-        return tf.matmul(*floats, transpose_b=True)
-
-    def of_integers() -> tf.Tensor:
-        product = tf.matmul(integers, kernel, transpose_b=True, output_type=tf.int32)
-        return tf.cast(product, tf.float32)
-
-    products = tf.cond(tf.equal(tf.shape(rows)[0], 1), of_floats, of_integers)
-    outputs = products / inverse * scale + bias
+        sums = tf.matmul(*floats, transpose_b=True)
+    outputs = tf.cast(sums, tf.float32) / inverse * scale + bias
     return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))

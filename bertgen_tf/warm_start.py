@@ -94,7 +94,9 @@ def build_decoder(
 def copy_self_attention(decoder: BertGenerationDecoder) -> None:
     """Starts the cross-attention of each layer with the weights of its self-attention."""
     for block in decoder.blocks:
-        block.cross_attention.set_weights(block.self_attention.get_weights())
+        start = weights.named_variables(block.self_attention)
+        for name, variable in weights.named_variables(block.cross_attention).items():
+            variable.assign(start[name].numpy())
 
 
 def load_encoder_decoder(

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +33,42 @@ class WeightsError(ValueError):
     """The source's tensors and the model's variables do not fit each other."""
 
 
+class VariablePart:
+    """Some rows of a variable, as a variable: what a projection has in one that holds several."""
+
+    def __init__(self, variable: Any, start: int, stop: int):
+        self.variable, self._rows = variable, slice(start, stop)
+        self.shape = (stop - start, *variable.shape[1:])
+        self.dtype = variable.dtype
+
+    def assign(self, value: Any) -> None:
+        self.variable.value[self._rows].assign(tf.convert_to_tensor(value, self.dtype))
+
+    def numpy(self) -> np.ndarray:
+        return self.variable.value[self._rows].numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.numpy(), dtype)
+
+
 def named_variables(layer: keras.Layer, prefix: str = "") -> dict[str, Any]:
     """The weights of a layer by structural name, such as `layer_0/self_attention/query/kernel`.
 
-    A variable that is shared appears under each of its names. Random states are left out.
+    A variable that is shared appears under each of its names, one that holds several projections as
+    a `VariablePart` under the name of each. Random states are left out.
     """
     own = {v.name: v for v in (*layer._trainable_variables, *layer._non_trainable_variables)}
     named = {prefix + name: variable for name, variable in own.items()}
     for child in layer._flatten_layers(include_self=False, recursive=False):
-        named.update(named_variables(child, f"{prefix}{child.name}/"))
+        parts = getattr(child, "parts", ())
+        variables = named_variables(child, "" if parts else f"{prefix}{child.name}/")
+        for number, part in enumerate(parts):
+            for name, variable in variables.items():
+                size = variable.shape[0] // len(parts)
+                rows = (number * size, (number + 1) * size)
+                named[f"{prefix}{part}/{name}"] = VariablePart(variable, *rows)
+        if not parts:
+            named.update(variables)
     return named
 
 
@@ -87,6 +115,8 @@ def assign(
                     f"{name} has shape {value.shape}, but {target} has "
                     f"{tuple(variables[target].shape)}"
                 )
+            elif variables[target].dtype == "int8" != value.dtype:
+                problems.append(f"{name} is {value.dtype}, but {target} is int8")
             elif not np.isfinite(value).all():
                 problems.append(f"{name} holds NaN or infinity")
             assignments[target] = (name, rule)

@@ -23,6 +23,7 @@ from tensorflow_hub import resolver
 
 import bertgen_tf as bg
 from bertgen_tf import hub_modules
+from bertgen_tf.weights import named_variables
 
 MINILM = SHARED / "hub/tf2_bert_minilm_l6"
 TINY = SHARED / "hub/tf2_bert_tiny"
@@ -139,16 +140,15 @@ def check_block(block, source: dict[str, np.ndarray], layer: int) -> None:
     }.__getitem__
     hidden, inner = get("intermediate/kernel").shape
     attention, feed_forward = block.self_attention, block.feed_forward
+    ours = named_variables(attention)
     for name in ("query", "key", "value"):
-        ours = getattr(attention, name)
+        kernel, bias = (ours[f"{name}/{part}"].numpy() for part in ("kernel", "bias"))
         heads = get(f"self_attention/{name}/bias").shape
         # Head by head: row a * D + d of ours is head a, unit d of the module's.
         np.testing.assert_array_equal(
-            ours.kernel.numpy().T.reshape(hidden, *heads), get(f"self_attention/{name}/kernel")
+            kernel.T.reshape(hidden, *heads), get(f"self_attention/{name}/kernel")
         )
-        np.testing.assert_array_equal(
-            ours.bias.numpy().reshape(heads), get(f"self_attention/{name}/bias")
-        )
+        np.testing.assert_array_equal(bias.reshape(heads), get(f"self_attention/{name}/bias"))
     for ours, theirs, shape in (
         (attention.output_dense.kernel, "self_attention/attention_output/kernel", (*heads, hidden)),
         (attention.output_dense.bias, "self_attention/attention_output/bias", (hidden,)),
@@ -357,15 +357,15 @@ def test_decoder_is_causal(decoder):
 def test_random_cross_attention_is_new(decoder):
     kernels = []
     for block in decoder.blocks:
-        cross, own = block.cross_attention, block.self_attention
+        cross, own = map(named_variables, (block.cross_attention, block.self_attention))
         for name in ("query", "key", "value", "output_dense"):
-            kernel = getattr(cross, name).kernel.numpy()
+            kernel = cross[f"{name}/kernel"].numpy()
             assert 0.01 < kernel.std() < 0.03 and np.abs(kernel).max() <= 0.041
-            assert getattr(own, name).kernel.numpy().std() > 0.2
-            assert not getattr(cross, name).bias.numpy().any()
+            assert own[f"{name}/kernel"].numpy().std() > 0.2
+            assert not cross[f"{name}/bias"].numpy().any()
             kernels.append(kernel)
-        np.testing.assert_array_equal(cross.layer_norm.gamma, np.ones(12))
-        np.testing.assert_array_equal(cross.layer_norm.beta, np.zeros(12))
+        np.testing.assert_array_equal(cross["layer_norm/gamma"], np.ones(12))
+        np.testing.assert_array_equal(cross["layer_norm/beta"], np.zeros(12))
     # Each drawn by itself.
     assert len({kernel.tobytes() for kernel in kernels}) == len(kernels)
 
@@ -380,11 +380,12 @@ def test_cross_attention_can_start_as_a_copy_of_self_attention(share, module_of)
             encoder=module_of("gelu"), share=share, **options
         ).decoder
     for block in decoder.blocks:
-        cross, own = block.cross_attention.weights, block.self_attention.weights
-        assert len(cross) == 10
-        for copied, original in zip(cross, own, strict=True):
-            assert copied is not original
-            np.testing.assert_array_equal(copied, original)
+        weights = {id(w) for a in (block.cross_attention, block.self_attention) for w in a.weights}
+        assert len(weights) == 8 + 6
+        cross, own = map(named_variables, (block.cross_attention, block.self_attention))
+        assert len(cross) == len(own) == 10
+        for name, copied in cross.items():
+            np.testing.assert_array_equal(copied, own[name])
     first, second = (block.cross_attention.query.kernel.numpy() for block in decoder.blocks)
     assert np.abs(first - second).max() > 0.1
 
@@ -443,7 +444,7 @@ def test_share_holds_one_set_of_variables(shared_model, loaded_of):
     for variable in (
         model.encoder.embeddings.word_embeddings.embeddings,
         model.encoder.embeddings.position_embeddings.embeddings,
-        model.encoder.blocks[3].self_attention.value.kernel,
+        model.encoder.blocks[3].self_attention.query_key_value.kernel,
         model.encoder.blocks[0].feed_forward.layer_norm.gamma,
     ):
         assert decoder_changes_with(model, variable)
@@ -460,7 +461,9 @@ def test_two_stacks_of_one_module_share_word_embeddings_only(two_stacks, loaded_
     for layer, block in enumerate(model.decoder.blocks):
         check_block(block, source, layer)
     assert decoder_changes_with(model, word_embeddings)
-    assert not decoder_changes_with(model, model.encoder.blocks[0].self_attention.query.kernel)
+    assert not decoder_changes_with(
+        model, model.encoder.blocks[0].self_attention.query_key_value.kernel
+    )
     assert not decoder_changes_with(model, model.encoder.embeddings.position_embeddings.embeddings)
 
 

@@ -202,14 +202,12 @@ def test_lone_decoder_without_cross_attention(checkpoints):
         folder, cross_attention="self_attention", num_layers=[1]
     )
     block = crossed.blocks[0]
-    for one, two, stored in zip(
-        block.cross_attention.weights,
-        block.self_attention.weights,
-        decoder.blocks[1].self_attention.weights,
-        strict=True,
-    ):
-        np.testing.assert_array_equal(one, two)
-        np.testing.assert_array_equal(one, stored)
+    stored = named_variables(decoder.blocks[1].self_attention)
+    for attention in (block.cross_attention, block.self_attention):
+        variables = named_variables(attention)
+        assert variables.keys() == stored.keys()
+        for name, variable in variables.items():
+            np.testing.assert_array_equal(variable, stored[name])
     np.testing.assert_array_equal(crossed.output_bias, decoder.output_bias)
     with pytest.raises(ValueError, match="cross_attention must be one of .*, received 'copy'"):
         bg.BertGenerationDecoder.from_huggingface(folder, cross_attention="copy")
@@ -1048,7 +1046,7 @@ def test_warm_start_from_bert(tmp_path):
     query = stored["encoder.layer.1.attention.self.query.weight"]
     for attention in ("self_attention", "cross_attention"):
         block = getattr(model.decoder.blocks[1], attention)
-        np.testing.assert_array_equal(block.query.kernel, query)
+        np.testing.assert_array_equal(named_variables(block)["query/kernel"], query)
     assert not model.decoder.output_bias.numpy().any()
     shared = bg.EncoderDecoderModel.from_huggingface(encoder=str(folder), share=True)
     assert shared.decoder.sharing == "all"

@@ -7,7 +7,7 @@ import tensorflow as tf
 from conftest import PIECES, make_model
 
 import bertgen_tf as bg
-from bertgen_tf.layers import Attention, Dense
+from bertgen_tf.layers import Dense, write_cache
 from bertgen_tf.weights import named_variables
 
 RNG = np.random.default_rng(5)
@@ -223,7 +223,7 @@ def test_dense_is_that_of_keras(tmp_path):
 def test_cache_update_writes_only_its_positions():
     old = np.zeros((2, 3, 6, 4), np.float32)
     new = RNG.normal(size=(2, 3, 2, 4)).astype(np.float32)
-    keys, values = map(np.asarray, Attention.update((old, old + 1), (new, -new), 3))
+    keys, values = map(np.asarray, write_cache((old, old + 1), (new, -new), 3))
     np.testing.assert_array_equal(keys[:, :, 3:5], new)
     np.testing.assert_array_equal(values[:, :, 3:5], -new)
     rest = [0, 1, 2, 5]

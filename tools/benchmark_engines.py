@@ -38,7 +38,6 @@ def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -
     """Writes a model with random weights; returns the bytes of them, shared ones counted once."""
     import bertgen_tf as bg
     from bertgen_tf import huggingface_files
-    from bertgen_tf.weights import named_variables
 
     config = bg.BertGenerationConfig(
         vocab_size=size["vocab_size"],
@@ -57,7 +56,7 @@ def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -
         config.replace(add_cross_attention=True), encoder if sharing != "none" else None, sharing
     )
     model = bg.EncoderDecoderModel(encoder, decoder)
-    unique = {id(variable): variable for variable in named_variables(model).values()}
+    unique = {id(variable): variable for variable in model.weights}
     weight_bytes = sum(4 * int(np.prod(variable.shape)) for variable in unique.values())
     checkpoint = Path(folder) / "huggingface"
     model.save_to_huggingface(str(checkpoint))
