@@ -110,7 +110,9 @@ def _finetune(arguments: argparse.Namespace) -> None:
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise UserError(f"{flags} applies to --encoder only, not to --preset")
-        _read_preset_config(arguments.preset)
+        config = _read_preset_config(arguments.preset)
+        if any(config[side]["config"].get("quantization") for side in ("encoder", "decoder")):
+            raise UserError(f"{arguments.preset} is quantized: train the float32 preset instead")
     with _user_errors():
         training = text_files.read_pairs(arguments.train)
         validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
@@ -321,6 +323,7 @@ def _describe_run(arguments: argparse.Namespace, config: GenerationConfig) -> di
         "preset": cli_output.digest(
             *(preset / name for name in names if (preset / name).is_file())
         ),
+        "quantize": arguments.quantize,
         **config.to_dict(),
     }
 
@@ -372,6 +375,8 @@ def _load(arguments: argparse.Namespace, config: GenerationConfig) -> EncoderDec
     with _user_errors():
         model = EncoderDecoderModel.from_preset(arguments.preset)
         check_config(config, model)
+        if arguments.quantize:
+            model.quantize(arguments.quantize)
     return model
 
 

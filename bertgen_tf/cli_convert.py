@@ -130,6 +130,7 @@ def _describe_stack(config: BertGenerationConfig) -> str:
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads, {config.intermediate_size} inside, "
         f"{config.max_position_embeddings} positions, {config.hidden_act}"
+        + (f", {config.quantization} matrices" if config.quantization else "")
     )
 
 

@@ -198,9 +198,12 @@ class EncoderDecoderModel(keras.Model):
         """
         self.encoder.quantize(mode, config)
         self.decoder.quantize(mode, config)
-        # Compiled functions hold on to the float32 matrices.
+        # Compiled functions and the optimizer hold on to the float32 matrices.
         self._generator = Generator(self)
         self.train_function = self.test_function = self.predict_function = None
+        if self.compiled:
+            del self.optimizer
+            self._compile_config, self.compiled = None, False
 
     def build(self, input_shape: Any = None) -> None:
         self.built = True  # encoder and decoder build themselves

@@ -208,9 +208,15 @@ def save(
 
     Raises:
         OSError: the folder holds other files, or cannot be written.
-        ValueError: `max_shard_size` is no size.
+        ValueError: `max_shard_size` is no size, or the model is quantized.
     """
     size = files.parse_size(max_shard_size)
+    stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoderModel) else [model]
+    if any(stack.config.quantization for stack in stacks):
+        raise ValueError(
+            "model must have float32 matrices to become a HuggingFace checkpoint, and those of "
+            "this one are int8. Save the model that was quantized."
+        )
     generation = tokenizer = None
     if isinstance(model, EncoderDecoderModel):
         config, generation = configs.write_pair(model)

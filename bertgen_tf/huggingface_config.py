@@ -246,6 +246,7 @@ def write_stack(config: BertGenerationConfig, architecture: str) -> dict[str, An
     """The `config.json` of a lone encoder ("BertGenerationEncoder") or decoder."""
     decoder = architecture == "BertGenerationDecoder"
     values = {**config.to_dict(), "model_type": BERT_GENERATION, "is_decoder": decoder}
+    del values["quantization"]  # ours
     return {**values, "architectures": [architecture], "dtype": "float32", OWN: {}}
 
 

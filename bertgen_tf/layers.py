@@ -10,11 +10,13 @@ Softmax and layer normalisation compute in float32 under every dtype policy.
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.quantization import check_quantization, quantize_matrix, quantized_linear
+from bertgen_tf.weights import VariablePart
 
 # Finite, so that no row of scores can turn into NaN.
 MASKED_SCORE = -1e9
@@ -30,7 +32,7 @@ def activation(name: str) -> Any:
 
 
 def dense(
-    units: int, config: BertGenerationConfig, name: str, dtype: Any, parts: tuple[str, ...] = ()
+    units: int, config: BertGenerationConfig, name: str, dtype: Any, parts: int = 1
 ) -> "Dense":
     """A projection with BERT's initialiser."""
     return Dense(
@@ -94,8 +96,8 @@ class Dense(keras.layers.Layer):
     Args:
         units: outputs.
         kernel_initializer: gets the shape as Keras's `Dense` has it, `(inputs, units)`.
-        parts: names of the projections of equal size that this one holds, one below the other; see
-            `weights.named_variables`.
+        parts: how many projections of equal size this one holds, one below the other. If they are
+            several, files and rule tables know each as a `Projection`, and not this layer.
         quantization: "int8" for an int8 kernel with a `kernel_scale` [units]; see
             `bertgen_tf.quantization`.
     """
@@ -104,7 +106,7 @@ class Dense(keras.layers.Layer):
         self,
         units: int,
         kernel_initializer: keras.initializers.Initializer,
-        parts: tuple[str, ...] = (),
+        parts: int = 1,
         quantization: str | None = None,
         **kwargs: Any,
     ):
@@ -148,25 +150,62 @@ class Dense(keras.layers.Layer):
         outputs = quantized_linear(inputs, kernel, tf.convert_to_tensor(self.kernel_scale), bias)
         return ops.cast(outputs, self.compute_dtype)
 
+    def stored_variables(self) -> list[Any]:
+        """In the order of Keras's `Dense`."""
+        scale = [] if self.quantization is None else [self.kernel_scale]
+        return [self.kernel, self.bias, *scale]
+
     def save_own_variables(self, store: Any) -> None:
-        for name, variable in self._stored().items():
-            store[name] = ops.convert_to_numpy(variable).T
+        if self.parts == 1:
+            _save(store, self.stored_variables())
 
     def load_own_variables(self, store: Any) -> None:
-        stored = self._stored()
-        if len(store.keys()) != len(stored):
-            raise ValueError(
-                f"{self.path} should be stored as {len(stored)} tensors (kernel and bias, and of "
-                f"int8 a scale), found {len(store.keys())}."
-            )
-        for name, variable in stored.items():
-            variable.assign(ops.transpose(store[name]))
+        if self.parts == 1:
+            _load(store, self.stored_variables(), self.path)
 
-    def _stored(self) -> dict[str, Any]:
-        variables = [self.kernel, self.bias]
-        if self.quantization is not None:
-            variables.append(self.kernel_scale)
-        return {str(number): variable for number, variable in enumerate(variables)}
+
+class Projection(keras.layers.Layer):
+    """One of the projections that a `Dense` holds, as files and rule tables know it.
+
+    Args:
+        dense: a built one, or one that will be.
+        number: which of its parts.
+    """
+
+    def __init__(self, dense: Dense, number: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        # In a function: as an attribute, Keras would take it for a layer of this one.
+        self._dense = lambda: dense
+        self.number = number
+        self.built = True
+
+    @property
+    def variable_parts(self) -> list[VariablePart]:
+        """The rows of each variable that are this projection's."""
+        dense, size = self._dense(), self._dense().units // self._dense().parts
+        rows = (self.number * size, (self.number + 1) * size)
+        return [VariablePart(variable, *rows) for variable in dense.stored_variables()]
+
+    def save_own_variables(self, store: Any) -> None:
+        _save(store, self.variable_parts)
+
+    def load_own_variables(self, store: Any) -> None:
+        _load(store, self.variable_parts, self.path)
+
+
+def _save(store: Any, variables: list[Any]) -> None:
+    for number, variable in enumerate(variables):
+        store[str(number)] = np.transpose(variable.numpy())
+
+
+def _load(store: Any, variables: list[Any], path: str) -> None:
+    if len(store.keys()) != len(variables):
+        raise ValueError(
+            f"{path} should be stored as {len(variables)} tensors (kernel and bias, and of int8 a "
+            f"scale), found {len(store.keys())}."
+        )
+    for number, variable in enumerate(variables):
+        variable.assign(np.transpose(store[str(number)]))
 
 
 class Embeddings(keras.layers.Layer):
@@ -319,7 +358,11 @@ class SelfAttention(Attention):
             config,
             "query_key_value",
             self.dtype_policy,
-            parts=("query", "key", "value"),
+            parts=3,
+        )
+        self.query, self.key, self.value = (
+            Projection(self.query_key_value, number, name=name)
+            for number, name in enumerate(("query", "key", "value"))
         )
 
     def call(
@@ -356,7 +399,11 @@ class CrossAttention(Attention):
         super().__init__(config, **kwargs)
         size, policy = config.hidden_size, self.dtype_policy
         self.query = dense(size, config, "query", policy)
-        self.key_value = dense(2 * size, config, "key_value", policy, parts=("key", "value"))
+        self.key_value = dense(2 * size, config, "key_value", policy, parts=2)
+        self.key, self.value = (
+            Projection(self.key_value, number, name=name)
+            for number, name in enumerate(("key", "value"))
+        )
 
     def project(self, memory: Any) -> tuple[Any, Any]:
         """Keys and values of `memory` [B, S, H]: two tensors [B, A, S, D]."""

@@ -17,7 +17,7 @@ import h5py
 
 from bertgen_tf import folders
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.weights import first_line
+from bertgen_tf.weights import VariablePart, first_line, named_variables
 
 FORMAT = "bertgen_tf preset"
 CONFIG_FILE = "config.json"
@@ -109,10 +109,11 @@ def load(folder: str | os.PathLike) -> EncoderDecoderModel:
             f"{first_line(error)}"
         ) from error
     # Keras does not mind what is left over, such as further layers.
-    if stored != len(model.weights):
+    expected = _expected_tensors(model)
+    if stored != expected:
         raise ValueError(
-            f"{path} should hold the weights of the model in {CONFIG_FILE}, which are "
-            f"{len(model.weights)} tensors, but holds {stored}."
+            f"{path} should hold the weights of the model in {CONFIG_FILE}, which are {expected} "
+            f"tensors, but holds {stored}."
         )
     return model
 
@@ -133,6 +134,16 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     raise ValueError(
         f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
         f"or is not that of a {FORMAT}."
+    )
+
+
+def _expected_tensors(model: EncoderDecoderModel) -> int:
+    """How many tensors a file has of the model: one for each variable, or for each part of it."""
+    return len(
+        {
+            (id(v.variable), v.rows.start) if isinstance(v, VariablePart) else id(v)
+            for v in named_variables(model).values()
+        }
     )
 
 

@@ -77,5 +77,5 @@ def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:
     else:
         floats = (tf.cast(tensor, tf.float32) for tensor in (integers, kernel))
         sums = tf.matmul(*floats, transpose_b=True)
-    outputs = tf.cast(sums, tf.float32) / inverse * scale + bias
+    outputs = tf.cast(sums, tf.float32) / inverse * scale + tf.cast(bias, tf.float32)
     return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))

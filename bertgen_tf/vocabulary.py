@@ -47,7 +47,7 @@ def trim_vocabulary(
 
     rules = [
         Rule("(.*/word_embeddings/embeddings)", r"\1", rows),
-        Rule("(decoder/output_bias)", r"\1", rows),
+        Rule("(decoder/output_(bias|kernel|kernel_scale))", r"\1", rows),
         Rule("(.*)", r"\1"),
     ]
     assign(named_variables(trimmed), named_variables(model), rules, source="The untrimmed model")

@@ -34,18 +34,18 @@ class WeightsError(ValueError):
 
 
 class VariablePart:
-    """Some rows of a variable, as a variable: what a projection has in one that holds several."""
+    """Some rows of a variable, used as a variable itself."""
 
     def __init__(self, variable: Any, start: int, stop: int):
-        self.variable, self._rows = variable, slice(start, stop)
+        self.variable, self.rows = variable, slice(start, stop)
+        self.name, self.dtype = variable.name, variable.dtype
         self.shape = (stop - start, *variable.shape[1:])
-        self.dtype = variable.dtype
 
     def assign(self, value: Any) -> None:
-        self.variable.value[self._rows].assign(tf.convert_to_tensor(value, self.dtype))
+        self.variable.value[self.rows].assign(tf.convert_to_tensor(value, self.dtype))
 
     def numpy(self) -> np.ndarray:
-        return self.variable.value[self._rows].numpy()
+        return self.variable.value[self.rows].numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.numpy(), dtype)
@@ -54,21 +54,15 @@ class VariablePart:
 def named_variables(layer: keras.Layer, prefix: str = "") -> dict[str, Any]:
     """The weights of a layer by structural name, such as `layer_0/self_attention/query/kernel`.
 
-    A variable that is shared appears under each of its names, one that holds several projections as
-    a `VariablePart` under the name of each. Random states are left out.
+    A variable that is shared appears under each of its names; one that holds several projections
+    as a `VariablePart` of each. Random states are left out.
     """
-    own = {v.name: v for v in (*layer._trainable_variables, *layer._non_trainable_variables)}
-    named = {prefix + name: variable for name, variable in own.items()}
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    own = getattr(layer, "variable_parts", own)
+    named = {prefix + variable.name: variable for variable in own}
     for child in layer._flatten_layers(include_self=False, recursive=False):
-        parts = getattr(child, "parts", ())
-        variables = named_variables(child, "" if parts else f"{prefix}{child.name}/")
-        for number, part in enumerate(parts):
-            for name, variable in variables.items():
-                size = variable.shape[0] // len(parts)
-                rows = (number * size, (number + 1) * size)
-                named[f"{prefix}{part}/{name}"] = VariablePart(variable, *rows)
-        if not parts:
-            named.update(variables)
+        if getattr(child, "parts", 1) == 1:  # or its parts are layers beside it
+            named.update(named_variables(child, f"{prefix}{child.name}/"))
     return named
 
 

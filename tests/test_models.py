@@ -220,6 +220,30 @@ def test_dense_is_that_of_keras(tmp_path):
         np.testing.assert_allclose(target(inputs), source(inputs), atol=1e-6)
 
 
+def test_parts_of_a_dense_are_projections():
+    """Each has its own rows, which files and rules read and write."""
+    block = make_model().decoder.blocks[0]
+    fused = block.self_attention.query_key_value
+    kernel, bias = RNG.normal(size=(36, 12)).astype("f4"), RNG.normal(size=36).astype("f4")
+    fused.kernel.assign(kernel)
+    fused.bias.assign(bias)
+    named = named_variables(block.self_attention)
+    assert "query_key_value/kernel" not in named
+    for number, name in enumerate(("query", "key", "value")):
+        rows = slice(12 * number, 12 * number + 12)
+        np.testing.assert_array_equal(named[f"{name}/kernel"], kernel[rows])
+        np.testing.assert_array_equal(named[f"{name}/bias"], bias[rows])
+        store = {}
+        getattr(block.self_attention, name).save_own_variables(store)
+        np.testing.assert_array_equal(store["0"], kernel[rows].T)
+        np.testing.assert_array_equal(store["1"], bias[rows])
+    named["key/kernel"].assign(np.zeros((12, 12)))
+    kernel[12:24] = 0
+    np.testing.assert_array_equal(fused.kernel, kernel)
+    with pytest.raises(ValueError, match="should be stored as 2 tensors.*found 1"):
+        block.self_attention.key.load_own_variables({"0": kernel[:12]})
+
+
 def test_cache_update_writes_only_its_positions():
     old = np.zeros((2, 3, 6, 4), np.float32)
     new = RNG.normal(size=(2, 3, 2, 4)).astype(np.float32)

@@ -132,12 +132,12 @@ def test_presets_of_earlier_days_are_read(sharing, tmp_path):
     assert tensor_names(tmp_path / "again") == tensor_names(tmp_path / sharing)
 
 
-def tensor_names(folder: Path) -> list[str]:
-    import h5py
-
+def tensor_names(folder):
     names = []
     with h5py.File(folder / "model.weights.h5") as file:
-        file.visit(names.append)
+        file.visititems(
+            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
+        )
     return names
 
 

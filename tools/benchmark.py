@@ -242,12 +242,7 @@ def run_size(
             say(f"{name}: loading {engine}")
             settings = {"engine": engine, "folder": str(folder), "threads": options.threads}
             workers[engine] = Worker(engine, settings, folder / f"{engine}.log")
-            answer = workers[engine].answer()
-            if "absent" in answer:
-                say(f"{engine} is left out: {answer['absent']}")
-                workers.pop(engine).close()
-            else:
-                loaded[engine] = answer
+            loaded[engine] = workers[engine].answer()
         for case, row in zip(cases, rows, strict=True):
             say(f"{name}: first runs, {case}")
             ids = first_runs(workers, inputs, case, row["engines"])

@@ -62,6 +62,9 @@ def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -
     model.save_to_huggingface(str(checkpoint))
     for file in checkpoint.glob("*.safetensors"):
         write_random_weights(file, seed, sharing)
+    model = bg.EncoderDecoderModel.from_huggingface(str(checkpoint))
+    model.quantize("int8")
+    model.save_to_preset(os.path.join(folder, "int8"))
     if for_ctranslate2:
         tensors = huggingface_files.read_tensors(checkpoint)
         write_ctranslate2(os.path.join(folder, "ctranslate2"), tensors, config)
@@ -172,9 +175,10 @@ def write_ctranslate2(folder: str, tensors: dict[str, np.ndarray], config: Any) 
 def load_ours(folder: str, engine: str) -> Generate:
     import bertgen_tf as bg
 
-    model = bg.EncoderDecoderModel.from_huggingface(os.path.join(folder, "huggingface"))
     if engine == "int8":
-        model = model.quantize("int8") or model  # in place, or a new one
+        model = bg.EncoderDecoderModel.from_preset(os.path.join(folder, "int8"))
+    else:
+        model = bg.EncoderDecoderModel.from_huggingface(os.path.join(folder, "huggingface"))
 
     def generate(ids: np.ndarray, num_beams: int, max_new_tokens: int) -> np.ndarray:
         output = model.generate(
@@ -269,16 +273,6 @@ def load_engine(engine: str, folder: str, threads: int) -> Generate:
     return load_ours(folder, engine)
 
 
-def why_absent(engine: str) -> str | None:
-    if engine == "int8":
-        import bertgen_tf as bg
-
-        # Keras's own is of no use here: it knows none of our layers.
-        if "quantize" not in vars(bg.EncoderDecoderModel):
-            return "EncoderDecoderModel has no quantize of its own"
-    return None
-
-
 def memory(field: str) -> int | None:
     """Bytes that Linux tells of this process: "VmRSS", or its greatest value, "VmHWM"."""
     try:
@@ -308,10 +302,6 @@ def serve(settings: dict[str, Any], requests: Iterator[str]) -> Iterator[dict[st
     """
     engine, threads = settings["engine"], settings["threads"]
     import_engine(engine, threads)
-    absent = why_absent(engine)
-    if absent:
-        yield {"absent": absent}
-        return
     settle_memory()
     imported = memory("VmRSS")
     start = time.perf_counter()
