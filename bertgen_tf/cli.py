@@ -110,9 +110,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
         if given:
             flags = ", ".join("--" + name.replace("_", "-") for name in given)
             raise UserError(f"{flags} applies to --encoder only, not to --preset")
-        config = _read_preset_config(arguments.preset)
-        if any(config[side]["config"].get("quantization") for side in ("encoder", "decoder")):
-            raise UserError(f"{arguments.preset} is quantized: train the float32 preset instead")
+        _read_preset_config(arguments.preset)
     with _user_errors():
         training = text_files.read_pairs(arguments.train)
         validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
@@ -175,6 +173,8 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
     given = {name: value for name, value in values.items() if value is not None}
     if arguments.preset:
         model = EncoderDecoderModel.from_preset(arguments.preset)
+        if model.is_quantized:
+            raise UserError(f"{arguments.preset} is int8: train the float32 preset it was made of")
         if given:
             model = _rebuild(model, {**model.get_config(), **given})
     else:

@@ -265,6 +265,30 @@ def test_finetune_settings_that_do_not_fit(changes, message, preset, tmp_path, c
     assert message in fails(capsys, "finetune", *start, *changes)
 
 
+def test_int8_on_the_command_line(preset, tmp_path, capsys):
+    source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    source.write_text("the man saw a bird\nwho sang\n")
+    flags = ["--preset", preset, "--quantize", "int8", "--num-beams", "1"]
+    assert cli.main(["generate", *flags, "--input", str(source), "--output", str(output)]) == 0
+    model = bg.EncoderDecoderModel.from_preset(preset)
+    model.quantize("int8")
+    texts = source.read_text().splitlines()
+    assert output.read_text().splitlines() == model.generate(texts, num_beams=1)
+    assert cli.main(["export", *flags, "--output", str(tmp_path / "name/1")]) == 0
+    variables = tf.saved_model.load(str(tmp_path / "name/1")).variables
+    assert sum(variable.dtype == tf.int8 for variable in variables) > 10
+    int8 = str(tmp_path / "int8")
+    model.save_to_preset(int8)
+    capsys.readouterr()
+    train = write_pairs(tmp_path / "train.tsv")
+    start = ["--preset", int8, "--train", train, "--output", tmp_path / "new"]
+    assert f"{int8} is int8: train the float32 preset" in fails(capsys, "finetune", *start)
+    error = fails(capsys, "convert", int8, str(tmp_path / "new"))
+    assert "must have float32 matrices to become a HuggingFace checkpoint" in error
+    assert not (tmp_path / "new").exists()
+    assert "--quantize: invalid choice: 'x'" in fails(capsys, "generate", *flags, "--quantize", "x")
+
+
 def test_finetune_from_huggingface(tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "bert")
     train = write_pairs(tmp_path / "train.tsv")
@@ -668,6 +692,7 @@ def test_resume_refuses_what_another_run_began(job, preset, tmp_path, capsys):
         return error
 
     assert "had another num_beams;" in refused("--num-beams", "3")
+    assert "had another quantize;" in refused("--quantize", "int8")
     changes = ["--do-sample", "true", "--seed", "1", "--num-beams", "1"]
     assert "had another num_beams, do_sample, seed;" in refused(*changes)
     other = tmp_path / "other"

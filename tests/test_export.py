@@ -51,11 +51,13 @@ print("RESULT " + json.dumps(results))
 """
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(scope="module", params=["float32", "int8"])
+def exported(request, tmp_path_factory):
     """What the model answered, and its export in another place than it was written to."""
     folder = tmp_path_factory.mktemp("export")
     model = make_model("all", max_source_length=20)
+    if request.param == "int8":
+        model.quantize("int8")
     path = bg.export_saved_model(model, folder / "name/1", **OPTIONS)
     answers = model.generate(TEXTS, **OPTIONS)
     ids = model.preprocessor.generate_preprocess(TEXTS)

@@ -132,7 +132,9 @@ def test_presets_of_earlier_days_are_read(sharing, tmp_path):
     assert tensor_names(tmp_path / "again") == tensor_names(tmp_path / sharing)
 
 
-def tensor_names(folder):
+def tensor_names(folder: Path) -> list[str]:
+    import h5py
+
     names = []
     with h5py.File(folder / "model.weights.h5") as file:
         file.visititems(

@@ -3,6 +3,8 @@
     tools/wikisplit.py learn   MODULE DATA OUTPUT   64 pairs by heart
     tools/wikisplit.py train   MODULE DATA OUTPUT   all pairs, then BLEU and exact match
     tools/wikisplit.py evaluate PRESET DATA OUTPUT  a model of before: BLEU and exact match
+    tools/wikisplit.py quantize PRESET DATA OUTPUT the same in float32 and in int8, and how much the
+                                                   outputs of int8 are those of float32
     tools/wikisplit.py compare MODULE DATA OUTPUT   both starts of cross-attention, random weights
 
 MODULE is the folder of a TF Hub BERT module, DATA a folder with tune.tsv and validation.tsv
@@ -162,6 +164,24 @@ def evaluate(args, model, pairs: list[tuple[str, str]]) -> None:
         report(args, f"beams{beams}", model, outputs, pairs)
 
 
+def run_quantize(args) -> None:
+    pairs = read_validation(args)[0]
+    model = bg.EncoderDecoderModel.from_preset(args.module)
+    sources = [source for source, _ in pairs]
+    exact = {}
+    for kind in ("float32", "int8"):
+        if kind == "int8":
+            model.quantize(kind)
+        for beams in (1, 4):
+            outputs = model.generate(sources, max_new_tokens=95, num_beams=beams)
+            report(args, f"{kind} beams{beams}", model, outputs, pairs)
+            if kind == "float32":
+                exact[beams] = outputs
+            else:
+                figures = json.dumps(score(model, outputs, exact[beams]))
+                print(f"int8 against float32, beams{beams}", figures, flush=True)
+
+
 def read_validation(args) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """500 pairs to score and 320 others for the loss, from all over the (sorted) file."""
     pairs = read_pairs(args.data / "validation.tsv", args.max_words)
@@ -189,7 +209,9 @@ def report(args, name: str, model, outputs: list[str], pairs: list[tuple[str, st
     sources, targets = (list(side) for side in zip(*pairs, strict=True))
     figures = {"model": score(model, outputs, targets), "copy": score(model, sources, targets)}
     print(name, json.dumps(figures), flush=True)
-    with open(args.output / f"{name}.outputs.jsonl", "w", encoding="utf-8") as file:
+    with open(
+        args.output / f"{name.replace(' ', '_')}.outputs.jsonl", "w", encoding="utf-8"
+    ) as file:
         for source, target, output in zip(sources, targets, outputs, strict=True):
             record = {"source": source, "target": target, "output": output}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -197,8 +219,8 @@ def report(args, name: str, model, outputs: list[str], pairs: list[tuple[str, st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["learn", "train", "evaluate", "compare"])
-    parser.add_argument("module", help="TF Hub module; for evaluate, a preset")
+    parser.add_argument("what", choices=["learn", "train", "evaluate", "quantize", "compare"])
+    parser.add_argument("module", help="TF Hub module; for evaluate and quantize, a preset")
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
     parser.add_argument("--steps", type=int)
@@ -213,7 +235,13 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(args.seed)
-    commands = {"learn": learn, "train": run_train, "evaluate": run_evaluate, "compare": compare}
+    commands = {
+        "learn": learn,
+        "train": run_train,
+        "evaluate": run_evaluate,
+        "quantize": run_quantize,
+        "compare": compare,
+    }
     commands[args.what](args)
 
 
