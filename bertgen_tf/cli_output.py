@@ -95,6 +95,9 @@ def open_output(
         run: what `find_begun` compares; None if the run could not be resumed.
         begun: what to keep of FILE.partial.
         complain: gets a message where the lines are, if the block raises.
+
+    Raises:
+        OSError: the file cannot be written, or another run writes to it.
     """
     if path == "-":
         sys.stdout.reconfigure(encoding="utf-8")
@@ -102,6 +105,7 @@ def open_output(
         return
     partial = _partial(path)
     with open(partial, "a", encoding="utf-8", newline="\n") as file:
+        _lock(file, partial)
         try:
             file.truncate(begun.size)
             if not begun.lines:
@@ -123,6 +127,21 @@ def open_output(
             raise
     os.replace(partial, path)
     forget(path)
+
+
+def _lock(file: TextIO, path: str) -> None:
+    """Raises an OSError while another process writes to the file, or has given it its name."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except OSError:
+        ours = False
+    if not ours:
+        raise OSError(f"another run writes to {path}: let it end, then use --resume")
 
 
 def forget(path: str) -> None:

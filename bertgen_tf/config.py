@@ -191,7 +191,10 @@ _GENERATION_RULES = {
     "length_penalty": _NUMBER,
     "early_stopping": _Rule(_choice(True, False, "never").allows, 'True, False or "never"'),
     "gnmt_alpha": _NUMBER_FROM_0,
-    "temperature": _POSITIVE,
+    # The least that scores can be divided by, see `bertgen_tf.filters`.
+    "temperature": _Rule(
+        lambda value: _is_number(value) and value >= 1e-4, "a number of at least 0.0001"
+    ),
     "top_k": _integer_from(0),
     **dict.fromkeys(("top_p", "typical_p"), _SHARE),
     "min_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),

@@ -53,13 +53,16 @@ __all__ = ["Sampling", "SamplingLoop", "SearchOutput", "Step", "beam_search", "s
 # over a banned token, stays below _ALIVE and no real hypothesis comes near that.
 _NO_SCORE = BANNED
 _ALIVE = BANNED / 2
+# The same for final scores, which a negative length penalty multiplies: they may be far below.
+_NO_FINAL_SCORE = -1e30
+_FINAL = _NO_FINAL_SCORE / 2
 
 
 class _Scorer(NamedTuple):
     """All that differs between beam searches. `length` counts generated tokens, EOS included.
 
     `offer(log_probs [B, C], is_eos [B, C], length [], done [B]) -> [B, C]` gives the final score of
-    each candidate, in the order they were chosen, that is a finished hypothesis, and `_NO_SCORE` to
+    each candidate, in the order they were chosen, that is finished, and `_NO_FINAL_SCORE` to
     the others. `is_done(best_running [B], finished [B, K], length [], done [B]) -> [B]` tells which
     examples need no further search, from the sum of the best running beam and the sorted finished
     scores.
@@ -81,14 +84,14 @@ def _huggingface_scorer(
         # Candidates after the first K only replace beams that end; they may not end themselves.
         is_top = tf.range(tf.shape(log_probs)[1]) < num_beams  # [C]
         accepted = ends & is_top & ~done[:, tf.newaxis]
-        return tf.where(accepted, log_probs / length_power(length, length_penalty), _NO_SCORE)
+        return tf.where(accepted, log_probs / length_power(length, length_penalty), _NO_FINAL_SCORE)
 
     def is_done(best_running, finished, length, done):
-        # An empty slot scores _NO_SCORE, so the worst is that until all slots are filled.
+        # That is _NO_FINAL_SCORE until all slots are filled.
         worst = finished[:, -1]
         possible = longest if bound_by_longest else length
         done |= best_running / length_power(possible, length_penalty) <= worst
-        return done | (worst > _ALIVE) if stop_when_full else done
+        return done | (worst > _FINAL) if stop_when_full else done
 
     return _Scorer(offer, is_done)
 
@@ -100,7 +103,7 @@ def _gnmt_scorer(longest: int | tf.Tensor, alpha: float) -> _Scorer:
     """
 
     def offer(log_probs, is_eos, length, done):
-        return tf.where(is_eos, log_probs / gnmt_penalty(length, alpha), _NO_SCORE)
+        return tf.where(is_eos, log_probs / gnmt_penalty(length, alpha), _NO_FINAL_SCORE)
 
     def is_done(best_running, finished, length, done):
         return finished[:, 0] > best_running / gnmt_penalty(longest, alpha)
@@ -109,7 +112,10 @@ def _gnmt_scorer(longest: int | tf.Tensor, alpha: float) -> _Scorer:
 
 
 class _Hypotheses(NamedTuple):
-    """Sequences and their scores, best first; one that does not exist scores below `_ALIVE`."""
+    """Sequences and their scores, best first.
+
+    One that does not exist scores below `_ALIVE` if running, below `_FINAL` if finished.
+    """
 
     sequences: tf.Tensor  # int32 [B, K, L]
     token_scores: tf.Tensor  # float32 [B, K, L - 1]
@@ -278,7 +284,7 @@ def beam_search(
             num_beams,
         )
         offered = rules.offer(candidates.sums, is_eos, length, loop.done)
-        offered = tf.where(candidates.sums > _ALIVE, offered, _NO_SCORE)  # [B, C]
+        offered = tf.where(candidates.sums > _ALIVE, offered, _NO_FINAL_SCORE)  # [B, C]
         # Finished hypotheses come first, and so win a tie: a slot stays empty until it is filled.
         finished, _ = _best(
             _Hypotheses(
@@ -306,13 +312,13 @@ def beam_search(
     first = _BeamState(
         index=tf.convert_to_tensor(prompt.length - 1),
         running=_Hypotheses(beams, no_scores, tf.tile(only_first, [batch, 1])),
-        finished=_Hypotheses(beams, no_scores, tf.fill([batch, num_beams], _NO_SCORE)),
+        finished=_Hypotheses(beams, no_scores, tf.fill([batch, num_beams], _NO_FINAL_SCORE)),
         done=tf.zeros([batch], tf.bool),
         state=state,
     )
     (last,) = tf.while_loop(unfinished, generate, (first,))
     # Only "gnmt" leaves an example without any finished hypothesis.
-    any_finished = last.finished.scores[:, 0] > _ALIVE  # [B]
+    any_finished = last.finished.scores[:, 0] > _FINAL  # [B]
 
     def of_finished(finished: tf.Tensor, running: tf.Tensor) -> tf.Tensor:
         condition = tf.reshape(any_finished, [-1] + [1] * (finished.shape.rank - 1))
@@ -322,7 +328,7 @@ def beam_search(
     if normalize_unfinished:
         scores /= gnmt_penalty(longest, gnmt_alpha)
     # Without the penalty, which could lift what does not exist above _ALIVE.
-    exists = of_finished(last.finished.scores, last.running.scores) > _ALIVE  # [B, K]
+    exists = of_finished(last.finished.scores > _FINAL, last.running.scores > _ALIVE)  # [B, K]
     found = tf.nest.map_structure(of_finished, last.finished, last.running._replace(scores=scores))
     output = SearchOutput(
         sequences=tf.where(exists[..., tf.newaxis], found.sequences, pad_token_id),

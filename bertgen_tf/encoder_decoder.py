@@ -14,6 +14,7 @@ from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE, Generator
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.quantization import check_quantization
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
@@ -184,10 +185,11 @@ class EncoderDecoderModel(keras.Model):
     def quantize(self, mode: str, config: Any = None) -> None:
         """Makes the matrices int8, in place, for generation: a quarter of their memory.
 
-        That is all matrices that a product reads, the output matrix among them, each with a scale
-        per output. The inputs of a product are rounded as well, with a scale per row, when it
-        runs. Embeddings, layer normalisation and softmax stay float32. Such a model generates,
-        saves as a preset and exports; it does not train, and goes to no other format.
+        That is all matrices that a product reads, each with a scale per output. The inputs of a
+        product are rounded as well, with a scale per row, when it runs. Embeddings, layer
+        normalisation and softmax stay float32, so the output matrix becomes one of its own. Such a
+        model generates, saves as a preset and exports; it does not train, and goes to no other
+        format. A model that is int8 stays as it is.
 
         Args:
             mode: "int8".
@@ -196,8 +198,11 @@ class EncoderDecoderModel(keras.Model):
         Raises:
             ValueError: another mode, or a config with quantizers.
         """
-        self.encoder.quantize(mode, config)
-        self.decoder.quantize(mode, config)
+        check_quantization(mode, config)
+        if None not in (self.encoder.config.quantization, self.decoder.config.quantization):
+            return
+        self.encoder.to_int8()
+        self.decoder.to_int8()
         # Compiled functions and the optimizer hold on to the float32 matrices.
         self._generator = Generator(self)
         self.train_function = self.test_function = self.predict_function = None
@@ -272,11 +277,6 @@ class EncoderDecoderModel(keras.Model):
             batch_size: for text that is not batched yet; 32 by default.
             validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
         """
-        if self.is_quantized:
-            raise ValueError(
-                "A quantized model does not train: its matrices are int8. Train the float32 model, "
-                "then quantize."
-            )
         x, y, batch_size = training.text_to_dataset(
             self.preprocessor, x, y, batch_size, shuffle=True
         )
@@ -290,6 +290,14 @@ class EncoderDecoderModel(keras.Model):
             # Keras warns of its own default, because datasets are shuffled before.
             kwargs.setdefault("shuffle", False)
         return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        if self.is_quantized:
+            raise ValueError(
+                "A quantized model does not train: its matrices are int8. Train the float32 model, "
+                "then quantize."
+            )
+        return super().make_train_function(force)
 
     def evaluate(
         self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
@@ -315,7 +323,12 @@ class EncoderDecoderModel(keras.Model):
         """Generates text from text, or ids from ids.
 
         Inputs may be of any number: those of like length are generated together, and the results
-        are in the order of the inputs. An example's result does not depend on the others.
+        are in the order of the inputs. An example's result does not depend on the others, up to
+        rounding; of `beam_scorer="gnmt"` that is true of the best hypothesis, as in tensor2tensor.
+
+        TensorFlow keeps what XLA compiled for each combination of settings, and of
+        `logits_processor`, until the process ends. A program that is asked for ever new ones, such
+        as a temperature that its user sets, needs `jit_compile=False` for these.
 
         Args:
             inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or

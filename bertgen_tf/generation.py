@@ -430,7 +430,7 @@ def _pad(
     missing_rows, to_length, rows = 0, length, None
     if to_buckets:
         to_length = _bucket(length, source_buckets(model))
-        to_batch = _bucket(batch, [2**i for i in range(11)])
+        to_batch = _bucket(batch, [2**i for i in range(31)])
         # Rows that fill up the batch repeat its last one: they end when it ends. An empty batch
         # has none to repeat and gets a row of padding.
         rows = tf.minimum(tf.range(to_batch), tf.maximum(batch - 1, 0))

@@ -48,6 +48,18 @@ def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -
                 f"{name} must fit into the longest output ({total} tokens, {prompt_length} of them "
                 f"start token and prompt), received {getattr(config, name)}."
             )
+    if prompt_length > 1 and config.forced_bos_token_id is not None:
+        raise ValueError(
+            "forced_bos_token_id is for outputs without a prompt, received "
+            f"{config.forced_bos_token_id} and a prompt. End the prompt with it, or set None."
+        )
+    ends = eos_token_ids(config, model)
+    banned = [word for word in config.bad_words_ids if len(word) == 1 and word[0] in ends]
+    if banned:
+        raise ValueError(
+            f"bad_words_ids must not ban what ends a sequence, received {banned[0]}. Set "
+            "min_new_tokens, or suppress_tokens, instead."
+        )
     for name, ids in _token_ids(config).items():
         if any(token >= decoder.vocab_size for token in ids):
             raise ValueError(

@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.quantization import check_quantization, quantize_matrix, quantized_linear
+from bertgen_tf.quantization import quantize_matrix, quantized_linear
 from bertgen_tf.weights import VariablePart
 
 # Finite, so that no row of scores can turn into NaN.
@@ -71,10 +71,15 @@ def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
 def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
     """New variables of a layer for what `quantize_matrix` gives; they do not train."""
     options = {"initializer": "zeros", "trainable": False, "autocast": False}
-    return [
+    was_locked = layer._tracker.locked  # as layers are that are built
+    layer._tracker.unlock()
+    weights = [
         layer.add_weight(shape, dtype="int8", name=name, **options),
         layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
     ]
+    if was_locked:
+        layer._tracker.lock()
+    return weights
 
 
 def padding_mask(attention_mask: Any) -> Any:
@@ -126,22 +131,24 @@ class Dense(keras.layers.Layer):
                 ),
                 name="kernel",
             )
-        self.bias = self.add_weight((self.units,), initializer="zeros", name="bias")
-        if self.quantization is not None:
+        else:
             self.kernel, self.kernel_scale = quantized_weights(self, shape, "kernel")
+        self.bias = self.add_weight((self.units,), initializer="zeros", name="bias")
         self.built = True
 
-    def quantize(self, mode: str, config: Any = None) -> None:
-        """Replaces the kernel by an int8 one, once; Keras's arguments."""
-        check_quantization(mode, config)
+    def to_int8(self) -> None:
+        """Replaces the kernel by an int8 one, once.
+
+        Not Keras's `quantize`, by which a model around this layer would reach it alone.
+        """
         if self.quantization is not None:
             return
         kernel, scale = quantize_matrix(self.kernel)
-        del self.kernel
+        self._untrack_variable(self.kernel)
         self.kernel, self.kernel_scale = quantized_weights(self, kernel.shape, "kernel")
         self.kernel.assign(kernel)
         self.kernel_scale.assign(scale)
-        self.quantization = mode
+        self.quantization = "int8"
 
     def call(self, inputs: Any) -> Any:
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
@@ -166,6 +173,8 @@ class Dense(keras.layers.Layer):
 
 class Projection(keras.layers.Layer):
     """One of the projections that a `Dense` holds, as files and rule tables know it.
+
+    The variables are those of the `Dense`: what is to be frozen is that layer.
 
     Args:
         dense: a built one, or one that will be.

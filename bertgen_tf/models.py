@@ -25,9 +25,10 @@ from bertgen_tf.layers import (
     padding_mask,
     quantized_weights,
 )
-from bertgen_tf.quantization import check_quantization, quantize_matrix, quantized_linear
+from bertgen_tf.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
+_NOT_ALONE = "A stack is not quantized alone. Call quantize of the EncoderDecoderModel."
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationEncoder")
@@ -72,9 +73,13 @@ class BertGenerationEncoder(keras.Model):
 
         huggingface.save(self, folder, max_shard_size)
 
-    def quantize(self, mode: str, config: Any = None) -> None:
-        """Makes the matrices int8, in place; see `EncoderDecoderModel.quantize`."""
-        _quantize_matrices(self, mode, config)
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: what the stacks share has to stay the same on both sides."""
+        raise ValueError(_NOT_ALONE)
+
+    def to_int8(self) -> None:
+        """Part of `EncoderDecoderModel.quantize`."""
+        _matrices_to_int8(self)
 
     def build(self, input_shape: Any = None) -> None:
         self.embeddings.build()
@@ -206,14 +211,19 @@ class BertGenerationDecoder(keras.Model):
 
         huggingface.save(self, folder, max_shard_size)
 
-    def quantize(self, mode: str, config: Any = None) -> None:
-        """Makes the matrices int8, in place; see `EncoderDecoderModel.quantize`."""
-        if self.config.quantization is None:
-            _quantize_matrices(self, mode, config)
-            self._build_output_kernel()
-            kernel, scale = quantize_matrix(self.embeddings.word_embeddings.embeddings)
-            self.output_kernel.assign(kernel)
-            self.output_kernel_scale.assign(scale)
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: what the stacks share has to stay the same on both sides."""
+        raise ValueError(_NOT_ALONE)
+
+    def to_int8(self) -> None:
+        """Part of `EncoderDecoderModel.quantize`."""
+        if self.config.quantization is not None:
+            return
+        _matrices_to_int8(self)
+        self._build_output_kernel()
+        kernel, scale = quantize_matrix(self.embeddings.word_embeddings.embeddings)
+        self.output_kernel.assign(kernel)
+        self.output_kernel_scale.assign(scale)
 
     def build(self, input_shape: Any = None) -> None:
         if not self.embeddings.built:
@@ -366,12 +376,11 @@ class BertGenerationDecoder(keras.Model):
         return model
 
 
-def _quantize_matrices(stack: keras.Model, mode: str, config: Any) -> None:
-    check_quantization(mode, config)
+def _matrices_to_int8(stack: keras.Model) -> None:
     for layer in stack._flatten_layers():
         if isinstance(layer, Dense):
-            layer.quantize(mode)
-    stack.config = stack.config.replace(quantization=mode)
+            layer.to_int8()
+    stack.config = stack.config.replace(quantization="int8")
 
 
 def _own_beams(beams: Any, index: Any, length: Any) -> Any:
@@ -395,11 +404,14 @@ def _slots_mask(beams: Any, index: Any, length: Any) -> Any:
 
 
 def _model_config(model: keras.Model) -> dict[str, Any]:
+    config = model.config.to_dict()
+    if config["quantization"] is None:  # older versions do not know it
+        del config["quantization"]
     return {
         "name": model.name,
         "dtype": keras.dtype_policies.serialize(model.dtype_policy),
         "trainable": model.trainable,
-        "config": model.config.to_dict(),
+        "config": config,
     }
 
 

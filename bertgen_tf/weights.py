@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +41,19 @@ class VariablePart:
         self.shape = (stop - start, *variable.shape[1:])
 
     def assign(self, value: Any) -> None:
-        self.variable.value[self.rows].assign(tf.convert_to_tensor(value, self.dtype))
+        value = np.asarray(value)
+        if value.shape != self.shape:
+            raise ValueError(
+                f"{self.name} must be assigned a tensor of shape {self.shape}, received "
+                f"{value.shape}."
+            )
+        # As a whole: variables of tf.distribute cannot be sliced.
+        whole = np.array(self.variable.numpy())
+        whole[self.rows] = value
+        self.variable.assign(whole)
 
     def numpy(self) -> np.ndarray:
-        return self.variable.value[self.rows].numpy()
+        return self.variable.numpy()[self.rows]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.numpy(), dtype)

@@ -36,7 +36,7 @@ def built(request, tmp_path_factory) -> tuple[Path, dict, str]:
     """A folder with weights, what building it told, and what the model shares."""
     folder = tmp_path_factory.mktemp(f"built_{request.param}")
     size = dataclasses.asdict(TINY) | {"sharing": request.param}
-    result = benchmark_engines.build(str(folder), size, 0, "ctranslate2" in INSTALLED)
+    result = benchmark_engines.build(str(folder), size, 0, True, "ctranslate2" in INSTALLED)
     return folder, result, request.param
 
 

@@ -1,4 +1,5 @@
 import dataclasses
+import fcntl
 import io
 import itertools
 import json
@@ -732,6 +733,20 @@ def test_an_error_before_the_first_line_leaves_nothing(job, monkeypatch):
     assert job.files() == ["in.txt"]
 
 
+def test_one_run_at_a_time_writes_to_a_file(job, capsys):
+    job.stop(32)
+    before = job.partial.read_bytes()
+    with open(job.partial, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        capsys.readouterr()
+        for flag in ("--resume", "--overwrite"):
+            error = fails(capsys, *job.run, flag)
+            assert f"another run writes to {job.partial}: let it end" in error
+    assert job.partial.read_bytes() == before
+    assert cli.main([*job.run, "--resume"]) == 0
+    assert job.output.read_text() == job.text
+
+
 def test_resume_needs_files(job, capsys):
     run = job.run[:3]
     assert "--resume needs --output, a file" in fails(capsys, *job.run[:5], "--resume")
@@ -820,6 +835,10 @@ def test_killed_at_any_moment(flags, preset, tmp_path):
         (["--max-length", "9", "--max-new-tokens", "5"], "exclude each other, received 5 and 9"),
         (["--top-k", "5"], "top_k applies to sampling (do_sample=True) only"),
         (["--do-sample", "yes"], "--do-sample: expected true or false, received 'yes'"),
+        (
+            ["--do-sample", "true", "--temperature", "0.00001"],
+            "temperature must be a number of at least 0.0001, received 1e-05",
+        ),
     ],
 )
 def test_generate_refuses_before_it_starts(

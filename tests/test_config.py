@@ -77,6 +77,7 @@ def test_defaults_are_those_of_the_released_models():
         "bos_token_id": 2,
         "eos_token_id": 1,
         "add_cross_attention": False,
+        "quantization": None,  # ours
     }
 
 
@@ -109,6 +110,7 @@ def test_replace_changes_what_it_names_and_only_that():
         **MODEL.to_dict(),
         "hidden_size": 9,
         "add_cross_attention": False,
+        "quantization": None,  # ours
     }
     assert MODEL.hidden_size == 6 and MODEL.add_cross_attention
     assert MODEL.replace() == MODEL
@@ -251,7 +253,8 @@ def test_one_of_two_lengths_is_set():
         ({"min_p": 0.5}, "min_p applies to sampling"),
         ({"typical_p": 0.5}, "typical_p applies to sampling"),
         ({"seed": 0}, "seed applies to sampling .* received 0 with do_sample=False. Leave .* None"),
-        ({"temperature": 0}, "temperature must be a number above 0, received 0"),
+        ({"temperature": 0}, "temperature must be a number of at least 0.0001, received 0"),
+        ({"temperature": 9e-5}, "temperature must be a number of at least 0.0001, received 9e-05"),
         ({"top_k": -1}, "top_k must be an integer of at least 0, received -1"),
         ({"top_k": 2.5}, "top_k must be an integer of at least 0, received 2.5"),
         ({"top_p": 0}, "top_p must be a number above 0 and not above 1, received 0"),

@@ -651,6 +651,18 @@ def test_beams_go_on_where_several_eos_come_first():
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_penalty_that_makes_scores_huge_is_no_end(num_beams):
+    """Of 400 tokens of log-probability -1.1 to -1.4, times 400**2: far below a banned token's."""
+    table = np.zeros([1, 1, 4, 4], np.float32)
+    table[..., EOS] = -9
+    options = {"max_new_tokens": 400, "length_penalty": -2.0, "eos_token_ids": []}
+    found = search(table, [START], num_beams, **options)
+    total = float(np.sum(found.token_scores[0, 0]))
+    assert not np.any(found.sequences[0, 0] == EOS) and total < -400 * 1.09
+    np.testing.assert_allclose(found.scores[0, 0], total * 400**2, rtol=1e-4)
+
+
 def test_search_ends_when_nothing_is_left(scorer):
     """Only one sequence is possible: other beams are neither searched to the end nor returned."""
     table = np.full([1, 1, 7, 7], -np.inf, np.float32)

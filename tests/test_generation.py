@@ -6,6 +6,7 @@
 import functools
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -617,7 +618,7 @@ def test_only_bucket_shapes_reach_xla(monkeypatch):
     model = small_model("none")  # of 26 and 22 positions
     config = settings_of(max_new_tokens=3)
     bucketed = generation_function(model, config, jit_compile=True)
-    sizes = [(0, 3, 1), (1, 26, 20)] + [
+    sizes = [(0, 3, 1), (1, 26, 20), (1100, 2, 1), (1500, 2, 1)] + [
         tuple(int(RNG.integers(1, top)) for top in (33, 27, 21)) for _ in range(60)
     ]
     expected = set()
@@ -629,7 +630,7 @@ def test_only_bucket_shapes_reach_xla(monkeypatch):
         assert output.token_scores.shape == (batch, 2, prompt + 2)
         assert output.scores.shape == (batch, 2)
         assert (output.sequences.numpy()[:, 0, :prompt] == prompts).all()
-        rows = bucket(batch, [1, 2, 4, 8, 16, 32])
+        rows = bucket(batch, [1, 2, 4, 8, 16, 32, 2048])
         width = bucket(prompt, [1, 8, 16, 22])
         expected.add(((rows, bucket(length, [16, 26])), (rows, width), (rows, 2)))
         assert seen[-1] in expected
@@ -655,20 +656,32 @@ for batch, length, prompt in ((1, 3, 1), (1, 9, 1), (3, 2, 1), (4, 16, 1), (1, 5
     ids = np.ones((batch, length), np.int32)
     prompts = np.full((batch, prompt), 2, np.int32)
     function(ids, ids, prompts, make_seeds(settings, batch, batch))
-    modules = {path.name.split(".")[0] for path in pathlib.Path(folder).iterdir()}
+    path = pathlib.Path(folder)
+    modules = {path.name.split(".")[0] for path in path.iterdir()} if path.is_dir() else ()
     print("MODULES", len(modules))
 """
 
 
 @pytest.mark.slow
 def test_xla_compiles_once_for_a_bucket(tmp_path):
-    """Neither lengths of prompts within a bucket nor seeds are constants of the program."""
-    process = subprocess.run(
-        [sys.executable, "-c", COUNT, str(tmp_path)], capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
-    counts = [int(line.split()[1]) for line in process.stdout.splitlines() if "MODULES" in line]
-    assert counts == [1, 1, 2, 2, 3, 3]
+    """Neither lengths of prompts within a bucket nor seeds are constants of the program.
+
+    And another process compiles nothing, with TensorFlow's cache.
+    """
+    flags = f"--tf_xla_persistent_cache_directory={tmp_path / 'cache'}"
+
+    def counts(folder):
+        process = subprocess.run(
+            [sys.executable, "-c", COUNT, str(tmp_path / folder)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TF_XLA_FLAGS": flags},
+        )
+        assert process.returncode == 0, process.stderr[-3000:]
+        return [int(line.split()[1]) for line in process.stdout.splitlines() if "MODULES" in line]
+
+    assert counts("first") == [1, 1, 2, 2, 3, 3]
+    assert counts("second") == [0] * 6
 
 
 def constants(function):
@@ -766,6 +779,15 @@ def test_streaming_refuses_beams(model):
         ({"forced_eos_token_id": [79, 80]}, 1, "forced_eos_token_id must be smaller"),
         ({"eos_token_id": 80}, 1, "eos_token_id must be smaller"),
         ({"eos_token_id": (79, 78), "forced_bos_token_id": 79}, 1, None),
+        (
+            {"forced_bos_token_id": 7},
+            2,
+            "forced_bos_token_id is for outputs without a prompt, .* 7",
+        ),
+        ({"bad_words_ids": [[9], [4]]}, 1, r"bad_words_ids must not ban what ends .* \(4,\)"),
+        ({"bad_words_ids": [[9, 4]]}, 1, None),
+        ({"bad_words_ids": [[4]], "eos_token_id": 9}, 1, None),
+        ({"do_sample": True, "temperature": 1e-4}, 1, None),
     ],
 )
 def test_settings_that_do_not_fit(model, options, prompt_length, message):

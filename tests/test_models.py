@@ -240,6 +240,10 @@ def test_parts_of_a_dense_are_projections():
     named["key/kernel"].assign(np.zeros((12, 12)))
     kernel[12:24] = 0
     np.testing.assert_array_equal(fused.kernel, kernel)
+    for wrong in (0.5, np.zeros(12), np.zeros((12, 1)), np.zeros((1, 12))):
+        with pytest.raises(ValueError, match=r"kernel must be assigned .* \(12, 12\), received"):
+            named["key/kernel"].assign(wrong)
+    np.testing.assert_array_equal(fused.kernel, kernel)
     with pytest.raises(ValueError, match="should be stored as 2 tensors.*found 1"):
         block.self_attention.key.load_own_variables({"0": kernel[:12]})
 

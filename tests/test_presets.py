@@ -2,6 +2,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +132,37 @@ def test_presets_of_earlier_days_are_read(sharing, tmp_path):
     model.save_to_preset(tmp_path / "again")
     assert sorted(os.listdir(tmp_path / "again")) == sorted(os.listdir(tmp_path / sharing))
     assert tensor_names(tmp_path / "again") == tensor_names(tmp_path / sharing)
+    old, new = (
+        json.loads((tmp_path / name / "config.json").read_text())["model"]
+        for name in (sharing, "again")
+    )
+    for side in ("encoder", "decoder"):
+        assert new[side]["config"].keys() == old[side]["config"].keys()
+
+
+MIRRORED = """
+import sys
+import numpy as np
+import tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import bertgen_tf as bg
+golden = np.load(sys.argv[1] + "/golden.npz")
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = bg.EncoderDecoderModel.from_preset(sys.argv[1] + "/none")
+    x = {name: golden[name] for name in ("input_ids", "decoder_input_ids")}
+print("OK", model.weights[-1].value.__class__.__name__, len(model.weights[-1].value.values))
+"""
+
+
+@pytest.mark.slow
+def test_presets_are_read_for_several_devices(tmp_path):
+    shutil.unpack_archive(GOLDEN, tmp_path)
+    process = subprocess.run(
+        [sys.executable, "-c", MIRRORED, str(tmp_path)], capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "OK MirroredVariable 2" in process.stdout
 
 
 def tensor_names(folder: Path) -> list[str]:

@@ -195,10 +195,15 @@ def equal_share(ids: list[list[int]], expected: list[list[int]]) -> float:
     return equal / max(sum(map(len, expected)), 1)
 
 
-def write_weights(folder: Path, name: str, size: Size, seed: int, for_ctranslate2: bool) -> int:
+def write_weights(folder: Path, name: str, size: Size, seed: int, engines: list[str]) -> int:
     """Writes a size's weights where they are not there yet; returns their bytes."""
     marker = folder / "built.json"
-    settings = {"build": dataclasses.asdict(size), "seed": seed, "ctranslate2": for_ctranslate2}
+    settings = {
+        "build": dataclasses.asdict(size),
+        "seed": seed,
+        "int8": "int8" in engines,
+        "ctranslate2": any(engine.startswith("ctranslate2") for engine in engines),
+    }
     settings = json.loads(json.dumps(settings))
     try:
         built = json.loads(marker.read_text(encoding="utf-8"))
@@ -227,8 +232,7 @@ def run_size(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Times all cases of one size; the result is what the tables and the JSON are made of."""
-    for_ctranslate2 = any(engine.startswith("ctranslate2") for engine in engines)
-    weight_bytes = write_weights(folder, name, size, options.seed, for_ctranslate2)
+    weight_bytes = write_weights(folder, name, size, options.seed, engines)
     bandwidth = read_bandwidth(options.threads)
     shape = (max(case.batch for case in cases), size.source_length)
     rng = np.random.default_rng(options.seed)

@@ -3,7 +3,7 @@
     python benchmark_engines.py SETTINGS
 
 SETTINGS is JSON: `{"engine": name, "folder": ..., "threads": n}` serves one engine, and
-`{"build": size, "folder": ..., "seed": n, "ctranslate2": bool}` writes the weights that all read.
+`{"build": size, "folder": ..., "seed": n, "int8": bool, "ctranslate2": bool}` writes the weights.
 Requests come as lines of JSON on the standard input, answers go out on the standard output.
 """
 
@@ -34,7 +34,9 @@ GAINS = {
 }
 
 
-def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -> dict[str, Any]:
+def build(
+    folder: str, size: dict[str, Any], seed: int, for_int8: bool, for_ctranslate2: bool
+) -> dict[str, Any]:
     """Writes a model with random weights; returns the bytes of them, shared ones counted once."""
     import bertgen_tf as bg
     from bertgen_tf import huggingface_files
@@ -56,15 +58,15 @@ def build(folder: str, size: dict[str, Any], seed: int, for_ctranslate2: bool) -
         config.replace(add_cross_attention=True), encoder if sharing != "none" else None, sharing
     )
     model = bg.EncoderDecoderModel(encoder, decoder)
-    unique = {id(variable): variable for variable in model.weights}
-    weight_bytes = sum(4 * int(np.prod(variable.shape)) for variable in unique.values())
+    weight_bytes = sum(4 * int(np.prod(variable.shape)) for variable in model.weights)
     checkpoint = Path(folder) / "huggingface"
     model.save_to_huggingface(str(checkpoint))
     for file in checkpoint.glob("*.safetensors"):
         write_random_weights(file, seed, sharing)
-    model = bg.EncoderDecoderModel.from_huggingface(str(checkpoint))
-    model.quantize("int8")
-    model.save_to_preset(os.path.join(folder, "int8"))
+    if for_int8:
+        model = bg.EncoderDecoderModel.from_huggingface(str(checkpoint))
+        model.quantize("int8")
+        model.save_to_preset(os.path.join(folder, "int8"))
     if for_ctranslate2:
         tensors = huggingface_files.read_tensors(checkpoint)
         write_ctranslate2(os.path.join(folder, "ctranslate2"), tensors, config)
@@ -331,7 +333,11 @@ def main(settings: dict[str, Any]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if "build" in settings:
         built = build(
-            settings["folder"], settings["build"], settings["seed"], settings["ctranslate2"]
+            settings["folder"],
+            settings["build"],
+            settings["seed"],
+            settings["int8"],
+            settings["ctranslate2"],
         )
         results: Any = [built]
     else:

@@ -167,6 +167,8 @@ def evaluate(args, model, pairs: list[tuple[str, str]]) -> None:
 def run_quantize(args) -> None:
     pairs = read_validation(args)[0]
     model = bg.EncoderDecoderModel.from_preset(args.module)
+    if model.is_quantized:
+        sys.exit(f"error: {args.module} is int8: name the float32 preset")
     sources = [source for source, _ in pairs]
     exact = {}
     for kind in ("float32", "int8"):
