@@ -28,6 +28,8 @@ def check_path(path: str, overwrite: bool, resume: bool) -> None:
     if path == "-":
         if resume:
             raise ValueError("--resume needs --output, a file to go on with")
+        if overwrite:
+            raise ValueError("--overwrite needs --output, a file to replace")
         return
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"--output must be a file, or - for standard output, but {path} is none")

@@ -386,7 +386,10 @@ def _cross_attentions(
     ends &= columns >= inputs.prompt_length
     ended = tf.cumsum(tf.cast(ends, tf.int32), axis=-1)[:, :, :read] > 0  # [B, n, read]
     filled = columns[:read] < total_length(config, inputs.prompt_length) - 1
-    alive = tf.cast(~ended & filled, tf.float32)[:, :, tf.newaxis, tf.newaxis, :, tf.newaxis]
+    # What is no hypothesis is nothing but padding.
+    exists = sequences[:, :, :1] == inputs.prompt[:, tf.newaxis, :1]
+    alive = exists & ~ended & filled  # [B, n, read]
+    alive = tf.cast(alive, tf.float32)[:, :, tf.newaxis, tf.newaxis, :, tf.newaxis]
     padding = [[0, 0]] * 4 + [[0, length - 1 - read], [0, 0]]
     return tf.pad(weights * alive, padding)
 

@@ -114,6 +114,7 @@ class Generator:
 
         texts, total = read_texts(inputs)
         check_decoder_text(decoder_text, total)
+        _check_prompts(run, decoder_text)
         with show_progress(verbose, total, batch_size) as advance:
             windows = _windows(run, texts, decoder_text, WINDOW, 0, advance)
             if not output_scores and not output_attentions:
@@ -216,6 +217,16 @@ class Generator:
             output_attentions=output_attentions,
         )
         return _Run(self.model, config, function, batch_size)
+
+
+def _check_prompts(run: _Run, decoder_text: str | Sequence[str] | None) -> None:
+    """Raises if a prompt is too long, before the first text is generated."""
+    if decoder_text is None or run.model.preprocessor is None:
+        return
+    prompts = [decoder_text] if isinstance(decoder_text, str) else decoder_text
+    for start in range(0, len(prompts), WINDOW):
+        target = run.model.preprocessor.prompt_preprocess(strings(prompts[start : start + WINDOW]))
+        check_config(run.config, run.model, target["decoder_input_ids"].shape[1])
 
 
 def _windows(

@@ -276,8 +276,8 @@ def test_int8_on_the_command_line(preset, tmp_path, capsys):
     texts = source.read_text().splitlines()
     assert output.read_text().splitlines() == model.generate(texts, num_beams=1)
     assert cli.main(["export", *flags, "--output", str(tmp_path / "name/1")]) == 0
-    variables = tf.saved_model.load(str(tmp_path / "name/1")).variables
-    assert sum(variable.dtype == tf.int8 for variable in variables) > 10
+    weights = tf.saved_model.load(str(tmp_path / "name/1")).weights
+    assert sum(weight.dtype == tf.int8 for weight in weights) > 10
     int8 = str(tmp_path / "int8")
     model.save_to_preset(int8)
     capsys.readouterr()
@@ -815,6 +815,7 @@ def test_killed_at_any_moment(flags, preset, tmp_path):
         (["--output", os.devnull, "--overwrite"], f"but {os.devnull} is none"),
         (["--output", "no/file"], "--output must lie in a folder that can be written, but no is"),
         (["--output", "bad.txt"], "bad.txt exists; --overwrite replaces it"),
+        (["--output", "-", "--overwrite"], "--overwrite needs --output, a file to replace"),
         (["--num-beams", "0"], "num_beams must be an integer of at least 1, received 0"),
         (["--num-beams", "1.5"], "argument --num-beams: invalid int value: '1.5'"),
         (["--num-return-sequences", "3"], "num_return_sequences must not exceed num_beams (2)"),

@@ -84,6 +84,16 @@ def said(model, texts, prompts=None):
 # --------------------------------------------------------------------------- order and batches
 
 
+def test_a_prompt_that_is_too_long_stops_before_the_first_window(model, monkeypatch):
+    monkeypatch.setattr(generator, "WINDOW", 2)
+    calls = []
+    monkeypatch.setattr(generator, "_generate_texts", lambda *args: calls.append(args))
+    prompts = ["a", "the", "man", "word " * 15]
+    with pytest.raises(ValueError, match="max_new_tokens must not exceed .* less the prompt's"):
+        model.generate(["a"] * 4, decoder_text=prompts, max_new_tokens=8)
+    assert not calls
+
+
 def test_order_is_restored_over_windows(echo, model, monkeypatch):
     monkeypatch.setattr(generator, "WINDOW", 128)
     outputs = Generator(model).generate(MANY, batch_size=8)
