@@ -270,11 +270,13 @@ def test_int8_on_the_command_line(preset, tmp_path, capsys):
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
     source.write_text("the man saw a bird\nwho sang\n")
     flags = ["--preset", preset, "--quantize", "int8", "--num-beams", "1"]
-    assert cli.main(["generate", *flags, "--input", str(source), "--output", str(output)]) == 0
+    files = ["--input", str(source), "--output", str(output), "--no-xla"]
+    assert cli.main(["generate", *flags, *files]) == 0
     model = bg.EncoderDecoderModel.from_preset(preset)
     model.quantize("int8")
     texts = source.read_text().splitlines()
-    assert output.read_text().splitlines() == model.generate(texts, num_beams=1)
+    expected = model.generate(texts, num_beams=1, jit_compile=False)
+    assert output.read_text().splitlines() == expected
     assert cli.main(["export", *flags, "--output", str(tmp_path / "name/1")]) == 0
     weights = tf.saved_model.load(str(tmp_path / "name/1")).weights
     assert sum(weight.dtype == tf.int8 for weight in weights) > 10
