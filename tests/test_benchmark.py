@@ -275,9 +275,9 @@ def test_weights_are_written_once(tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(benchmark, "Worker", Builder)
-    for seed in (0, 0, 1):
-        assert benchmark.write_weights(tmp_path / "new", "tiny", TINY, seed, False) == 123
-    assert built == [0, 1]
+    for seed, engines in ((0, ["xla"]), (0, ["plain"]), (1, ["xla"]), (1, ["int8"])):
+        assert benchmark.write_weights(tmp_path / "new", "tiny", TINY, seed, engines) == 123
+    assert built == [0, 1, 1]
 
 
 def test_cases():

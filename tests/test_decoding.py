@@ -650,7 +650,6 @@ def test_beams_go_on_where_several_eos_come_first():
         assert calls[1] == (1, [7, 5])
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_penalty_that_makes_scores_huge_is_no_end(num_beams):
     """Of 400 tokens of log-probability -1.1 to -1.4, times 400**2: far below a banned token's."""
@@ -663,6 +662,7 @@ def test_a_penalty_that_makes_scores_huge_is_no_end(num_beams):
     np.testing.assert_allclose(found.scores[0, 0], total * 400**2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("scorer", SCORERS)
 def test_search_ends_when_nothing_is_left(scorer):
     """Only one sequence is possible: other beams are neither searched to the end nor returned."""
     table = np.full([1, 1, 7, 7], -np.inf, np.float32)

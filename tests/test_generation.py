@@ -36,16 +36,22 @@ EOS, PAD = 4, 0
 DATA = pathlib.Path(__file__).parent / "data"
 
 
+def ending_model(sharing="none"):
+    """Random weights of which some sequences end, and beams beat greedy search."""
+    model = make_model(sharing, seed=6)
+    model.decoder.output_bias.assign_add(1.5 * np.eye(len(PIECES))[EOS])
+    return model
+
+
 @pytest.fixture(scope="module")
 def model():
-    """Random weights of which some sequences end, and beams beat greedy search."""
-    return make_model(seed=6)
+    return ending_model()
 
 
 @functools.cache
 def small_model(sharing):
     """The same for tests that cannot have fixtures: 3 layers over 2, or 2 shared ones."""
-    return make_model(sharing, seed=6)
+    return ending_model(sharing)
 
 
 @functools.cache
@@ -264,6 +270,10 @@ def test_options_are_those_of_huggingface(pair, number):
     options = json.loads(str(case["options"]))
     ids, prompt = case["input_ids"], case["decoder_input_ids"]
     config = bg.GenerationConfig(**options)
+    if prompt.shape[1] > 1 and config.forced_bos_token_id is not None:
+        with pytest.raises(ValueError, match="forced_bos_token_id is for outputs without a prompt"):
+            check_config(config, pair, prompt.shape[1])
+        config = config.replace(forced_bos_token_id=None)  # as transformers takes it
     check_config(config, pair, prompt.shape[1])
     output = run(pair, config, ids, np.ones_like(ids), prompt)
     np.testing.assert_array_equal(output.sequences, case["sequences"], str(options))

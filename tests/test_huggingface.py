@@ -1193,7 +1193,8 @@ def test_every_setting_has_its_place():
     fields = {*generations.GENERATION_FIELDS, *generations.OWN_GENERATION}
     assert fields == set(bg.GenerationConfig.__dataclass_fields__)
     fields = {*configs._SIZES, *configs._IDS, "hidden_act", "add_cross_attention"}
-    assert fields == set(bg.BertGenerationConfig.__dataclass_fields__)
+    ours = {"quantization"}  # such a model is not written
+    assert fields == set(bg.BertGenerationConfig.__dataclass_fields__) - ours
 
 
 @pytest.mark.parametrize(
