@@ -17,14 +17,8 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.layers import (
-    Dense,
-    Embeddings,
-    TransformerBlock,
-    causal_mask,
-    padding_mask,
-    quantized_weights,
-)
+from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, padding_mask
+from bertgen_tf.projections import Dense, quantized_weights
 from bertgen_tf.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")

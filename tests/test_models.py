@@ -7,7 +7,8 @@ import tensorflow as tf
 from conftest import PIECES, make_model
 
 import bertgen_tf as bg
-from bertgen_tf.layers import Dense, write_cache
+from bertgen_tf.layers import write_cache
+from bertgen_tf.projections import Dense
 from bertgen_tf.weights import named_variables
 
 RNG = np.random.default_rng(5)

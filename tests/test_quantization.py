@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import bertgen_tf as bg
 from bertgen_tf import generation
-from bertgen_tf.layers import Dense
+from bertgen_tf.projections import Dense
 from bertgen_tf.quantization import integer_products, quantize_matrix, quantized_linear
 from bertgen_tf.weights import Rule, WeightsError, assign, named_variables
 

@@ -1,0 +1,187 @@
+"""Projections, laid out for generation: their kernels, what is fused in one, int8 in its place."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.quantization import quantize_matrix, quantized_linear
+from bertgen_tf.weights import VariablePart
+
+
+def dense(
+    units: int, config: BertGenerationConfig, name: str, dtype: Any, parts: int = 1
+) -> "Dense":
+    """A projection with BERT's initialiser."""
+    return Dense(
+        units,
+        kernel_initializer=initializer(config),
+        parts=parts,
+        quantization=config.quantization,
+        name=name,
+        dtype=dtype,
+    )
+
+
+def initializer(config: BertGenerationConfig) -> keras.initializers.Initializer:
+    """BERT's truncated normal; a new object each time, because each draws its own seed."""
+    return keras.initializers.TruncatedNormal(stddev=config.initializer_range)
+
+
+def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
+    """`inputs` [..., T, I] times the transposed `kernel` [O, I], plus `bias` [O]: [..., T, O].
+
+    A step of generation (T = 1) is bound by reading the kernels. For XLA on a CPU the kernel then
+    goes first: Eigen packs the second matrix, here the few rows. The bias is added to the columns,
+    or XLA would turn the product round again; and it is subtracted with the other sign, because XLA
+    fuses a sum into the product with a single row, which then runs on one core only.
+    """
+    shape = ops.shape(inputs)
+    rows = tf.reshape(inputs, [-1, shape[-1]])
+    if inputs.shape[-2] == 1:
+        columns = tf.matmul(kernel, rows, transpose_b=True) - (-bias)[:, None]
+        outputs = tf.transpose(columns)
+    else:
+        outputs = tf.matmul(rows, kernel, transpose_b=True) + bias
+    return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))
+
+
+def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
+    """New variables of a layer for what `quantize_matrix` gives; they do not train."""
+    options = {"initializer": "zeros", "trainable": False, "autocast": False}
+    was_locked = layer._tracker.locked  # as layers are that are built
+    layer._tracker.unlock()
+    weights = [
+        layer.add_weight(shape, dtype="int8", name=name, **options),
+        layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
+    ]
+    if was_locked:
+        layer._tracker.lock()
+    return weights
+
+
+class Dense(keras.layers.Layer):
+    """Keras's `Dense` with its kernel the other way round, `[units, inputs]`; see `linear`.
+
+    Files hold the kernel as Keras's `Dense` does.
+
+    Args:
+        units: outputs.
+        kernel_initializer: gets the shape as Keras's `Dense` has it, `(inputs, units)`.
+        parts: how many projections of equal size this one holds, one below the other. If they are
+            several, files and rule tables know each as a `Projection`, and not this layer.
+        quantization: "int8" for an int8 kernel with a `kernel_scale` [units]; see
+            `bertgen_tf.quantization`.
+    """
+
+    def __init__(
+        self,
+        units: int,
+        kernel_initializer: keras.initializers.Initializer,
+        parts: int = 1,
+        quantization: str | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.units = units
+        self.kernel_initializer = kernel_initializer
+        self.parts = parts
+        self.quantization = quantization
+
+    def build(self, input_shape: Any) -> None:
+        shape = (self.units, input_shape[-1])
+        if self.quantization is None:
+            self.kernel = self.add_weight(
+                shape,
+                initializer=lambda shape, dtype: ops.transpose(
+                    self.kernel_initializer(shape[::-1], dtype)
+                ),
+                name="kernel",
+            )
+        else:
+            self.kernel, self.kernel_scale = quantized_weights(self, shape, "kernel")
+        self.bias = self.add_weight((self.units,), initializer="zeros", name="bias")
+        self.built = True
+
+    def to_int8(self) -> None:
+        """Replaces the kernel by an int8 one, once.
+
+        Not Keras's `quantize`, by which a model around this layer would reach it alone.
+        """
+        if self.quantization is not None:
+            return
+        kernel, scale = quantize_matrix(self.kernel)
+        self._untrack_variable(self.kernel)
+        self.kernel, self.kernel_scale = quantized_weights(self, kernel.shape, "kernel")
+        self.kernel.assign(kernel)
+        self.kernel_scale.assign(scale)
+        self.quantization = "int8"
+
+    def call(self, inputs: Any) -> Any:
+        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        if self.quantization is None:
+            return linear(inputs, kernel, bias)
+        outputs = quantized_linear(inputs, kernel, tf.convert_to_tensor(self.kernel_scale), bias)
+        return ops.cast(outputs, self.compute_dtype)
+
+    def stored_variables(self) -> list[Any]:
+        """In the order of Keras's `Dense`."""
+        scale = [] if self.quantization is None else [self.kernel_scale]
+        return [self.kernel, self.bias, *scale]
+
+    def save_own_variables(self, store: Any) -> None:
+        if self.parts == 1:
+            _save(store, self.stored_variables())
+
+    def load_own_variables(self, store: Any) -> None:
+        if self.parts == 1:
+            _load(store, self.stored_variables(), self.path)
+
+
+class Projection(keras.layers.Layer):
+    """One of the projections that a `Dense` holds, as files and rule tables know it.
+
+    The variables are those of the `Dense`: what is to be frozen is that layer.
+
+    Args:
+        dense: a built one, or one that will be.
+        number: which of its parts.
+    """
+
+    def __init__(self, dense: Dense, number: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        # In a function: as an attribute, Keras would take it for a layer of this one.
+        self._dense = lambda: dense
+        self.number = number
+        self.built = True
+
+    @property
+    def variable_parts(self) -> list[VariablePart]:
+        """The rows of each variable that are this projection's."""
+        dense, size = self._dense(), self._dense().units // self._dense().parts
+        rows = (self.number * size, (self.number + 1) * size)
+        return [VariablePart(variable, *rows) for variable in dense.stored_variables()]
+
+    def save_own_variables(self, store: Any) -> None:
+        _save(store, self.variable_parts)
+
+    def load_own_variables(self, store: Any) -> None:
+        _load(store, self.variable_parts, self.path)
+
+
+def _save(store: Any, variables: list[Any]) -> None:
+    for number, variable in enumerate(variables):
+        store[str(number)] = np.transpose(variable.numpy())
+
+
+def _load(store: Any, variables: list[Any], path: str) -> None:
+    if len(store.keys()) != len(variables):
+        raise ValueError(
+            f"{path} should be stored as {len(variables)} tensors (kernel and bias, and of int8 a "
+            f"scale), found {len(store.keys())}."
+        )
+    for number, variable in enumerate(variables):
+        variable.assign(np.transpose(store[str(number)]))
