@@ -422,7 +422,9 @@ def test_beam_sampling_draws_without_replacement(divide_by, length_penalty):
 def test_transformers_samples_beams_from_the_same_distribution():
     """The enumeration, and so the test above, against HuggingFace's own `generate()`."""
     torch = pytest.importorskip("torch")
-    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
+        pytest.skip("transformers 5.24 sorts what it draws: the rules here are those of 5.23")
     from make_beam_golden import TableModel
 
     table = random_table(21, batch=1, vocabulary=6, scale=1.0)
