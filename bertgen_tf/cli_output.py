@@ -137,13 +137,16 @@ def _lock(file: TextIO, path: str) -> None:
         import fcntl
     except ImportError:  # Windows
         return
+    held = f"another run writes to {path}: let it end, then use --resume"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except OSError:
-        ours = False
-    if not ours:
-        raise OSError(f"another run writes to {path}: let it end, then use --resume")
+    except BlockingIOError as error:
+        raise OSError(held) from error
+    except OSError:  # a file system without locks
+        return
+    # What got its name between opening and locking is complete.
+    if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        raise OSError(held)
 
 
 def forget(path: str) -> None:
