@@ -37,6 +37,8 @@ class EncoderDecoderModel(keras.Model):
         hidden_token_ids, prose: what `generate` leaves out of text, and how it puts word pieces
             together; see `Seq2SeqPreprocessor`.
         generation_config: the settings of `generate` where a call gives no others.
+        source_checkpoint: where the weights came from before training, for the record: a handle
+            for each of "encoder" and "decoder", or for "model".
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class EncoderDecoderModel(keras.Model):
         hidden_token_ids: Sequence[int] = (),
         prose: bool = True,
         generation_config: GenerationConfig | None = None,
+        source_checkpoint: dict[str, str] | None = None,
         name: str = "encoder_decoder",
         **kwargs: Any,
     ):
@@ -61,6 +64,7 @@ class EncoderDecoderModel(keras.Model):
         self.encoder = encoder
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self.source_checkpoint = dict(source_checkpoint or {})
         self.preprocessor = None
         if tokenizer is not None:
             _check_tokenizer(tokenizer, encoder.config, decoder.config)
@@ -414,6 +418,8 @@ class EncoderDecoderModel(keras.Model):
                 "config": self.tokenizer.get_config(),
             }
             config.update(self.preprocessor.get_config())
+        if self.source_checkpoint:  # older versions do not know it
+            config["source_checkpoint"] = dict(self.source_checkpoint)
         return config
 
     @classmethod

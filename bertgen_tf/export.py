@@ -1,35 +1,60 @@
 """SavedModels that TensorFlow Serving runs: text in, text out.
 
-**Wire contract.** Both signatures take `text`, string [batch] (a scalar counts as a batch of one),
-and give
+**Wire contract.** B batch, n hypotheses (best first), S source tokens, T generated tokens:
 
-- `text`: string [batch], valid UTF-8, the best hypothesis;
-- `score`: float32 [batch], its log-probability divided by the length penalty.
+| signature | inputs | outputs |
+| --- | --- | --- |
+| `serving_default` | `text` string [B] | `text` string [B], `score` float32 [B] |
+| `beams` | `text` string [B] | `text` string [B, n], `score` float32 [B, n] |
+| `ids` | `input_ids`, `attention_mask` int32 [B, S] | `sequences` int32 [B, n, 1 + T], `score` |
+| `score` | `source`, `target` string [B] | `log_probability` float32, `num_tokens` int32 [B] |
+| `attention` | `text` string [B] | `text`, `score`, `source_tokens` string [B, S], |
+| | | `target_tokens` string [B, T], `attention` float32 [B, T, S] |
+| `generate_xla` | as `serving_default` | the same, compiled by XLA |
+| `beams_xla` | as `beams` | the same, compiled by XLA |
+| NAME, NAME`_xla` | `text` string [B] | of `signatures=`: as `serving_default`, or as `beams` |
+| | | where its `num_return_sequences` is above 1 |
 
-`serving_default` is a plain graph without any `Xla*` op, which a stock server runs;
-`generate_xla` is the same search compiled by XLA, for servers with XLA switched on
-(`--xla_cpu_compilation_enabled` or `--xla_gpu_compilation_enabled`) and for Python.
+- `text` is valid UTF-8; a `score` is the log-probability of a hypothesis divided by the length
+  penalty. n is `num_beams` in beam search and `num_return_sequences` otherwise.
+- `ids` is for clients that tokenize: `attention_mask` is 1 on tokens and 0 on padding, `sequences`
+  are those of `generate`, start token first.
+- `log_probability` is that of all tokens of `target` after `source`, its end included; there are
+  `num_tokens` of them. Both texts are cut at the model's lengths.
+- `attention` is the mean over layers and heads of cross-attention, 0 on padding, where the tokens
+  are empty strings.
 
-Every string is answered: empty, too long (cut at the model's `max_source_length`), not UTF-8. The
-settings of generation are baked in. With `do_sample` and no seed every call draws anew; with a seed
-a text is answered by its place in the batch, as `generate` answers a list. Loading needs the ops of
-tensorflow-text, which TensorFlow Serving has and `import tensorflow_text` brings to Python.
+All are plain graphs without any `Xla*` op, which a stock server runs, but those whose names end in
+`_xla`: they need a server with XLA switched on (`--xla_cpu_compilation_enabled` or
+`--xla_gpu_compilation_enabled`), or Python; elsewhere they answer "XLA compilation disabled".
+
+Every string is answered: empty, too long (cut at the model's `max_source_length`), not UTF-8. A
+scalar counts as a batch of one, an empty batch has an empty answer. The settings of generation are
+baked in. With `do_sample` and no seed every call draws anew; with a seed a text is answered by its
+place in the batch, as `generate` answers a list, and a server's own batching moves it. Loading
+needs the ops of tensorflow-text, which TensorFlow Serving has and `import tensorflow_text` brings
+to Python.
 """
 
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from bertgen_tf import export_files
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.generation import generation_function, hypotheses_to_text, start_prompt
+from bertgen_tf.export_check import ExportError, check_export
+from bertgen_tf.export_signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
 from bertgen_tf.generation_settings import check_config
 from bertgen_tf.logits import Processor
+
+__all__ = ["ExportError", "check_version_path", "export_saved_model"]
 
 
 def export_saved_model(
@@ -37,27 +62,41 @@ def export_saved_model(
     path: str | os.PathLike,
     generation_config: GenerationConfig | None = None,
     *,
+    signatures: Mapping[str, GenerationConfig] | None = None,
     logits_processor: Sequence[Processor] = (),
+    max_batch_size: int = 32,
+    warmup_xla: bool = False,
+    check: bool = True,
     **options: Any,
 ) -> str:
     """Writes `model` as a SavedModel, which appears at `path` only when it is complete.
+
+    Beside the graph lie `assets.extra/tf_serving_warmup_requests`, a request for each bucket of
+    lengths that the server runs before it serves; `batching_params.pbtxt`, for servers that batch;
+    and `metadata.json`, which tells what it is, with checksums.
 
     Args:
         model: a model with a tokenizer.
         path: `NAME/VERSION`, where VERSION is an integer and does not exist yet; TensorFlow Serving
             serves the highest version in the folder NAME.
-        generation_config: settings of both signatures; by default the model's own.
+        generation_config: settings of all signatures but the further ones; by default the model's.
+        signatures: further ones by name, each with its own settings.
         logits_processor: run after the processors of the settings, see `bertgen_tf.logits`; they
             become part of the graph.
+        max_batch_size: the most texts that a server puts into one batch, a power of two.
+        warmup_xla: also write warm-up requests that compile `generate_xla` for every batch size and
+            length. Only for servers with XLA switched on: no other would load the export.
+        check: run the export in a process of its own, and compare it with `model.generate`.
         **options: fields of `GenerationConfig` that replace those of the settings.
 
     Returns:
         the path.
 
     Raises:
+        ExportError: the export did not answer as the model does; nothing is left of it.
         FileExistsError: the version exists already.
-        ValueError: the model has no tokenizer, the version is no integer, or the settings do not
-            fit the model.
+        ValueError: the model has no tokenizer, the version is no integer, the settings do not fit
+            the model, or a signature cannot have its name.
     """
     if model.tokenizer is None:
         raise ValueError(
@@ -68,13 +107,25 @@ def export_saved_model(
     path = pathlib.Path(path)
     config = generation_config or model.generation_config
     config = config.replace(**options) if options else config
-    check_config(config, model)
+    signatures = dict(signatures or {})
+    _check_names(signatures)
+    for settings in (config, every_hypothesis(config), *signatures.values()):
+        check_config(settings, model)
+    sizes = export_files.batch_sizes(max_batch_size)
+    name = path.resolve().parent.name
     path.parent.mkdir(parents=True, exist_ok=True)
     # A server that polls the folder skips names that are no integers.
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        module = _ServingModule(model, config, logits_processor)
-        tf.saved_model.save(module, str(temporary), signatures=module.signatures())
+        module = ServingModule(model, config, signatures, logits_processor)
+        tf.saved_model.save(module, str(temporary), signatures=module.functions)
+        export_files.write_batching_parameters(temporary, sizes)
+        export_files.write_warmup(temporary, name, model, sizes, compiled=warmup_xla)
+        export_files.write_metadata(
+            temporary, name, int(path.name), model, module, signatures, sizes
+        )
+        if check:
+            check_export(temporary, model, module, logits_processor)
         os.chmod(temporary, 0o755)
         temporary.rename(path)
     except BaseException:
@@ -100,62 +151,19 @@ def check_version_path(path: str | os.PathLike) -> None:
         raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
 
 
-class _ServingModule(tf.Module):
-    """Holds what the signatures read: weights, vocabulary, functions."""
-
-    def __init__(
-        self,
-        model: EncoderDecoderModel,
-        config: GenerationConfig,
-        logits_processor: Sequence[Processor],
-    ):
-        super().__init__(name="bertgen_tf")
-        self.weights = [weight.value for weight in model.weights]
-        self.tokenizer = model.tokenizer
-        self.serve = _serving_function(model, config, logits_processor, jit_compile=False)
-        self.serve_xla = _serving_function(model, config, logits_processor, jit_compile=True)
-
-    def signatures(self) -> dict[str, Any]:
-        return {"serving_default": self.serve, "generate_xla": self.serve_xla}
-
-
-def _serving_function(
-    model: EncoderDecoderModel,
-    config: GenerationConfig,
-    logits_processor: Sequence[Processor],
-    *,
-    jit_compile: bool,
-) -> Any:
-    preprocessor = model.preprocessor
-    generate = generation_function(model, config, jit_compile, logits_processor=logits_processor)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="text")])
-    def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
-        # The server does not check shapes: a scalar may come.
-        inputs = preprocessor.generate_preprocess(tf.reshape(text, [-1]))
-        batch = tf.shape(inputs["input_ids"])[0]
-        output = generate(
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            start_prompt(model, batch),
-            _seeds(config, batch),
-        )
-        return {
-            "text": hypotheses_to_text(preprocessor, output.sequences)[:, 0],
-            "score": output.scores[:, 0],
-        }
-
-    return serve
-
-
-def _seeds(config: GenerationConfig, batch: tf.Tensor) -> tf.Tensor:
-    """What `generation.make_seeds` makes, in the graph."""
-    if not config.do_sample:
-        return tf.zeros([batch, 2], tf.int32)
-    seed = config.seed
-    if seed is None:
-        # Not tf.random.uniform, which writes the seed of `tf.random.set_seed` into the export.
-        seed = tf.raw_ops.RandomUniformInt(
-            shape=tf.constant([], tf.int32), minval=0, maxval=2**31 - 1, seed=0, seed2=0
-        )
-    return tf.stack([tf.fill([batch], seed), tf.range(batch)], axis=1)
+def _check_names(signatures: Mapping[str, GenerationConfig]) -> None:
+    for name, settings in signatures.items():
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name)
+            or name in OWN_NAMES
+            or name.endswith(COMPILED)
+        ):
+            raise ValueError(
+                "signatures must have names of letters, digits and _, other than those of every "
+                f"export ({', '.join(OWN_NAMES)}) and not ending in {COMPILED}, received {name!r}."
+            )
+        if not isinstance(settings, GenerationConfig):
+            raise TypeError(
+                f"signatures must map names to GenerationConfig, received {settings!r} for {name}."
+            )

@@ -145,6 +145,7 @@ def read_original(
                 gnmt_alpha=values["gnmt_alpha"],
                 normalize_unfinished=values["normalize_unfinished"],
             ),
+            source_checkpoint={"model": handle},
             name=name,
         )
 

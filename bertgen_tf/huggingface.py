@@ -108,6 +108,7 @@ def load_encoder_decoder(
             f"{', '.join(given)} goes with encoder=, not with the folder of an encoder-decoder, "
             f"received {folder!r}."
         )
+    kwargs.setdefault("source_checkpoint", {"model": os.fspath(folder)})
     return _load_pair(files.resolve(folder), share, tokenizer, kwargs)
 
 

@@ -143,8 +143,12 @@ def load_encoder_decoder(
     if tokenizer is not None:
         mask_first = tokenizer.mask_token_id is not None
         special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
+    source = {"encoder": os.fspath(encoder), "decoder": os.fspath(decoder or encoder)}
     return EncoderDecoderModel(
-        encoder_stack, decoder_stack, tokenizer, **{**special_tokens, **kwargs}
+        encoder_stack,
+        decoder_stack,
+        tokenizer,
+        **{**special_tokens, "source_checkpoint": source, **kwargs},
     )
 
 

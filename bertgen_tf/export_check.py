@@ -1,0 +1,215 @@
+"""Whether an export answers as its model does, in a fresh process that has no bertgen_tf."""
+
+import base64
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from bertgen_tf.export_files import WARMUP_FILE, text_of_length
+from bertgen_tf.export_signatures import COMPILED, ServingModule
+from bertgen_tf.logits import Processor
+
+# Of log-probabilities and of weights of attention.
+TOLERANCE = 1e-3
+_PROGRAM = pathlib.Path(__file__).with_name("export_probe.py")
+
+
+class ExportError(RuntimeError):
+    """An export did not run, or answered otherwise than its model."""
+
+
+class _Case(NamedTuple):
+    """A request, and what the model says to it."""
+
+    signature: str
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    drawn: bool  # anew at each call, so that only shapes and dtypes are the same
+
+
+def check_export(
+    folder: pathlib.Path,
+    model: Any,
+    module: ServingModule,
+    logits_processor: Sequence[Processor] = (),
+) -> None:
+    """Runs every signature, and the warm-up requests, in a process of its own; compares.
+
+    Args:
+        folder: the export.
+        model, module, logits_processor: what it was made of.
+
+    Raises:
+        ExportError: something failed or differs; the message lists all.
+    """
+    cases = list(_cases(model, module, logits_processor))
+    answers, warmed_up = _run(folder, cases)
+    problems = [
+        f"{case.signature}, output {name}: {problem}"
+        for case, answer in zip(cases, answers, strict=True)
+        for name, problem in _differences(case, answer)
+    ]
+    if (folder / WARMUP_FILE).exists() and not warmed_up:
+        problems.append("the warm-up file holds no requests")
+    if problems:
+        raise ExportError(
+            "The export must answer as its model does, but does not, and was not kept: "
+            + "; ".join(dict.fromkeys(problems))
+        )
+
+
+def _cases(
+    model: Any, module: ServingModule, logits_processor: Sequence[Processor]
+) -> Iterator[_Case]:
+    limit = model.preprocessor.max_source_length
+    whole = text_of_length(model, limit)
+    # Longest first, as `generate` sorts a batch: equal batches are rounded alike.
+    batch = [f"{whole} {whole}", whole, text_of_length(model, max(1, limit - 1))]
+    short = text_of_length(model, 5)
+    odd = [[short], [""], [b"\xff\xfe \xf0\x9f\x98\x80"]]
+    for signature in module.settings:
+        compiled = signature.endswith(COMPILED)
+        # One compilation of each is enough.
+        batches = [[short]] if compiled else [batch]
+        for texts in batches + (odd if signature == "serving_default" else []):
+            output = model.generate(
+                tf.data.Dataset.from_tensor_slices(texts),
+                module.settings[signature],
+                logits_processor=logits_processor,
+                output_scores=True,
+                output_attentions=signature == "attention",
+                jit_compile=compiled,
+                verbose=0,
+            )
+            yield _case(model, module, signature, texts, output)
+    targets = [*batch[1:], ""]
+    yield _Case(
+        "score",
+        {"source": np.array(batch, object), "target": np.array(targets, object)},
+        _scores(model, batch, targets),
+        drawn=False,
+    )
+
+
+def _case(model: Any, module: ServingModule, signature: str, texts: list, output: Any) -> _Case:
+    """The request of `texts`, and its answer made of what `generate` gave."""
+    config = module.settings[signature]
+    drawn = config.do_sample and config.seed is None
+    ids = {k: v.numpy() for k, v in model.preprocessor.generate_preprocess(texts).items()}
+    if signature == "ids":
+        outputs = {"sequences": output.sequences, "score": output.scores}
+        return _Case(signature, ids, outputs, drawn)
+    outputs = {
+        "text": np.array(output.texts, object).reshape(len(texts), -1),
+        "score": output.scores,
+    }
+    spec = module.functions[signature].get_concrete_function().structured_outputs["score"]
+    if spec.shape.rank == 1:
+        outputs = {name: array[:, 0] for name, array in outputs.items()}
+    if signature == "attention":
+        weights = output.cross_attentions[:, 0].mean(axis=(1, 2))
+        generated = weights.sum(axis=-1) > 0.5
+        longest = generated.sum(axis=1).max()
+        is_token = ids["attention_mask"].astype(bool)
+        outputs |= {
+            "source_tokens": _pieces(model, ids["input_ids"], is_token),
+            "target_tokens": _pieces(
+                model, output.sequences[:, 0, 1 : 1 + longest], generated[:, :longest]
+            ),
+            "attention": np.where(is_token[:, np.newaxis], weights[:, :longest], 0),
+        }
+    return _Case(signature, {"text": np.array(texts, object)}, outputs, drawn)
+
+
+def _pieces(model: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    known = visible & (ids < model.tokenizer.vocab_size)
+    pieces = model.tokenizer.convert_ids_to_tokens(np.where(known, ids, 0).reshape(-1))
+    return np.where(known, np.array(pieces, object).reshape(ids.shape), "")
+
+
+def _scores(model: Any, sources: list[str], targets: list[str]) -> dict[str, np.ndarray]:
+    """Of a forward pass."""
+    x, labels, weights = model.preprocessor(tf.constant(sources), tf.constant(targets))
+    log_probabilities = tf.nn.log_softmax(model(x, training=False)).numpy()
+    chosen = np.take_along_axis(log_probabilities, labels.numpy()[..., np.newaxis], axis=-1)
+    weights = weights.numpy()
+    return {
+        "log_probability": (chosen[..., 0] * weights).sum(axis=1),
+        "num_tokens": weights.sum(axis=1).astype(np.int32),
+    }
+
+
+def _run(folder: pathlib.Path, cases: list[_Case]) -> tuple[list[dict[str, np.ndarray]], int]:
+    """The answers of the export, and how many warm-up requests it ran."""
+    requests = [
+        {
+            "signature": case.signature,
+            "inputs": {name: _encode(array) for name, array in case.inputs.items()},
+        }
+        for case in cases
+    ]
+    # -P: nothing beside the program is to be imported.
+    process = subprocess.run(
+        [sys.executable, "-P", str(_PROGRAM), str(folder)],
+        input=json.dumps(requests),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+    if process.returncode < 0:
+        raise ExportError(
+            f"The export was not kept: the process that checked it was ended by signal "
+            f"{-process.returncode}, perhaps for want of memory. check=False exports without."
+        )
+    if process.returncode:
+        raise ExportError(
+            "The export must run without bertgen_tf, but failed, and was not kept: "
+            f"{' '.join(process.stderr.split())[-1000:]}"
+        )
+    answers, warmed_up = json.loads(process.stdout.splitlines()[-1])
+    decoded = [{name: _decode(tensor) for name, tensor in answer.items()} for answer in answers]
+    return decoded, warmed_up
+
+
+def _encode(array: np.ndarray) -> dict[str, Any]:
+    if array.dtype != object:
+        return {"dtype": array.dtype.name, "values": array.tolist()}
+    texts = [text.encode() if isinstance(text, str) else text for text in array]
+    return {"dtype": "string", "values": [base64.b64encode(text).decode() for text in texts]}
+
+
+def _decode(tensor: dict[str, Any]) -> np.ndarray:
+    if tensor["dtype"] != "string":
+        return np.array(tensor["values"], tensor["dtype"]).reshape(tensor["shape"])
+    texts = [base64.b64decode(value).decode() for value in tensor["values"]]
+    return np.array(texts, object).reshape(tensor["shape"])
+
+
+def _differences(case: _Case, answer: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
+    """The outputs of an answer that are not as they should be, with the reasons."""
+    for name in sorted(case.outputs.keys() | answer.keys()):
+        expected, found = case.outputs.get(name), answer.get(name)
+        if expected is None or found is None:
+            yield name, "only the " + ("export" if expected is None else "model") + " has it"
+        elif case.drawn and name.endswith(("_tokens", "attention")):
+            continue  # as long as what was drawn
+        elif (expected.dtype, expected.shape) != (found.dtype, found.shape):
+            yield (
+                name,
+                f"expected {expected.dtype} {expected.shape}, found {found.dtype} {found.shape}",
+            )
+        elif case.drawn:
+            continue
+        elif expected.dtype == np.float32:
+            if not np.allclose(expected, found, TOLERANCE, TOLERANCE, equal_nan=True):
+                yield name, f"expected {expected.tolist()}, found {found.tolist()}"
+        elif not np.array_equal(expected, found) and not tf.config.list_physical_devices("GPU"):
+            # GPUs add up in an order that changes: the likelier of two equals may be the other.
+            yield name, f"expected {expected.tolist()}, found {found.tolist()}"

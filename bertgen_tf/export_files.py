@@ -1,0 +1,206 @@
+"""What lies beside an export's graph: warm-up requests, batching parameters, a description."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from bertgen_tf.config import GenerationConfig
+from bertgen_tf.export_signatures import COMPILED, ServingModule
+from bertgen_tf.generation import source_buckets
+
+WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
+BATCHING_FILE = "batching_params.pbtxt"
+METADATA_FILE = "metadata.json"
+# A server warms up before it serves, one request after the other.
+MAX_WARMUP_REQUESTS = 1000
+
+_BATCHING = """\
+# Read by a server with --enable_batching and --enable_per_model_batching_parameters.
+max_batch_size {{ value: {largest} }}
+batch_timeout_micros {{ value: 5000 }}
+max_enqueued_batches {{ value: 100 }}
+# Of the signature "ids": masked padding changes nothing.
+pad_variable_length_inputs: true
+{sizes}
+"""
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The batches that XLA compiles for: powers of two up to `largest`, which must be one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(largest, bool) or not isinstance(largest, int) or largest.bit_count() != 1:
+        raise ValueError(f"max_batch_size must be a power of two, received {largest!r}.")
+    return [2**i for i in range(largest.bit_length())]
+
+
+def source_lengths(model: Any) -> list[int]:
+    """The lengths of sources that XLA compiles for, in tokens, as far as texts can reach."""
+    buckets, longest = source_buckets(model), model.preprocessor.max_source_length
+    return [b for b in buckets if b < longest] + [min(b for b in buckets if b >= longest)]
+
+
+def write_batching_parameters(folder: pathlib.Path, sizes: list[int]) -> None:
+    """Writes `batching_params.pbtxt`."""
+    lines = "\n".join(f"allowed_batch_sizes: {size}" for size in sizes)
+    (folder / BATCHING_FILE).write_text(_BATCHING.format(largest=sizes[-1], sizes=lines))
+
+
+def write_warmup(
+    folder: pathlib.Path, name: str, model: Any, sizes: list[int], *, compiled: bool
+) -> None:
+    """Writes the requests that a server runs before it serves.
+
+    One of a single text for each bucket of lengths, to `serving_default`; with `compiled` also one
+    to `generate_xla` for each pair of a batch size and a bucket of lengths: they compile what it
+    will need, and keep a server without XLA from loading the export.
+
+    Args:
+        folder: of the version.
+        name: of the model on the server.
+        model: whose tokenizer makes the texts.
+        sizes: of batches.
+        compiled: see above.
+
+    Raises:
+        ValueError: more requests than a server takes.
+    """
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+    texts = [text_of_length(model, length) for length in source_lengths(model)]
+    requests = [("serving_default", [text]) for text in texts]
+    if compiled:
+        requests += [("generate_xla", [text] * size) for text in texts for size in sizes]
+    if len(requests) > MAX_WARMUP_REQUESTS:
+        raise ValueError(
+            f"warm-up must have at most {MAX_WARMUP_REQUESTS} requests, received {len(requests)}. "
+            "Lower max_batch_size."
+        )
+    path = folder / WARMUP_FILE
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for signature, batch in requests:
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name = name
+            request.model_spec.signature_name = signature
+            request.inputs["text"].CopyFrom(tf.make_tensor_proto(batch, tf.string))
+            log = prediction_log_pb2.PredictionLog(
+                predict_log=prediction_log_pb2.PredictLog(request=request)
+            )
+            writer.write(log.SerializeToString())
+
+
+def text_of_length(model: Any, length: int) -> str:
+    """A text of so many tokens, special ones included, or as many as the preprocessor keeps."""
+    preprocessor = model.preprocessor
+    length = min(length, preprocessor.max_source_length)
+    best, most = "", 0
+    for word in _words(model.tokenizer):
+        for count in range(1, length + 1):
+            text = " ".join([word] * count)
+            tokens = len(preprocessor.encode_source(text))
+            if most < tokens <= length:
+                best, most = text, tokens
+            if tokens >= length:
+                break
+        if most == length:
+            break
+    return best
+
+
+def _words(tokenizer: Any) -> Iterator[str]:
+    """A few texts of one piece each, which the tokenizer does not join with their like."""
+    found = 0
+    for token in range(tokenizer.vocab_size):
+        if token in tokenizer.all_special_ids:
+            continue
+        text = tokenizer.detokenize([token]).numpy().decode().strip()
+        if text and len(tokenizer(f"{text} {text}")) == 2 * len(tokenizer(text)) == 2:
+            yield text
+            found += 1
+        if found == 3:
+            return
+
+
+def write_metadata(
+    folder: pathlib.Path,
+    name: str,
+    version: int,
+    model: Any,
+    module: ServingModule,
+    variants: Mapping[str, GenerationConfig],
+    sizes: list[int],
+) -> None:
+    """Writes `metadata.json`: what the export is, and the checksums of its other files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    metadata = {
+        "name": name,
+        "version": version,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "source_checkpoint": model.source_checkpoint,
+        "parameters": model.count_params(),
+        "weights_bytes": sum(
+            path.stat().st_size for path in files if path.parent.name == "variables"
+        ),
+        "config": {
+            "encoder": model.encoder.config.to_dict(),
+            "decoder": model.decoder.config.to_dict(),
+            "preprocessor": model.preprocessor.get_config(),
+        },
+        "generation_config": module.settings["serving_default"].to_dict(),
+        "signatures": {
+            # The settings of the others are above.
+            signature: _describe(function, variants.get(signature.removesuffix(COMPILED)))
+            for signature, function in module.functions.items()
+        },
+        "batch_sizes": sizes,
+        "source_lengths": source_lengths(model),
+        "versions": {
+            **{
+                package: importlib.metadata.version(package)
+                for package in ("bertgen_tf", "tensorflow", "tensorflow_text", "keras")
+            },
+            "python": platform.python_version(),
+        },
+        "files": {
+            path.relative_to(folder).as_posix(): {
+                "bytes": path.stat().st_size,
+                "sha256": _sha256(path),
+            }
+            for path in files
+        },
+    }
+    with open(folder / METADATA_FILE, "w", encoding="utf-8") as file:
+        json.dump(metadata, file, indent=2)
+        file.write("\n")
+
+
+def _describe(function: Any, settings: Any) -> dict[str, Any]:
+    def specs(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: {"dtype": spec.dtype.name, "shape": spec.shape.as_list()}
+            for name, spec in tensors.items()
+        }
+
+    concrete = function.get_concrete_function()
+    description = {
+        "inputs": specs({spec.name: spec for spec in function.input_signature}),
+        "outputs": specs(concrete.structured_outputs),
+    }
+    if settings is not None:
+        description["generation_config"] = settings.to_dict()
+    return description
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,249 @@
+"""What an export computes: the functions behind its signatures.
+
+Each signature is a plain graph around one search. Those of one search share it: `serving_default`,
+`beams` and `ids` hold one graph of it, and their compiled twins another one.
+"""
+
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation import generation_function, hypotheses_to_text, start_prompt
+from bertgen_tf.generation_settings import uses_beams
+from bertgen_tf.logits import Processor
+
+# The suffix of signatures that are compiled by XLA.
+COMPILED = "_xla"
+# Names that `signatures=` cannot take.
+OWN_NAMES = ("serving_default", "generate", "beams", "ids", "score", "attention")
+
+_TEXT = tf.TensorSpec([None], tf.string, name="text")
+
+
+class ServingModule(tf.Module):
+    """Holds what the signatures read: weights, vocabulary, functions.
+
+    Attributes:
+        functions: those behind the signatures, by name.
+        settings: the settings of those that generate.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: GenerationConfig,
+        variants: Mapping[str, GenerationConfig],
+        logits_processor: Sequence[Processor],
+    ):
+        super().__init__(name="bertgen_tf")
+        self.weights = [weight.value for weight in model.weights]
+        self.tokenizer = model.tokenizer
+        every = every_hypothesis(config)
+        settings = dict.fromkeys(("serving_default", "generate_xla", "attention"), config)
+        settings |= dict.fromkeys(("beams", "beams_xla", "ids"), every)
+
+        def search(config: GenerationConfig, compiled: bool, **options: Any) -> Callable:
+            return generation_function(
+                model, config, compiled, logits_processor=logits_processor, **options
+            )
+
+        plain, compiled = search(every, False), search(every, True)
+        functions = {
+            "serving_default": _text_signature(model, every, plain, best_only=True),
+            "beams": _text_signature(model, every, plain),
+            "ids": _ids_signature(model, every, plain),
+            "score": _score_signature(model),
+            "attention": _attention_signature(
+                model, config, search(config, False, output_attentions=True)
+            ),
+            "generate_xla": _text_signature(model, every, compiled, best_only=True),
+            "beams_xla": _text_signature(model, every, compiled),
+        }
+        for name, variant in variants.items():
+            for suffix in ("", COMPILED):
+                settings[name + suffix] = variant
+                functions[name + suffix] = _text_signature(
+                    model,
+                    variant,
+                    search(variant, bool(suffix)),
+                    best_only=variant.num_return_sequences == 1,
+                )
+        # Not dicts, which are walked through when the module is saved.
+        self.functions = types.MappingProxyType(functions)
+        self.settings = types.MappingProxyType(settings)
+
+
+def every_hypothesis(config: GenerationConfig) -> GenerationConfig:
+    """The settings by which a search gives all that it found: of beam search, every beam."""
+    return config.replace(num_return_sequences=config.num_beams) if uses_beams(config) else config
+
+
+def _text_signature(
+    model: Any, config: GenerationConfig, search: Callable, *, best_only: bool = False
+) -> Callable:
+    """Text [B] -> text and score [B, n], or [B] with `best_only`."""
+
+    @tf.function(input_signature=[_TEXT], autograph=False)
+    def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
+        output = _search_text(model, config, search, text)[1]
+        sequences, scores = output.sequences, output.scores
+        if best_only:
+            sequences = sequences[:, :1]
+        texts = hypotheses_to_text(model.preprocessor, sequences)
+        if best_only:
+            return {"text": texts[:, 0], "score": scores[:, 0]}
+        return {"text": tf.ensure_shape(texts, [None, scores.shape[1]]), "score": scores}
+
+    return serve
+
+
+def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Callable:
+    """input_ids, attention_mask [B, S] -> sequences [B, n, L], score [B, n]."""
+    encoder = model.encoder.config
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, None], tf.int32, name="input_ids"),
+            tf.TensorSpec([None, None], tf.int32, name="attention_mask"),
+        ],
+        autograph=False,
+    )
+    def serve(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> dict[str, tf.Tensor]:
+        batch, length = tf.unstack(tf.shape(input_ids))
+        checks = (
+            (
+                tf.reduce_all(tf.equal(tf.shape(input_ids), tf.shape(attention_mask))),
+                "input_ids and attention_mask must have one shape [batch, length]",
+            ),
+            (
+                length <= encoder.max_position_embeddings,
+                f"input_ids must have at most {encoder.max_position_embeddings} columns",
+            ),
+            (
+                tf.reduce_all((input_ids >= 0) & (input_ids < encoder.vocab_size)),
+                f"input_ids must lie in [0, {encoder.vocab_size})",
+            ),
+            (
+                tf.reduce_all((attention_mask == 0) | (attention_mask == 1)),
+                "attention_mask must be 1 on tokens and 0 on padding",
+            ),
+        )
+        asserted = [tf.debugging.Assert(passed, [message]) for passed, message in checks]
+        with tf.control_dependencies(asserted):
+            # A search needs a column.
+            missing = [[0, 0], [0, tf.cast(tf.equal(length, 0), tf.int32)]]
+            input_ids = tf.pad(input_ids, missing, constant_values=encoder.pad_token_id)
+            attention_mask = tf.pad(attention_mask, missing)
+        output = search(
+            input_ids, attention_mask, start_prompt(model, batch), _seeds(config, batch)
+        )
+        return {"sequences": output.sequences, "score": output.scores}
+
+    return serve
+
+
+def _score_signature(model: Any) -> Callable:
+    """source, target [B] -> log_probability, num_tokens [B]."""
+    preprocessor = model.preprocessor
+
+    def score_row(row: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
+        input_ids, attention_mask, decoder_input_ids, labels, length = row
+        x = {
+            "input_ids": input_ids[tf.newaxis],
+            "attention_mask": attention_mask[tf.newaxis],
+            "decoder_input_ids": decoder_input_ids[tf.newaxis, :length],
+        }
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels[:length], model(x, training=False)[0]
+        )
+        return -tf.reduce_sum(losses), length
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None], tf.string, name="source"),
+            tf.TensorSpec([None], tf.string, name="target"),
+        ],
+        autograph=False,
+    )
+    def serve(source: tf.Tensor, target: tf.Tensor) -> dict[str, tf.Tensor]:
+        source, target = tf.reshape(source, [-1]), tf.reshape(target, [-1])
+        same = tf.equal(tf.size(source), tf.size(target))
+        asserted = tf.debugging.Assert(same, ["source and target must be of one number"])
+        with tf.control_dependencies([asserted]):
+            source = tf.identity(source)
+        x, labels, weights = preprocessor.pack(
+            preprocessor.encode_source(source), preprocessor.encode_target(target)
+        )
+        lengths = tf.reduce_sum(tf.cast(weights, tf.int32), axis=1)
+        # A row at a time: logits of a whole batch would take gigabytes.
+        scores, lengths = tf.map_fn(
+            score_row,
+            (x["input_ids"], x["attention_mask"], x["decoder_input_ids"], labels, lengths),
+            fn_output_signature=(tf.TensorSpec([]), tf.TensorSpec([], tf.int32)),
+            parallel_iterations=1,
+        )
+        return {"log_probability": scores, "num_tokens": lengths}
+
+    return serve
+
+
+def _attention_signature(model: Any, config: GenerationConfig, search: Callable) -> Callable:
+    """Text [B] -> text and score [B], tokens [B, S] and [B, T], attention [B, T, S]."""
+    vocabulary = model.tokenizer.get_vocab()
+    pieces = tf.constant(sorted(vocabulary, key=vocabulary.get))
+
+    def show(ids: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
+        # The embeddings may have more rows than there are pieces.
+        known = visible & (ids < len(vocabulary))
+        return tf.where(known, tf.gather(pieces, tf.where(known, ids, 0)), "")
+
+    @tf.function(input_signature=[_TEXT], autograph=False)
+    def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
+        inputs, output = _search_text(model, config, search, text)
+        weights = tf.reduce_mean(output.cross_attentions[:, 0], axis=[1, 2])  # [B, T, S]
+        generated = tf.reduce_sum(weights, axis=-1) > 0.5  # [B, T]
+        lengths = tf.reduce_sum(tf.cast(generated, tf.int32), axis=1)
+        longest = tf.maximum(tf.reduce_max(lengths), 0)  # the maximum of nothing is negative
+        is_token = tf.cast(inputs["attention_mask"], tf.bool)
+        best = output.sequences[:, :1]
+        return {
+            "text": hypotheses_to_text(model.preprocessor, best)[:, 0],
+            "score": output.scores[:, 0],
+            "source_tokens": show(inputs["input_ids"], is_token),
+            "target_tokens": show(best[:, 0, 1:], generated)[:, :longest],
+            "attention": tf.where(is_token[:, tf.newaxis], weights, 0.0)[:, :longest],
+        }
+
+    return serve
+
+
+def _search_text(
+    model: Any, config: GenerationConfig, search: Callable, text: tf.Tensor
+) -> tuple[dict[str, tf.Tensor], Any]:
+    """The ids of texts, and what was found for them."""
+    # The server does not check shapes: a scalar may come.
+    inputs = model.preprocessor.generate_preprocess(tf.reshape(text, [-1]))
+    batch = tf.shape(inputs["input_ids"])[0]
+    output = search(
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        start_prompt(model, batch),
+        _seeds(config, batch),
+    )
+    return inputs, output
+
+
+def _seeds(config: GenerationConfig, batch: tf.Tensor) -> tf.Tensor:
+    """What `generation.make_seeds` makes, in the graph."""
+    if not config.do_sample:
+        return tf.zeros([batch, 2], tf.int32)
+    seed = config.seed
+    if seed is None:
+        # Not tf.random.uniform, which writes the seed of `tf.random.set_seed` into the export.
+        seed = tf.raw_ops.RandomUniformInt(
+            shape=tf.constant([], tf.int32), minval=0, maxval=2**31 - 1, seed=0, seed2=0
+        )
+    return tf.stack([tf.fill([batch], seed), tf.range(batch)], axis=1)
