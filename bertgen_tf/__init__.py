@@ -11,7 +11,7 @@ if _keras.backend.backend() != "tensorflow":
 from bertgen_tf import hub
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.export import export_saved_model
+from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
@@ -40,6 +40,7 @@ __all__ = [
     "BertGenerationTokenizer",
     "BertTokenizer",
     "EncoderDecoderModel",
+    "ExportError",
     "GenerateOutput",
     "GenerationConfig",
     "Seq2SeqPreprocessor",

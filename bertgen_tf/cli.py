@@ -1,4 +1,4 @@
-"""The command line: `bertgen-tf finetune | generate | export | convert`, over the library.
+"""The command line: `bertgen-tf finetune | generate | export | convert | serve`, over the library.
 
 Whatever its user can mend is one line on stderr and exit code 2; anything else is a bug and shows
 its traceback.
@@ -20,12 +20,13 @@ from typing import Any, TextIO
 import keras
 import tensorflow as tf
 
-from bertgen_tf import cli_output, presets, text_files
+from bertgen_tf import cli_batch, cli_output, presets, text_files
 from bertgen_tf.cli_arguments import PROGRAM, make_parser
 from bertgen_tf.cli_convert import convert, is_huggingface
+from bertgen_tf.cli_serve import find_serve
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.export import check_version_path, export_saved_model
+from bertgen_tf.export import ExportError, check_version_path, export_saved_model
 from bertgen_tf.generation_settings import check_config
 from bertgen_tf.generator import WINDOW, Generator
 from bertgen_tf.training import bucketed_dataset, default_optimizer
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         "generate": _generate,
         "export": _export,
         "convert": _convert,
+        "serve": _serve,
     }
     try:
         try:
@@ -241,6 +243,11 @@ def _counted(batches: tf.data.Dataset) -> tf.data.Dataset:
 def _generate(arguments: argparse.Namespace) -> None:
     path = arguments.output
     with _user_errors():
+        cli_batch.check_flags(arguments)
+    if arguments.engine == "ray":
+        _generate_on_ray(arguments)
+        return
+    with _user_errors():
         cli_output.check_path(path, arguments.overwrite, arguments.resume)
     stream = arguments.input == "-" or Path(arguments.input).is_fifo()
     if stream and arguments.resume:
@@ -253,7 +260,10 @@ def _generate(arguments: argparse.Namespace) -> None:
             # Twice is little beside generating, and finds every malformed line now.
             total = sum(1 for _ in text_files.read_texts(arguments.input))
         if path != "-":
-            run = _describe_run(arguments, config)
+            run = {
+                "input": cli_output.digest(arguments.input),
+                **_describe_model(arguments, config),
+            }
     if arguments.resume:
         with _user_errors():
             begun = cli_output.find_begun(path, run, total)
@@ -264,6 +274,21 @@ def _generate(arguments: argparse.Namespace) -> None:
     model = _load(arguments, config)
     with cli_output.open_output(path, run, begun, _complain) as file:
         _generate_lines(arguments, model, config, begun.lines, total, file)
+
+
+def _generate_on_ray(arguments: argparse.Namespace) -> None:
+    config = run = model = None
+    if arguments.preset:
+        config = _read_settings(arguments)
+        run = _describe_model(arguments, config)
+    with _user_errors():
+        jobs = cli_batch.find_jobs(arguments, run)
+    if all(job.begun is None for job in jobs):
+        _complain(f"{arguments.output} is complete")
+        return
+    if arguments.preset:
+        model = _load(arguments, config)
+    cli_batch.run_jobs(arguments, jobs, model, config, _complain)
 
 
 def _generate_lines(
@@ -313,13 +338,12 @@ def _read_texts(path: str, first: int, sources: collections.deque[str]) -> Itera
         yield text
 
 
-def _describe_run(arguments: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
-    """What decides the outputs of a run; names are those that its user knows."""
+def _describe_model(arguments: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
+    """What decides the outputs beside the input; names are those that the user knows."""
     preset = Path(arguments.preset)
     names = [presets.CONFIG_FILE, presets.WEIGHTS_FILE]
     names += sorted(name for name, _ in presets.VOCABULARIES.values())
     return {
-        "input": cli_output.digest(arguments.input),
         "preset": cli_output.digest(
             *(preset / name for name in names if (preset / name).is_file())
         ),
@@ -333,12 +357,23 @@ def _export(arguments: argparse.Namespace) -> None:
         check_version_path(arguments.output)
     config = _read_settings(arguments)
     model = _load(arguments, config)
-    export_saved_model(model, arguments.output, config)
+    try:
+        export_saved_model(
+            model,
+            arguments.output,
+            config,
+            max_batch_size=arguments.max_batch_size,
+            warmup_xla=arguments.warmup_xla,
+            check=not arguments.no_check,
+        )
+    except ExportError as error:
+        raise UserError(str(error)) from error
     folder = Path(arguments.output).absolute().parent
     mount = shlex.quote(f"{folder}:/models/{folder.name}")
     name = shlex.quote(folder.name)
     print(f"""\
-written: {arguments.output}, with the signatures serving_default (any server) and generate_xla (XLA)
+written: {arguments.output}, with the signatures serving_default, beams, ids, score and attention for
+any server, and generate_xla and beams_xla for servers with XLA
 serve it:
   docker run --rm -p 8501:8501 -v {mount} -e MODEL_NAME={name} tensorflow/serving
 ask it:
@@ -348,6 +383,14 @@ ask it:
 def _convert(arguments: argparse.Namespace) -> None:
     with _user_errors():
         convert(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    options = vars(arguments).copy()
+    del options["command"]
+    with _user_errors():
+        serve = find_serve()
+    serve(**options)
 
 
 def _read_preset_config(folder: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from bertgen_tf import cli_serve
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE
 
@@ -25,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; `command` of what it parses is finetune, generate, export or convert."""
+    """The parser; `command` of what it parses is the name of a command, such as finetune."""
     parser = _Parser(
         prog=PROGRAM,
         description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "
@@ -37,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_export(commands)
     _add_convert(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -170,10 +172,21 @@ files, in UTF-8:
 
 Outputs are written, and --resume goes on, by the thousand: killed before, it begins with them anew.
 
-example:
-  bertgen-tf generate --preset my_model --input sources.txt --output outputs.txt --num-beams 4""",
+With --engine ray, --input is a pattern of many files and --output a folder: NAME.* becomes
+NAME.jsonl, where each line is the object of the input line, or {"source": "..."}, with "output".
+
+examples:
+  bertgen-tf generate --preset my_model --input sources.txt --output outputs.txt --num-beams 4
+  bertgen-tf generate --engine ray --export saved_models/my_model/1 --input 'lines/*.jsonl' \\
+      --output out/""",
     )
-    _add_preset(parser)
+    model = parser.add_mutually_exclusive_group(required=True)
+    _add_preset(parser, model)
+    model.add_argument(
+        "--export",
+        metavar="NAME/VERSION",
+        help="what export wrote, settings of generation included; with --engine ray",
+    )
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="texts (default: -, standard input)"
     )
@@ -183,6 +196,7 @@ example:
         metavar="FILE",
         help="a new file, called FILE.partial until it is complete (default: -, standard output)",
     )
+    _add_engine(parser)
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
         "--overwrite", action="store_true", help="replace --output, or FILE.partial, if it exists"
@@ -206,6 +220,36 @@ example:
     _add_generation_config(parser)
 
 
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """What `cli_batch` reads."""
+    group = parser.add_argument_group("many files, on many cores or machines")
+    group.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: one file in this process; ray: files on Ray, here or on a cluster (default: "
+        "%(default)s)",
+    )
+    count = {"type": _at_least(1), "metavar": "N"}
+    group.add_argument(
+        "--workers",
+        **count,
+        help="processes, each with its own copy of the model (default: all cores are used)",
+    )
+    group.add_argument("--cpus-per-worker", **count, help="cores and threads of each (default: 1)")
+    group.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="a Ray cluster, on all of whose machines --export is at the same path (default: "
+        "RAY_ADDRESS, or else this machine)",
+    )
+    group.add_argument(
+        "--signature",
+        metavar="NAME",
+        help="of --export (default: generate_xla, with --no-xla serving_default)",
+    )
+
+
 def _add_export(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
@@ -223,7 +267,26 @@ example:
         metavar="NAME/VERSION",
         help="a new folder, called by an integer, such as saved_models/my_model/1",
     )
-    # The signatures give the best hypothesis only.
+    parser.add_argument(
+        "--max-batch-size",
+        type=_power_of_two,
+        default=32,
+        metavar="N",
+        help="the most texts that a server with batching runs together, a power of two (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--warmup-xla",
+        action="store_true",
+        help="let the server compile generate_xla for every batch size and length before it "
+        "serves; a server without XLA does not load such an export",
+    )
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not run the export in a process of its own to see that it answers as the model",
+    )
+    # Each signature gives one hypothesis, or all.
     _add_generation_config(parser, leave_out="num_return_sequences")
 
 
@@ -261,9 +324,20 @@ examples:
     _add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
 
 
-def _add_preset(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--preset", required=True, metavar="FOLDER", help="a model that finetune saved"
+def _add_serve(commands: Any) -> None:
+    parser = commands.add_parser(
+        "serve",
+        help="serve exports on this machine",
+        description=cli_serve.DESCRIPTION,
+        epilog=cli_serve.EPILOG,
+    )
+    cli_serve.add_serve_arguments(parser, _at_least(1), _positive_number)
+
+
+def _add_preset(parser: argparse.ArgumentParser, instead: Any = None) -> None:
+    """The model; `instead` is a required group of what may be given in its place."""
+    (instead or parser).add_argument(
+        "--preset", required=instead is None, metavar="FOLDER", help="a model that finetune saved"
     )
     parser.add_argument(
         "--quantize",
@@ -304,6 +378,12 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return int(text)
 
     return integer
+
+
+def _power_of_two(text: str) -> int:
+    if not text.isdecimal() or int(text).bit_count() != 1:
+        raise argparse.ArgumentTypeError(f"expected a power of two, received {text!r}")
+    return int(text)
 
 
 def _number(text: str) -> float:

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from bertgen_tf.export_files import WARMUP_FILE, text_of_length
 from bertgen_tf.export_signatures import COMPILED, ServingModule
+from bertgen_tf.generation_settings import eos_token_ids
 from bertgen_tf.logits import Processor
 
 # Of log-probabilities and of weights of attention.
@@ -115,14 +116,14 @@ def _case(model: Any, module: ServingModule, signature: str, texts: list, output
         outputs = {name: array[:, 0] for name, array in outputs.items()}
     if signature == "attention":
         weights = output.cross_attentions[:, 0].mean(axis=(1, 2))
-        generated = weights.sum(axis=-1) > 0.5
+        best = output.sequences[:, 0, 1:]
+        ends = np.isin(best, eos_token_ids(config, model))
+        generated = np.cumsum(ends, axis=1) - ends == 0
         longest = generated.sum(axis=1).max()
         is_token = ids["attention_mask"].astype(bool)
         outputs |= {
             "source_tokens": _pieces(model, ids["input_ids"], is_token),
-            "target_tokens": _pieces(
-                model, output.sequences[:, 0, 1 : 1 + longest], generated[:, :longest]
-            ),
+            "target_tokens": _pieces(model, best, generated)[:, :longest],
             "attention": np.where(is_token[:, np.newaxis], weights[:, :longest], 0),
         }
     return _Case(signature, {"text": np.array(texts, object)}, outputs, drawn)

@@ -26,8 +26,8 @@ _BATCHING = """\
 max_batch_size {{ value: {largest} }}
 batch_timeout_micros {{ value: 5000 }}
 max_enqueued_batches {{ value: 100 }}
-# Of the signature "ids": masked padding changes nothing.
-pad_variable_length_inputs: true
+# Not pad_variable_length_inputs: it pads with the first value of a tensor, which in a mask is 1.
+# So requests to "ids" must be padded to one length.
 {sizes}
 """
 

@@ -1,7 +1,8 @@
 """What an export computes: the functions behind its signatures.
 
-Each signature is a plain graph around one search. Those of one search share it: `serving_default`,
-`beams` and `ids` hold one graph of it, and their compiled twins another one.
+Each signature is a plain graph around what it shares with others: `serving_default`, `beams`, `ids`
+and `attention` one search, `generate_xla` and `beams_xla` its compiled twin, `score` and
+`attention` one forward pass. So the graph of a model of many layers stays small.
 """
 
 import types
@@ -12,8 +13,9 @@ import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation import generation_function, hypotheses_to_text, start_prompt
-from bertgen_tf.generation_settings import uses_beams
+from bertgen_tf.generation_settings import eos_token_ids, total_length, uses_beams
 from bertgen_tf.logits import Processor
+from bertgen_tf.sequences import is_one_of
 
 # The suffix of signatures that are compiled by XLA.
 COMPILED = "_xla"
@@ -45,20 +47,16 @@ class ServingModule(tf.Module):
         settings = dict.fromkeys(("serving_default", "generate_xla", "attention"), config)
         settings |= dict.fromkeys(("beams", "beams_xla", "ids"), every)
 
-        def search(config: GenerationConfig, compiled: bool, **options: Any) -> Callable:
-            return generation_function(
-                model, config, compiled, logits_processor=logits_processor, **options
-            )
+        def search(config: GenerationConfig, compiled: bool) -> Callable:
+            return generation_function(model, config, compiled, logits_processor=logits_processor)
 
-        plain, compiled = search(every, False), search(every, True)
+        plain, compiled, forward = search(every, False), search(every, True), _forward_pass(model)
         functions = {
             "serving_default": _text_signature(model, every, plain, best_only=True),
             "beams": _text_signature(model, every, plain),
             "ids": _ids_signature(model, every, plain),
-            "score": _score_signature(model),
-            "attention": _attention_signature(
-                model, config, search(config, False, output_attentions=True)
-            ),
+            "score": _score_signature(model, forward),
+            "attention": _attention_signature(model, every, plain, forward),
             "generate_xla": _text_signature(model, every, compiled, best_only=True),
             "beams_xla": _text_signature(model, every, compiled),
         }
@@ -140,25 +138,50 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
         output = search(
             input_ids, attention_mask, start_prompt(model, batch), _seeds(config, batch)
         )
-        return {"sequences": output.sequences, "score": output.scores}
+        shape = [None, config.num_return_sequences, total_length(config, 1)]
+        return {
+            "sequences": tf.ensure_shape(output.sequences, shape),
+            "score": output.scores,
+        }
 
     return serve
 
 
-def _score_signature(model: Any) -> Callable:
+def _forward_pass(model: Any) -> Callable:
+    """Of one example: the logits of its target, and how it looked at the source.
+
+    One, because of a batch the logits and the weights of all layers would take gigabytes.
+
+    Returns:
+        `(input_ids [S], attention_mask [S], decoder_input_ids [T])` -> float32 [T, V] and, the mean
+        over layers and heads, [T, S].
+    """
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)] * 3, autograph=False)
+    def forward(
+        input_ids: tf.Tensor, attention_mask: tf.Tensor, decoder_input_ids: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        mask = attention_mask[tf.newaxis]
+        logits, weights = model.decoder(
+            decoder_input_ids[tf.newaxis],
+            encoder_hidden_states=model.encoder(input_ids[tf.newaxis], mask, training=False),
+            encoder_attention_mask=mask,
+            return_attention_weights=True,
+            training=False,
+        )
+        return logits[0], tf.reduce_mean(weights[0], axis=[0, 1])
+
+    return forward
+
+
+def _score_signature(model: Any, forward: Callable) -> Callable:
     """source, target [B] -> log_probability, num_tokens [B]."""
     preprocessor = model.preprocessor
 
     def score_row(row: tuple[tf.Tensor, ...]) -> tuple[tf.Tensor, tf.Tensor]:
         input_ids, attention_mask, decoder_input_ids, labels, length = row
-        x = {
-            "input_ids": input_ids[tf.newaxis],
-            "attention_mask": attention_mask[tf.newaxis],
-            "decoder_input_ids": decoder_input_ids[tf.newaxis, :length],
-        }
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-            labels[:length], model(x, training=False)[0]
-        )
+        logits, _ = forward(input_ids, attention_mask, decoder_input_ids[:length])
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels[:length], logits)
         return -tf.reduce_sum(losses), length
 
     @tf.function(
@@ -178,7 +201,6 @@ def _score_signature(model: Any) -> Callable:
             preprocessor.encode_source(source), preprocessor.encode_target(target)
         )
         lengths = tf.reduce_sum(tf.cast(weights, tf.int32), axis=1)
-        # A row at a time: logits of a whole batch would take gigabytes.
         scores, lengths = tf.map_fn(
             score_row,
             (x["input_ids"], x["attention_mask"], x["decoder_input_ids"], labels, lengths),
@@ -190,7 +212,9 @@ def _score_signature(model: Any) -> Callable:
     return serve
 
 
-def _attention_signature(model: Any, config: GenerationConfig, search: Callable) -> Callable:
+def _attention_signature(
+    model: Any, config: GenerationConfig, search: Callable, forward: Callable
+) -> Callable:
     """Text [B] -> text and score [B], tokens [B, S] and [B, T], attention [B, T, S]."""
     vocabulary = model.tokenizer.get_vocab()
     pieces = tf.constant(sorted(vocabulary, key=vocabulary.get))
@@ -203,18 +227,30 @@ def _attention_signature(model: Any, config: GenerationConfig, search: Callable)
     @tf.function(input_signature=[_TEXT], autograph=False)
     def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
         inputs, output = _search_text(model, config, search, text)
-        weights = tf.reduce_mean(output.cross_attentions[:, 0], axis=[1, 2])  # [B, T, S]
-        generated = tf.reduce_sum(weights, axis=-1) > 0.5  # [B, T]
+        best = output.sequences[:, 0]  # [B, 1 + max_new_tokens]
+        ends = tf.cast(is_one_of(best[:, 1:], eos_token_ids(config, model)), tf.int32)
+        generated = tf.cumsum(ends, axis=1, exclusive=True) == 0
         lengths = tf.reduce_sum(tf.cast(generated, tf.int32), axis=1)
-        longest = tf.maximum(tf.reduce_max(lengths), 0)  # the maximum of nothing is negative
+        longest = tf.maximum(tf.reduce_max(lengths), 1)  # the maximum of nothing is negative
+        generated = generated[:, :longest]
+        batch = tf.shape(best)[0]
+        # Of no rows there would be no shape.
+        missing = [[0, tf.cast(tf.equal(batch, 0), tf.int32)], [0, 0]]
+        rows = inputs["input_ids"], inputs["attention_mask"], best[:, :longest]
+        weights = tf.map_fn(
+            lambda row: forward(*row)[1],
+            tuple(tf.pad(tensor, missing) for tensor in rows),
+            fn_output_signature=tf.TensorSpec([None, None]),
+            parallel_iterations=1,
+        )[:batch]
         is_token = tf.cast(inputs["attention_mask"], tf.bool)
-        best = output.sequences[:, :1]
+        shown = generated[:, :, tf.newaxis] & is_token[:, tf.newaxis]
         return {
-            "text": hypotheses_to_text(model.preprocessor, best)[:, 0],
+            "text": hypotheses_to_text(model.preprocessor, best[:, tf.newaxis])[:, 0],
             "score": output.scores[:, 0],
             "source_tokens": show(inputs["input_ids"], is_token),
-            "target_tokens": show(best[:, 0, 1:], generated)[:, :longest],
-            "attention": tf.where(is_token[:, tf.newaxis], weights, 0.0)[:, :longest],
+            "target_tokens": show(best[:, 1 : 1 + longest], generated),
+            "attention": tf.where(shown, weights, 0.0),
         }
 
     return serve

@@ -1,19 +1,23 @@
 """The export answers like the model: in a fresh process, moved, and on a server without XLA."""
 
+import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import make_model
+from conftest import PIECES, make_model
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bertgen_tf as bg
-from bertgen_tf import export
+from bertgen_tf import export_signatures
 
 TEXTS = [
     "the man saw a bird, who sang.",
@@ -22,11 +26,20 @@ TEXTS = [
     "a young woman left the house and found a bird " * 200,
     "über 😀 café",
 ]
+ODD = b"\xff\xfe bird"
 OPTIONS = {"num_beams": 3, "max_new_tokens": 9}
+BRIEF = bg.GenerationConfig(max_new_tokens=4)
+DRAWN = bg.GenerationConfig(
+    do_sample=True, seed=4, top_k=0, num_return_sequences=2, max_new_tokens=5
+)
+PLAIN = {"serving_default", "beams", "ids", "score", "attention", "brief", "drawn"}
+# Each compiled one takes a compilation more.
+EMPTY = ["serving_default", "beams", "score", "attention", "brief", "drawn", "generate_xla"]
+COMPILED = {"generate_xla", "beams_xla", "brief_xla", "drawn_xla"}
 
-# Runs where bertgen_tf cannot be imported, and prints text, score and error of each signature.
+# Runs where bertgen_tf cannot be imported; prints the outputs, or the error, of each request.
 PROGRAM = """
-import ctypes, json, os, sys
+import base64, ctypes, json, os, sys
 sys.modules["bertgen_tf"] = None
 path, no_xla = sys.argv[1], sys.argv[2] == "no_xla"
 import tensorflow as tf
@@ -35,72 +48,166 @@ if no_xla:
     library = os.path.join(os.path.dirname(tf.__file__), "libtensorflow_cc.so.2")
     ctypes.CDLL(library)._ZN10tensorflow21DisableXlaCompilationEv()
 loaded = tf.saved_model.load(path)
-texts = json.load(sys.stdin)
-results = {}
-for name, signature in loaded.signatures.items():
+results = []
+for name, inputs in json.load(sys.stdin):
+    texts = {k: [base64.b64decode(t) for t in v] for k, v in inputs.items() if k[0] != "="}
+    tensors = {k: tf.constant(v, tf.string) for k, v in texts.items()}
+    tensors |= {k[1:]: tf.constant(v, tf.int32) for k, v in inputs.items() if k[0] == "="}
     try:
-        out = signature(text=tf.constant([t.encode() for t in texts] + [b"\\xff\\xfe bird"]))
-        results[name] = {
-            "text": [t.decode() for t in out["text"].numpy()],
-            "score": out["score"].numpy().tolist(),
-            "empty": signature(text=tf.constant([], tf.string))["text"].shape.as_list(),
-        }
+        outputs = loaded.signatures[name](**tensors)
     except tf.errors.OpError as error:
-        results[name] = {"error": error.message}
-print("RESULT " + json.dumps(results))
+        results.append(error.message)
+        continue
+    arrays = {k: v.numpy() for k, v in outputs.items()}
+    decode = lambda v: v.decode() if isinstance(v, bytes) else [decode(x) for x in v]
+    arrays = {k: v.tolist() if v.dtype != object else decode(v.tolist()) for k, v in arrays.items()}
+    results.append(arrays)
+print("RESULT " + json.dumps([sorted(loaded.signatures), results]))
 """
 
 
 @pytest.fixture(scope="module", params=["float32", "int8"])
 def exported(request, tmp_path_factory):
-    """What the model answered, and its export in another place than it was written to."""
+    """A model, and its export in another place than it was written to."""
     folder = tmp_path_factory.mktemp("export")
     model = make_model("all", max_source_length=20)
     if request.param == "int8":
         model.quantize("int8")
-    path = bg.export_saved_model(model, folder / "name/1", **OPTIONS)
-    answers = model.generate(TEXTS, **OPTIONS)
-    ids = model.preprocessor.generate_preprocess(TEXTS)
-    scores = model.generate({k: v.numpy() for k, v in ids.items()}, **OPTIONS).scores[:, 0]
-    del model
+    path = bg.export_saved_model(
+        model,
+        folder / "name/1",
+        signatures={"brief": BRIEF, "drawn": DRAWN},
+        check=False,
+        **OPTIONS,
+    )
     shutil.move(path, folder / "moved")
     (folder / "name").rmdir()
-    return folder / "moved", answers, scores
+    return model, folder / "moved"
 
 
-def run(path, mode):
+def encoded(texts):
+    return [base64.b64encode(t if isinstance(t, bytes) else t.encode()).decode() for t in texts]
+
+
+def requests(model):
+    """A request of each signature, and empty ones."""
+    texts = encoded([*TEXTS, ODD])
+    ids = model.preprocessor.generate_preprocess(TEXTS)
+    ids = {f"={name}": tensor.numpy().tolist() for name, tensor in ids.items()}
+    pairs = {"source": texts, "target": texts[::-1]}
+    inputs = {"ids": ids, "score": pairs}
+    full = [(name, inputs.get(name, {"text": texts})) for name in sorted(PLAIN | COMPILED)]
+    return full + [
+        (name, {"source": [], "target": []} if name == "score" else {"text": []})
+        for name in EMPTY
+    ]
+
+
+def run(model, path, mode):
+    """The outputs of each signature, of full requests and of empty ones."""
     process = subprocess.run(
         [sys.executable, "-c", PROGRAM, path, mode],
-        input=json.dumps(TEXTS),
+        input=json.dumps(requests(model)),
         capture_output=True,
         text=True,
         cwd=path,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    return json.loads(process.stdout.split("RESULT ")[1])
+    names, results = json.loads(process.stdout.split("RESULT ")[1])
+    assert set(names) == PLAIN | COMPILED
+    names = [name for name, _ in requests(model)]
+    pairs = list(zip(names, results, strict=True))
+    return dict(pairs[: -len(EMPTY)]), dict(pairs[-len(EMPTY) :])
 
 
-def check(result, answers, scores):
-    assert result["text"][:-1] == answers
-    assert result["score"][:-1] == pytest.approx(scores.tolist(), abs=1e-4)
-    assert len(result["text"]) == len(TEXTS) + 1
-    assert result["empty"] == [0]
+def close(found, expected):
+    return np.allclose(np.array(found), expected, atol=1e-4)
 
 
-def test_fresh_process_gives_the_same_text(exported):
-    path, answers, scores = exported
-    result = run(path, "xla")
-    assert set(result) == {"serving_default", "generate_xla"}
-    check(result["serving_default"], answers, scores)
-    check(result["generate_xla"], answers, scores)
+def check(model, results, empty, names):
+    """Compares with the model, signature by signature."""
+    texts = tf.data.Dataset.from_tensor_slices([t.encode() for t in TEXTS] + [ODD])
+    settings = {"output_scores": True, "jit_compile": False}
+    every = model.generate(texts, num_return_sequences=3, **OPTIONS, **settings)
+    best = [row[0] for row in every.texts]
+    brief = model.generate(texts, BRIEF, **settings)
+    drawn = model.generate(texts, DRAWN, **settings)
+    expected = {
+        "serving_default": (best, every.scores[:, 0]),
+        "generate_xla": (best, every.scores[:, 0]),
+        "attention": (best, every.scores[:, 0]),
+        "beams": (every.texts, every.scores),
+        "beams_xla": (every.texts, every.scores),
+        "brief": (brief.texts, brief.scores[:, 0]),
+        "brief_xla": (brief.texts, brief.scores[:, 0]),
+        "drawn": (drawn.texts, drawn.scores),
+        "drawn_xla": (drawn.texts, drawn.scores),
+    }
+    for name in names & set(expected):
+        assert results[name]["text"] == expected[name][0], name
+        assert close(results[name]["score"], expected[name][1]), name
+        if name in EMPTY:
+            assert (empty[name]["text"], empty[name]["score"]) == ([], []), name
+    if "ids" in names:
+        assert results["ids"]["sequences"] == every.sequences[:-1].tolist()
+        assert close(results["ids"]["score"], every.scores[:-1])
+    if "score" in names:
+        check_scores(model, results["score"])
+        assert empty["score"] == {"log_probability": [], "num_tokens": []}
+    if "attention" in names:
+        check_attention(model, results["attention"])
 
 
+def check_scores(model, found):
+    """The sum of log-probabilities of the labels, by a forward pass of each pair."""
+    for row, (source, target) in enumerate(zip(TEXTS[1:], TEXTS[::-1], strict=False), 1):
+        x, labels, weights = model.preprocessor(source, target)
+        x = {name: tensor[tf.newaxis] for name, tensor in x.items()}
+        logits = np.array(model(x, training=False))[0].astype(np.float64)
+        log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        chosen = log_probabilities[np.arange(len(labels)), labels.numpy()]
+        count = int(weights.numpy().sum())
+        assert found["num_tokens"][row] == count
+        assert found["log_probability"][row] == pytest.approx(chosen[:count].sum(), abs=1e-3)
+
+
+def check_attention(model, found):
+    output = model.generate(TEXTS, output_attentions=True, jit_compile=False, **OPTIONS)
+    weights = output.cross_attentions[:, 0].mean(axis=(1, 2))
+    for row, text in enumerate(TEXTS):
+        ids = model.preprocessor.encode_source([text])[0].numpy().tolist()
+        pieces = model.tokenizer.convert_ids_to_tokens(ids)
+        assert [t for t in found["source_tokens"][row] if t] == pieces
+        new = output.sequences[row, 0, 1:].tolist()
+        end = (
+            new.index(model.tokenizer.eos_token_id) + 1
+            if model.tokenizer.eos_token_id in new
+            else 9
+        )
+        tokens = [t for t in found["target_tokens"][row] if t]
+        assert tokens == model.tokenizer.convert_ids_to_tokens(new[:end])
+        matrix = np.array(found["attention"][row])
+        assert matrix.shape == (len(found["target_tokens"][row]), len(found["source_tokens"][row]))
+        if pieces:
+            assert close(matrix[:end, : len(ids)], weights[row, :end, : len(ids)])
+            assert close(matrix[:end].sum(axis=1), np.ones(end))
+        assert not matrix[end:].any() and not matrix[:, len(ids) :].any()
+
+
+@pytest.mark.slow
+def test_fresh_process_answers_like_the_model(exported):
+    model, path = exported
+    check(model, *run(model, path, "xla"), PLAIN | COMPILED)
+
+
+@pytest.mark.slow
 def test_stock_server_without_xla(exported):
-    path, answers, scores = exported
-    result = run(path, "no_xla")
-    check(result["serving_default"], answers, scores)
-    assert "XLA compilation disabled" in result["generate_xla"]["error"]
+    model, path = exported
+    results, empty = run(model, path, "no_xla")
+    check(model, results, empty, PLAIN)
+    for name in COMPILED:
+        assert "XLA compilation disabled" in results[name]
 
 
 def reachable(library, nodes):
@@ -117,31 +224,95 @@ def reachable(library, nodes):
                     todo += functions[name].node_def
 
 
-def check_ops(path):
+def read_graph(path):
     proto = saved_model_pb2.SavedModel()
     proto.ParseFromString((path / "saved_model.pb").read_bytes())
     (meta_graph,) = proto.meta_graphs
+    return meta_graph
+
+
+def check_ops(path):
+    meta_graph = read_graph(path)
     graph = meta_graph.graph_def
-    compiled = {}
-    for name, signature in meta_graph.signature_def.items():
-        if name.startswith("__"):
-            continue
-        output = signature.outputs["text"].name.split(":")[0]
-        nodes = [node for node in graph.node if node.name == output]
-        ops = list(reachable(graph.library, nodes))
+    names = {name for name in meta_graph.signature_def if not name.startswith("__")}
+    assert {"serving_default", "beams", "ids", "score", "attention"} < names
+    for name in names:
+        (output, *_) = meta_graph.signature_def[name].outputs.values()
+        output = output.name.split(":")[0]
+        ops = list(reachable(graph.library, [node for node in graph.node if node.name == output]))
         assert len(ops) > 100
-        compiled[name] = [
-            node.op for node in ops if node.op.startswith("Xla") or node.attr["_XlaMustCompile"].b
-        ]
-    assert compiled["serving_default"] == []
-    assert compiled["generate_xla"] != []
+        compiled = [n.op for n in ops if n.op.startswith("Xla") or n.attr["_XlaMustCompile"].b]
+        assert bool(compiled) == name.endswith("_xla"), name
     # A function that no signature runs must not bring one either.
     for function in graph.library.function:
         assert not [n.op for n in function.node_def if n.op.startswith("Xla")]
 
 
-def test_serving_default_has_no_xla_op_anywhere(exported):
-    check_ops(exported[0])
+def test_only_compiled_signatures_have_xla(exported):
+    check_ops(exported[1])
+
+
+def test_outputs_are_what_a_server_takes(exported):
+    """The batch first, rank 1 or more, strings, float32 or int32."""
+    model, path = exported
+    loaded = tf.saved_model.load(str(path))
+    for name, signature in loaded.signatures.items():
+        for output in signature.structured_outputs.values():
+            assert output.dtype in (tf.string, tf.float32, tf.int32)
+            assert output.shape.rank >= 1 and output.shape[0] is None, name
+    specs = {
+        name: {k: v.shape.as_list() for k, v in signature.structured_outputs.items()}
+        for name, signature in loaded.signatures.items()
+    }
+    assert specs["serving_default"] == {"text": [None], "score": [None]}
+    assert specs["beams"] == {"text": [None, 3], "score": [None, 3]}
+    assert specs["ids"] == {"sequences": [None, 3, 10], "score": [None, 3]}
+    assert specs["drawn"] == {"text": [None, 2], "score": [None, 2]}
+    # A server passes a scalar on.
+    one = tf.constant(TEXTS[0])
+    for name in PLAIN - {"ids", "score"}:
+        function = loaded.signatures[name]
+        placeholder = function.structured_input_signature[1]["text"]
+        assert (placeholder.name, placeholder.dtype) == ("text", tf.string)
+    inner = export_signatures.ServingModule(model, bg.GenerationConfig(**OPTIONS), {}, ())
+    scalar = inner.functions["serving_default"].python_function(one)
+    assert scalar["text"].numpy().shape == (1,)
+    scalar = inner.functions["score"].python_function(one, one)
+    assert scalar["log_probability"].numpy().shape == (1,)
+
+
+@pytest.mark.parametrize(
+    "ids, mask, message",
+    [
+        ([[len(PIECES)]], [[1]], "input_ids must lie in"),
+        ([[-1]], [[1]], "input_ids must lie in"),
+        ([[5, 6]], [[1]], "must have one shape"),
+        ([[5]], [[2]], "attention_mask must be 1 on tokens and 0 on padding"),
+        ([[5] * 27], [[1] * 27], "input_ids must have at most 26 columns"),
+    ],
+)
+def test_ids_that_the_model_does_not_have(exported, ids, mask, message):
+    signature = tf.saved_model.load(str(exported[1])).signatures["ids"]
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
+        signature(input_ids=tf.constant(ids), attention_mask=tf.constant(mask))
+
+
+def test_ids_of_no_columns_and_no_rows(exported):
+    model, path = exported
+    signature = tf.saved_model.load(str(path)).signatures["ids"]
+    none = tf.zeros([2, 0], tf.int32)
+    found = signature(input_ids=none, attention_mask=none)
+    ids = model.preprocessor.generate_preprocess(["", ""])
+    expected = signature(**ids)
+    assert found["sequences"].numpy().tolist() == expected["sequences"].numpy().tolist()
+    none = tf.zeros([0, 3], tf.int32)
+    assert signature(input_ids=none, attention_mask=none)["sequences"].shape == [0, 3, 10]
+
+
+def test_scores_need_pairs(exported):
+    signature = tf.saved_model.load(str(exported[1])).signatures["score"]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="source and target must be of one"):
+        signature(source=tf.constant(["a", "b"]), target=tf.constant(["a"]))
 
 
 def only_words(logits, ids, step):
@@ -155,7 +326,7 @@ def test_samples_are_drawn_anew_at_every_call(tmp_path):
     keras.utils.set_random_seed(3)
     path = tmp_path / "1"
     options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "max_new_tokens": 6}
-    bg.export_saved_model(model, path, logits_processor=[only_words], **options)
+    bg.export_saved_model(model, path, logits_processor=[only_words], check=False, **options)
     check_ops(path)
     drawn = []
     for _ in range(2):
@@ -167,25 +338,38 @@ def test_samples_are_drawn_anew_at_every_call(tmp_path):
     assert len(set(drawn)) == 12
 
 
-def test_samples_with_a_seed_are_those_of_generate(model):
-    options = {"do_sample": True, "temperature": 2.0, "max_new_tokens": 6, "seed": 5}
-    config = bg.GenerationConfig(**options)
-    serve = export._serving_function(model, config, (), jit_compile=False)
-    expected = model.generate(TEXTS[:3], jit_compile=False, **options)
-    for _ in range(2):
-        assert [t.decode() for t in serve(tf.constant(TEXTS[:3]))["text"].numpy()] == expected
-    assert model.generate(TEXTS[:3], jit_compile=False, **{**options, "seed": 6}) != expected
-
-
-def test_signature_is_the_wire_contract(exported):
-    signature = tf.saved_model.load(str(exported[0])).signatures["serving_default"]
-    (text,) = signature.structured_input_signature[1].values()
-    assert (text.name, text.dtype, text.shape.as_list()) == ("text", tf.string, [None])
-    outputs = signature.structured_outputs
-    assert {k: (v.dtype, v.shape.as_list()) for k, v in outputs.items()} == {
-        "text": (tf.string, [None]),
-        "score": (tf.float32, [None]),
+@pytest.mark.slow
+def test_saved_model_of_bert_large_is_small(tmp_path):
+    """Its graph has 24 layers of 16 heads; how wide they are has no part in its size."""
+    config = bg.BertGenerationConfig(
+        vocab_size=30_522,
+        hidden_size=32,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = bg.BertTokenizer(pieces + [f"piece{i}" for i in range(30_522 - len(pieces))])
+    model = bg.EncoderDecoderModel(
+        bg.BertGenerationEncoder(config),
+        bg.BertGenerationDecoder(config.replace(add_cross_attention=True)),
+        tokenizer,
+    )
+    path = tmp_path / "large/1"
+    bg.export_saved_model(model, path, num_beams=4, check=False)
+    assert (path / "saved_model.pb").stat().st_size < 20e6
+    # Nor would the weights of a wider one be in it.
+    graph = read_graph(path).graph_def
+    nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+    sizes = {
+        node.name: np.prod([d.size for d in node.attr["value"].tensor.tensor_shape.dim] or [1])
+        for node in nodes
+        if node.op == "Const" and node.attr["dtype"].type == tf.float32.as_datatype_enum
     }
+    assert max(sizes.values()) <= 512 * 32, max(sizes, key=sizes.get)
 
 
 def test_errors_write_nothing(tmp_path, model):
@@ -194,11 +378,23 @@ def test_errors_write_nothing(tmp_path, model):
     (tmp_path / "name/3").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="must be a new version"):
         bg.export_saved_model(model, tmp_path / "name/3")
+    path = tmp_path / "name/4"
     with pytest.raises(ValueError, match="max_new_tokens must not exceed"):
-        bg.export_saved_model(model, tmp_path / "name/4", max_new_tokens=300)
+        bg.export_saved_model(model, path, max_new_tokens=300)
+    long = bg.GenerationConfig(max_new_tokens=300)
+    with pytest.raises(ValueError, match="max_new_tokens must not exceed"):
+        bg.export_saved_model(model, path, signatures={"long": long})
+    for name in ("beams", "fast_xla", "a-b", "", "__saved", 7):
+        with pytest.raises(ValueError, match="signatures must have names of letters"):
+            bg.export_saved_model(model, path, signatures={name: BRIEF})
+    with pytest.raises(TypeError, match="must map names to GenerationConfig"):
+        bg.export_saved_model(model, path, signatures={"greedy": {"num_beams": 1}})
+    for size in (0, 12, 2.0, True):
+        with pytest.raises(ValueError, match="max_batch_size must be a power of two"):
+            bg.export_saved_model(model, path, max_batch_size=size)
     silent = bg.EncoderDecoderModel(model.encoder, model.decoder)
     with pytest.raises(ValueError, match="must have a tokenizer to be exported"):
-        bg.export_saved_model(silent, tmp_path / "name/4")
+        bg.export_saved_model(silent, path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["3", "name"]
 
 
@@ -210,3 +406,46 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, model, monkeypatch):
     with pytest.raises(RuntimeError, match="disk full"):
         bg.export_saved_model(model, tmp_path / "name/1", max_new_tokens=5)
     assert list((tmp_path / "name").iterdir()) == []
+
+
+KILLED = """
+import sys
+from conftest import make_model
+import bertgen_tf as bg
+model = make_model("all", max_source_length=20)
+print("exporting", flush=True)
+bg.export_saved_model(model, sys.argv[1], max_new_tokens=5)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_no_version(tmp_path):
+    """Killed in the self-check, when all files are written: a poller sees no half version."""
+    folder = tmp_path / "name"
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder / "1")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    seen = set()
+    done = threading.Event()
+
+    def poll():  # as a server does
+        while not done.is_set():
+            seen.update(p.name for p in folder.glob("*") if p.name.isdecimal())
+            if any(folder.glob(".1-*/metadata.json")) or process.poll() is not None:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+
+    poller = threading.Thread(target=poll)
+    poller.start()
+    assert process.stdout.readline() == b"exporting\n"
+    poller.join(120)
+    done.set()
+    assert process.wait(60) == -signal.SIGKILL
+    assert seen == set()
+    assert [p.name.startswith(".1-") for p in folder.iterdir()] == [True]
+    # What is left is in nobody's way.
+    path = bg.export_saved_model(make_model("all"), folder / "1", max_new_tokens=5, check=False)
+    assert "serving_default" in tf.saved_model.load(path).signatures

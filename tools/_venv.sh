@@ -1,6 +1,6 @@
 # Sourced by the programs beside it: moves to the repository root and makes sure that .venv holds
 # what setup.cfg asks for. PYTHON names the interpreter that makes .venv (default: python3), EXTRAS
-# the extras of setup.cfg that go into it (default: dev).
+# the extras of setup.cfg that go into it (default: dev,serving).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TF_CPP_MIN_LOG_LEVEL="${TF_CPP_MIN_LOG_LEVEL:-2}"
@@ -11,7 +11,7 @@ _fail() {
 }
 
 _make_venv() {
-    local python="${PYTHON:-python3}" extras="${EXTRAS:-dev}" stamp=.venv/.installed wanted
+    local python="${PYTHON:-python3}" extras="${EXTRAS:-dev,serving}" stamp=.venv/.installed wanted
     wanted="$PWD $extras $(cat setup.cfg pyproject.toml)"
 
     if [[ -x .venv/bin/python && -f $stamp && "$(<"$stamp")" == "$wanted" ]]; then

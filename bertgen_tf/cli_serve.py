@@ -1,0 +1,93 @@
+"""`bertgen-tf serve`: its arguments, and what it needs."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+DESCRIPTION = """\
+Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
+together, and a page in the browser to try the models. Ends by Ctrl-C or SIGTERM, when all that it
+accepted is answered."""
+EPILOG = """\
+FOLDER is what holds the exports, NAME/VERSION, such as saved_models. It can be one model, NAME, or
+one export, NAME/VERSION, too. Of each model the highest version is served. Versions and models that
+come later are loaded while the others answer.
+
+paths:
+  /                                 the page
+  /v1/models                        all models
+  /v1/models/NAME[/versions/V]      state; with /metadata: signatures; with :predict: answers
+  /healthz, /readyz                 200 if it is alive; if every model is loaded, too
+  /monitoring/prometheus/metrics    for Prometheus
+
+example:
+  bertgen-tf serve saved_models
+  curl http://localhost:8501/v1/models/my_model:predict -d '{"inputs": {"text": ["a text"]}}'"""
+_PACKAGES = ("h11", "prometheus_client", "starlette", "uvicorn")
+
+
+def add_serve_arguments(
+    parser: argparse.ArgumentParser,
+    count: Callable[[str], int],
+    seconds: Callable[[str], float],
+) -> None:
+    """Adds them.
+
+    Args:
+        parser: of the command.
+        count: reads a number of at least 1.
+        seconds: reads a number above 0.
+    """
+    parser.add_argument("folder", metavar="FOLDER", help="see below")
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, for this machine only; 0.0.0.0 for "
+        "everybody who reaches it: there is no password)",
+    )
+    where.add_argument(
+        "--port", type=_port, default=8501, metavar="N", help="0 for a free one (default: 8501)"
+    )
+    times = parser.add_argument_group("times, in seconds")
+    for flag, default, text in (
+        ("--poll-seconds", 2.0, "between two looks for new versions"),
+        ("--request-timeout", 30.0, "until a request is given up, with status 504"),
+        ("--shutdown-timeout", 30.0, "to answer what was accepted when it shall end"),
+    ):
+        times.add_argument(
+            flag, type=seconds, default=default, metavar="X", help=f"{text} (default: {default:g})"
+        )
+    limits = parser.add_argument_group("limits")
+    for flag, default, text in (
+        ("--max-body-bytes", 4 * 2**20, "of a request; more gets status 413"),
+        ("--max-texts", 1024, "of a request; more gets 413"),
+        ("--max-queued-texts", 4096, "that wait for their turn; more gets 503"),
+        ("--max-connections", 512, "that are open; more gets 503"),
+    ):
+        limits.add_argument(
+            flag, type=count, default=default, metavar="N", help=f"{text} (default: {default:,})"
+        )
+
+
+def find_serve() -> Callable[..., Any]:
+    """`bertgen_tf.serving_server.serve`.
+
+    Raises:
+        ImportError: a package is not installed.
+    """
+    try:
+        from bertgen_tf.serving_server import serve
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        raise ImportError(
+            f"serve needs the package {error.name}: pip install 'bertgen_tf[serving]'"
+        ) from error
+    return serve
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected an integer of at most 65535, received {text!r}")
+    return int(text)

@@ -1,0 +1,313 @@
+"""The JSON of TensorFlow Serving's REST API, to arrays and back.
+
+A request names its tensors in one of two forms:
+
+- rows: `{"instances": [...]}`, one element a row: the value of the only input, or an object with
+  all inputs. Answered by `{"predictions": [...]}`, one element a row.
+- columns: `{"inputs": ...}`: the value of the only input, or an object with all inputs. Answered
+  by `{"outputs": ...}`.
+
+A string may be `{"b64": "..."}`, any bytes. An answer of one output leaves its name out; outputs
+whose names end in `_bytes` are base64, other strings are UTF-8.
+"""
+
+import base64
+import binascii
+import json
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+DEFAULT_SIGNATURE = "serving_default"
+# What a request may nest lists to, where the signature does not tell.
+_MAX_RANK = 8
+
+
+class RequestError(ValueError):
+    """What a client did wrong: the message tells what, and the status what kind of thing.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, message: str, status: int = 400):
+        super().__init__(message)
+        self.status = status
+
+
+def parse_request(body: bytes) -> dict[str, Any]:
+    """Reads the body of a request.
+
+    Args:
+        body: JSON in UTF-8.
+
+    Returns:
+        the object.
+
+    Raises:
+        RequestError: it is no JSON object, or its "signature_name" is no string.
+    """
+    try:
+        request = json.loads(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError(f"JSON Parse error: the body must be UTF-8: {error}") from error
+    except RecursionError as error:
+        raise RequestError("JSON Parse error: the body nests too deep") from error
+    except ValueError as error:  # also of numbers with thousands of digits
+        raise RequestError(f"JSON Parse error: {error}") from error
+    if not isinstance(request, dict):
+        raise RequestError(f"The body must be a JSON object, received {_show(request)}")
+    if not isinstance(request.get("signature_name", ""), str):
+        raise RequestError(
+            f"'signature_name' key must be a string value, received {_show(request)}"
+        )
+    return request
+
+
+def read_inputs(
+    request: Mapping[str, Any], specs: Mapping[str, tf.TensorSpec]
+) -> tuple[dict[str, np.ndarray], bool]:
+    """The tensors of a request.
+
+    Args:
+        request: what `parse_request` gives.
+        specs: the inputs of the signature.
+
+    Returns:
+        the arrays, of the types and ranks of `specs`, strings as objects of bytes; and whether
+        they came in rows.
+
+    Raises:
+        RequestError: they are not what the signature takes.
+    """
+    if "instances" in request and "inputs" in request:
+        raise RequestError("Expected only one of 'inputs' or 'instances' keys, received both")
+    if "inputs" in request:
+        return _read_columns(request["inputs"], specs), False
+    if "instances" in request:
+        return _read_rows(request["instances"], specs), True
+    raise RequestError(
+        "Missing 'inputs' or 'instances' key. A request looks like "
+        '{"inputs": {"text": ["a text"]}} or {"instances": ["a text"]}'
+    )
+
+
+def write_outputs(outputs: Mapping[str, np.ndarray], rows: bool) -> dict[str, Any]:
+    """What to answer.
+
+    Args:
+        outputs: arrays by their names.
+        rows: whether the request came in rows.
+
+    Returns:
+        an object for `json.dumps`.
+
+    Raises:
+        RequestError: the outputs have no rows, and the request did.
+    """
+    lists = {name: _to_list(name, values) for name, values in outputs.items()}
+    if not rows:
+        return {"outputs": next(iter(lists.values())) if len(lists) == 1 else lists}
+    sizes = {values.shape[0] if values.ndim else None for values in outputs.values()}
+    if len(sizes) != 1 or None in sizes:
+        shapes = {name: list(values.shape) for name, values in outputs.items()}
+        raise RequestError(
+            f"The outputs have inconsistent batch sizes: {shapes}. Use 'inputs' instead of "
+            "'instances'"
+        )
+    if len(lists) == 1:
+        return {"predictions": next(iter(lists.values()))}
+    return {
+        "predictions": [
+            dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)
+        ]
+    }
+
+
+# ---------------------------------------------------------------------------------------- requests
+
+
+def _read_columns(value: Any, specs: Mapping[str, tf.TensorSpec]) -> dict[str, np.ndarray]:
+    if not isinstance(value, dict) or _is_base64(value):
+        if len(specs) != 1:
+            raise RequestError(
+                f"'inputs' must be an object with the inputs {_names(specs)}, received "
+                f"{_show(value)}"
+            )
+        value = {next(iter(specs)): value}
+    _check_names(value, specs, "'inputs'")
+    return {
+        name: _to_array(value[name], _shape_of(value[name]), spec, f"'inputs', {name!r}")
+        for name, spec in specs.items()
+    }
+
+
+def _read_rows(rows: Any, specs: Mapping[str, tf.TensorSpec]) -> dict[str, np.ndarray]:
+    if not isinstance(rows, list):
+        raise RequestError(f"'instances' must be a list, received {_show(rows)}")
+    if not rows:
+        raise RequestError("No values in 'instances' array")
+    named = isinstance(rows[0], dict) and not _is_base64(rows[0])
+    if not named and len(specs) != 1:
+        raise RequestError(
+            f"'instances' must be a list of objects with the inputs {_names(specs)}, received "
+            f"{_show(rows[0])} in it"
+        )
+    for number, row in enumerate(rows):
+        if (isinstance(row, dict) and not _is_base64(row)) != named:
+            raise RequestError(
+                "'instances' must hold either objects or values, but element "
+                f"{number} is another kind than the first: {_show(row)}"
+            )
+        if named:
+            _check_names(row, specs, f"element {number} of 'instances'")
+    arrays = {}
+    for name, spec in specs.items():
+        column = [row[name] for row in rows] if named else rows
+        arrays[name] = _to_array(column, _shape_of(column), spec, f"'instances', {name!r}")
+    return arrays
+
+
+def _check_names(value: dict, specs: Mapping[str, tf.TensorSpec], where: str) -> None:
+    if set(value) != set(specs):
+        raise RequestError(
+            f"{where} must have exactly the inputs {_names(specs)} as keys, received "
+            f"{_show(sorted(value))}"
+        )
+
+
+def _names(specs: Mapping[str, tf.TensorSpec]) -> str:
+    return ", ".join(repr(name) for name in specs)
+
+
+def _show(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _is_base64(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"b64"} and isinstance(value["b64"], str)
+
+
+def _shape_of(value: Any) -> list[int]:
+    """The shape of nested lists, by their first elements."""
+    shape = []
+    while isinstance(value, list):
+        shape.append(len(value))
+        if not value:
+            break
+        value = value[0]
+    return shape
+
+
+def _to_array(value: Any, shape: list[int], spec: tf.TensorSpec, where: str) -> np.ndarray:
+    rank = spec.shape.rank
+    if not shape and rank == 1:
+        value, shape = [value], [1]  # a scalar is a batch of one
+    if shape and not shape[-1] and rank is not None:
+        shape = shape + [0] * (rank - len(shape))  # of what is empty no list tells the rank
+    if len(shape) != rank and (rank is not None or len(shape) > _MAX_RANK):
+        raise RequestError(
+            f"{where}: expected a tensor of shape {_show_shape(spec.shape)}, received one with "
+            f"{len(shape)} dimensions"
+        )
+    leaves: list[Any] = []
+    _flatten(value, shape, 0, leaves, where)
+    array = _convert(leaves, spec.dtype, where).reshape(shape)
+    if not spec.shape.is_compatible_with(array.shape):
+        raise RequestError(
+            f"{where}: expected a tensor of shape {_show_shape(spec.shape)}, received {shape}"
+        )
+    return array
+
+
+def _show_shape(shape: tf.TensorShape) -> str:
+    if shape.rank is None:
+        return f"of up to {_MAX_RANK} dimensions"
+    return "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def _flatten(value: Any, shape: list[int], level: int, leaves: list[Any], where: str) -> None:
+    if level == len(shape):
+        if isinstance(value, list):
+            raise RequestError(f"{where}: lists nest to different depths: {_show(value)}")
+        leaves.append(value)
+        return
+    if not isinstance(value, list):
+        raise RequestError(f"{where}: expected a list, received {_show(value)}")
+    if len(value) != shape[level]:
+        raise RequestError(
+            f"{where}: every row must have the same shape, but there is a list of {len(value)} "
+            f"beside one of {shape[level]}. Pad them, or send them one by one"
+        )
+    for element in value:
+        _flatten(element, shape, level + 1, leaves, where)
+
+
+def _convert(leaves: list[Any], dtype: tf.DType, where: str) -> np.ndarray:
+    if dtype == tf.string:
+        array = np.empty(len(leaves), object)
+        array[:] = [_to_bytes(leaf, where) for leaf in leaves]
+        return array
+    if dtype == tf.bool:
+        kinds: tuple[type, ...] = (bool,)
+    elif dtype.is_integer:
+        kinds = (int,)
+    elif dtype in (tf.float32, tf.float64):
+        kinds = (int, float)
+    else:
+        raise RequestError(f"{where}: JSON cannot hold the type {dtype.name}")
+    for leaf in leaves:
+        if type(leaf) not in kinds:  # a bool is an int, too
+            raise RequestError(f"{where}: {_show(leaf)} is not of expected type: {dtype.name}")
+    if dtype != tf.bool:
+        # Integers that a float does not hold would become others.
+        largest = dtype.max if dtype.is_integer else 2 ** (24 if dtype == tf.float32 else 53)
+        for leaf in leaves:
+            if type(leaf) is int and not (dtype.min <= leaf <= largest):
+                raise RequestError(f"{where}: {_show(leaf)} is out of range of {dtype.name}")
+            if type(leaf) is float and abs(leaf) > dtype.max and abs(leaf) != float("inf"):
+                raise RequestError(f"{where}: {leaf} is out of range of {dtype.name}")
+    return np.array(leaves, dtype.as_numpy_dtype)
+
+
+def _to_bytes(value: Any, where: str) -> bytes:
+    if isinstance(value, str):
+        try:
+            return value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"{where}: a string has half of a surrogate pair, which is no character"
+            ) from error
+    if _is_base64(value):
+        text = value["b64"]
+        try:
+            return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise RequestError(f"{where}: unable to base64 decode {_show(text)}") from error
+    raise RequestError(
+        f"{where}: {_show(value)} is not of expected type: string. Expected a string, or "
+        '{"b64": "..."}'
+    )
+
+
+# ----------------------------------------------------------------------------------------- answers
+
+
+def _to_list(name: str, values: np.ndarray) -> Any:
+    if values.dtype == object:
+        if name.endswith("_bytes"):
+            return _map(values, lambda item: {"b64": base64.b64encode(item).decode("ascii")})
+        return _map(values, lambda item: item.decode("utf-8", "replace"))
+    if values.dtype.kind == "f" and values.dtype.itemsize < 8:
+        # By their own shortest digits: 0.1, not 0.10000000149011612.
+        return values.astype(str).astype(np.float64).tolist()
+    return values.tolist()
+
+
+def _map(values: np.ndarray, function: Any) -> Any:
+    mapped = np.empty(values.shape, object)
+    mapped.reshape(-1)[:] = [function(item) for item in values.reshape(-1)]
+    return mapped.tolist()

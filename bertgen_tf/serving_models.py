@@ -1,0 +1,372 @@
+"""The exports that a server has: found in a folder, loaded, and replaced by newer versions.
+
+The folder holds `NAME/VERSION/saved_model.pb`. Of each model the highest version is served, as
+TensorFlow Serving does by default. When a higher one appears it is loaded beside the old one, takes
+over, and the old one is unloaded when its last request is done. An export that cannot be loaded is
+reported and tried again only when its files change; the version before it goes on. A model whose
+folder disappears goes on, too.
+
+`Models` belongs to one event loop; files are read and models loaded in threads.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import json
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf import json_format
+from tensorflow.core.protobuf import saved_model_pb2
+
+from bertgen_tf.serving_json import DEFAULT_SIGNATURE
+
+GRAPH_FILE = "saved_model.pb"
+METADATA_FILE = "metadata.json"
+# Where an export does not tell its batch sizes.
+MAX_BATCH_SIZE = 32
+_MAX_METADATA_BYTES = 16 * 2**20
+_LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
+
+_log = logging.getLogger(__name__)
+
+
+class Signature:
+    """A function of an export.
+
+    Attributes:
+        name: of the signature.
+        inputs: the specifications of the inputs, by their names.
+        max_batch_size: the most rows of one run.
+        has_rows: whether the first dimension of all inputs and outputs is the batch.
+    """
+
+    def __init__(
+        self, name: str, function: Any, max_batch_size: int = MAX_BATCH_SIZE, owner: Any = None
+    ):
+        self.name = name
+        self.inputs: dict[str, tf.TensorSpec] = dict(function.structured_input_signature[1])
+        self.max_batch_size = max_batch_size
+        specs = [*self.inputs.values(), *function.structured_outputs.values()]
+        self.has_rows = bool(self.inputs) and all(
+            spec.shape.rank and spec.shape[0] is None for spec in specs
+        )
+        self._function = function
+        # A function does not keep its variables alive.
+        self._owner = owner
+
+    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs it.
+
+        Args:
+            inputs: arrays of the types of `self.inputs`, strings as objects of bytes.
+
+        Returns:
+            the outputs by their names, strings as objects of bytes.
+        """
+        tensors = {name: tf.constant(inputs[name], self.inputs[name].dtype) for name in self.inputs}
+        outputs = self._function(**tensors)
+        return {name: np.asarray(outputs[name].numpy()) for name in sorted(outputs)}
+
+
+@dataclasses.dataclass(eq=False)
+class Version:
+    """A version of a model.
+
+    Attributes:
+        model: its name.
+        number: its version.
+        path: the folder of the export.
+        stamp: by which a change of its files shows.
+        state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
+        error: its code and message; "OK" and "" without one.
+        signatures: by their names, while it is loaded.
+        signature_defs: the same as JSON, as TensorFlow Serving shows them.
+        metadata: of the export, what metadata.json tells.
+    """
+
+    model: str
+    number: int
+    path: Path
+    stamp: Any = None
+    state: str = "LOADING"
+    error: tuple[str, str] = ("OK", "")
+    signatures: dict[str, Signature] = dataclasses.field(default_factory=dict)
+    signature_defs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _users: int = 0
+
+    def load(self) -> None:
+        """Loads it and runs `serving_default` once, so that the first request need not wait."""
+        import tensorflow_text  # noqa: F401 (registers the operations of tokenizers)
+
+        if not (self.path / GRAPH_FILE).is_file():
+            raise FileNotFoundError(f"{self.path} has no {GRAPH_FILE}")
+        graph = saved_model_pb2.SavedModel.FromString((self.path / GRAPH_FILE).read_bytes())
+        self.signature_defs = {
+            name: json_format.MessageToDict(
+                definition,
+                preserving_proto_field_name=True,
+                always_print_fields_with_no_presence=True,
+            )
+            for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
+        }
+        self.metadata = _read_metadata(self.path / METADATA_FILE)
+        loaded = tf.saved_model.load(str(self.path))
+        size = _largest_batch(self.metadata)
+        self.signatures = {
+            name: Signature(name, function, size, loaded)
+            for name, function in loaded.signatures.items()
+        }
+        default = self.signatures.get(DEFAULT_SIGNATURE)
+        if default and [spec.dtype for spec in default.inputs.values()] == [tf.string]:
+            (name,) = default.inputs
+            default.run({name: np.array([b"a text"], object)})
+
+    def describe(self) -> dict[str, Any]:
+        """Its status as TensorFlow Serving's JSON has it."""
+        code, message = self.error
+        return {
+            "version": str(self.number),
+            "state": self.state,
+            "status": {"error_code": code, "error_message": message},
+        }
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps it loaded."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self._unload_if_unused()
+
+    def retire(self) -> None:
+        """Unloads it as soon as nobody uses it."""
+        self.state = "UNLOADING"
+        self._unload_if_unused()
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it by an error."""
+        code = "UNKNOWN"
+        if isinstance(error, tf.errors.OpError):
+            code = _code_name(error.error_code)
+        elif isinstance(error, OSError):
+            code = "NOT_FOUND"
+        self.error = code, " ".join(str(error).split())[:1000] or type(error).__name__
+        self._end()
+
+    def _unload_if_unused(self) -> None:
+        if self.state == "UNLOADING" and not self._users:
+            self._end()
+            _log.info("unloaded", extra={"model": self.model, "version": self.number})
+
+    def _end(self) -> None:
+        self.state = "END"
+        self.signatures = {}
+
+
+class Models:
+    """What is served.
+
+    Args:
+        folder: see the top of the module; or one model's folder, which holds its versions; or one
+            version, which alone is served.
+
+    Raises:
+        FileNotFoundError: there is no model.
+    """
+
+    def __init__(self, folder: str | Path):
+        self._folder = Path(folder)
+        self._versions: dict[str, list[Version]] = {name: [] for name in self._scan()}
+        self._was_ready = False
+        self.stopping = False
+        if not self._versions:
+            what = "has no models" if self._folder.is_dir() else "is no folder"
+            raise FileNotFoundError(f"{folder} {what}: expected {_LAYOUT}")
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models."""
+        return sorted(self._versions)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model was loaded and the server does not stop.
+
+        A model that comes later, and may be broken, does not matter.
+        """
+        self._was_ready = self._was_ready or all(self.current(name) for name in self._versions)
+        return self._was_ready and not self.stopping
+
+    def current(self, name: str) -> Version | None:
+        """The version that answers, None before one is loaded."""
+        return next((v for v in self._versions[name] if v.state == "AVAILABLE"), None)
+
+    def find(self, name: str, number: int | None = None) -> Version:
+        """The version that answers a request.
+
+        Args:
+            name: of the model.
+            number: a version; by default the one that is served.
+
+        Raises:
+            LookupError: it is not served; the message tells why.
+        """
+        version = self.current(name) if name in self._versions else None
+        if version and number in (None, version.number):
+            return version
+        asked = f"Latest({name})" if number is None else f"Specific({name}, {number})"
+        message = f"Servable not found for request: {asked}."
+        if name not in self._versions:
+            message += f" The models are: {', '.join(self.names)}"
+        elif version:
+            message += f" Version {version.number} is served"
+        elif self._versions[name]:
+            last = self._versions[name][-1]
+            message += f" Version {last.number}: {last.state} {last.error[1]}".rstrip()
+        raise LookupError(message)
+
+    def versions(self, name: str, number: int | None = None) -> list[Version]:
+        """Versions of a model that are, or were, loaded; the newest first.
+
+        Raises:
+            LookupError: there are none.
+        """
+        found = [v for v in self._versions.get(name, []) if number in (None, v.number)]
+        if not found:
+            of = f"version {number}" if number is not None else "any versions"
+            raise LookupError(f"Could not find {of} of model {name}")
+        return sorted(found, key=lambda v: (-v.number, v.state == "END"))
+
+    async def watch(self, seconds: float) -> None:
+        """Looks for new versions, again and again.
+
+        Args:
+            seconds: between two looks.
+        """
+        while True:
+            try:
+                await self.look()
+            except Exception:
+                _log.exception("could not look for versions")
+            await asyncio.sleep(seconds)
+
+    async def look(self) -> None:
+        """Loads what is new."""
+        found = await asyncio.to_thread(self._scan)
+        for name in sorted(found):
+            self._versions.setdefault(name, [])
+        for name, paths in sorted(found.items()):
+            wanted = await asyncio.to_thread(self._wanted, name, paths)
+            self._forget(name, paths)
+            current = self.current(name)
+            if wanted and (not current or wanted.stamp != current.stamp):
+                await self._load(wanted)
+
+    async def _load(self, version: Version) -> None:
+        fields = {"model": version.model, "version": version.number, "path": str(version.path)}
+        old = self.current(version.model)
+        self._versions[version.model].append(version)
+        _log.info("loading", extra=fields)
+        start = time.monotonic()
+        try:
+            await asyncio.to_thread(version.load)
+        except Exception as error:
+            version.fail(error)
+            _log.error("cannot load: %s", version.error[1], extra=fields)
+        else:
+            version.state = "AVAILABLE"
+            if old:
+                old.retire()
+            _log.info("loaded", extra={**fields, "ms": round(1000 * (time.monotonic() - start))})
+        # Graphs are full of cycles.
+        await asyncio.to_thread(gc.collect)
+
+    def _forget(self, name: str, paths: dict[int, Path]) -> None:
+        """Drops what ended, but the last of each number whose folder is there."""
+        last = {v.number: v for v in self._versions[name]}
+        self._versions[name] = [
+            v
+            for v in self._versions[name]
+            if v.state != "END" or (v.number in paths and last[v.number] is v)
+        ]
+
+    def _wanted(self, name: str, paths: dict[int, Path]) -> Version | None:
+        """The highest version that is not known to be broken."""
+        broken = {v.stamp for v in self._versions[name] if v.state == "END" and v.error[1]}
+        for number in sorted(paths, reverse=True):
+            stamp = _stamp(paths[number])
+            if stamp and stamp not in broken:
+                return Version(name, number, paths[number], stamp)
+        return None
+
+    def _scan(self) -> dict[str, dict[int, Path]]:
+        """The versions of each model."""
+        folder = self._folder
+        if (folder / GRAPH_FILE).is_file():
+            path = folder.resolve()
+            if path.name.isdecimal():
+                return {path.parent.name: {int(path.name): path}}
+            return {path.name: {1: path}}
+        versions = _numbered(folder)
+        if versions:
+            return {folder.resolve().name: versions}
+        models = {path.name: _numbered(path) for path in _subfolders(folder)}
+        return {name: versions for name, versions in models.items() if versions}
+
+
+def _numbered(folder: Path) -> dict[int, Path]:
+    # Not isdigit, which is true of other scripts' numbers and superscripts.
+    return {int(p.name): p for p in _subfolders(folder) if p.name.isascii() and p.name.isdecimal()}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if path.is_dir()]
+    except OSError:  # it is gone, or a file
+        return []
+
+
+def _stamp(path: Path) -> tuple[Any, ...]:
+    """Another one when any file of the folder is another one; empty if the folder is gone."""
+    try:
+        stats = [(str(p), p.stat()) for p in (path, *sorted(path.rglob("*")))]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _read_metadata(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_METADATA_BYTES:
+            raise ValueError(f"it has more than {_MAX_METADATA_BYTES:,} bytes")
+        metadata = json.loads(path.read_text("utf-8"))
+        if not isinstance(metadata, dict):
+            raise ValueError("it is no JSON object")
+    except FileNotFoundError:
+        return {}
+    except (OSError, RecursionError, ValueError) as error:
+        _log.warning("ignored %s: %s", path, error)
+        return {}
+    return metadata
+
+
+def _largest_batch(metadata: dict[str, Any]) -> int:
+    sizes = metadata.get("batch_sizes")
+    if isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes):
+        return max(sizes)
+    return MAX_BATCH_SIZE
+
+
+def _code_name(code: int) -> str:
+    names = {value: key for key, value in vars(tf.errors).items() if type(value) is int}
+    return names.get(code, "UNKNOWN")

@@ -1,0 +1,275 @@
+"""The process of `bertgen-tf serve`: HTTP, limits of connections, logs, shutdown.
+
+Logs are JSON, one object a line, on stderr. SIGTERM and Ctrl-C stop accepting; what was accepted
+is answered before the process ends, if that takes no longer than a time-out.
+"""
+
+import datetime
+import json
+import logging
+import signal
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from bertgen_tf.serving_app import ServingApp
+from bertgen_tf.serving_models import Models
+
+_MAX_HEADER_BYTES = 2**16
+# Seconds for which an idle connection stays open.
+_KEEP_ALIVE = 75
+# Seconds in which a client that was refused may read why.
+_LINGER = 1.0
+_REASONS = {
+    400: "Bad Request",
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}
+# What every record of Python's logging has; anything else was put in as `extra`.
+_RECORD_FIELDS = {*vars(logging.makeLogRecord({})), "message", "color_message"}
+
+_log = logging.getLogger(__name__)
+
+
+def serve(
+    folder: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8501,
+    *,
+    poll_seconds: float = 2.0,
+    request_timeout: float = 30.0,
+    max_body_bytes: int = 4 * 2**20,
+    max_texts: int = 1024,
+    max_queued_texts: int = 4096,
+    max_connections: int = 512,
+    batch_patience: float = 0.005,
+    receive_timeout: float = 20.0,
+    shutdown_timeout: float = 30.0,
+) -> None:
+    """Serves the exports of a folder until SIGTERM or Ctrl-C.
+
+    Args:
+        folder: see `bertgen_tf.serving_models`.
+        host: address to listen on.
+        port: the same; 0 for any that is free, which the log tells.
+        poll_seconds: between two looks for new versions.
+        request_timeout: seconds after which a request is answered by 504.
+        max_body_bytes: of a request; more is answered by 413.
+        max_texts: of a request; more is answered by 413.
+        max_queued_texts: that wait for their turn; more is answered by 503.
+        max_connections: that are open; more is answered by 503.
+        batch_patience: seconds to wait for a full batch where several clients are at work.
+        receive_timeout: seconds in which a request must have come; slower is answered by 408.
+        shutdown_timeout: seconds in which to answer what was accepted.
+
+    Raises:
+        FileNotFoundError: the folder has no models.
+        OSError: the address is not free.
+    """
+    models = Models(folder)
+    listener = _listen(host, port)
+    _log_as_json()
+    app = ServingApp(
+        models,
+        max_body_bytes=max_body_bytes,
+        max_texts=max_texts,
+        max_queued_texts=max_queued_texts,
+        request_timeout=request_timeout,
+        batch_patience=batch_patience,
+        poll_seconds=poll_seconds,
+    )
+
+    class Protocol(_Protocol):
+        seconds_to_receive = receive_timeout
+        most_connections = max_connections
+
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=shutdown_timeout,
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+    )
+    address, number = listener.getsockname()[:2]
+    url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
+    _log.info("serving on %s", url, extra={"url": url, "models": models.names})
+    # uvicorn sends itself the signal again when it has stopped: that shall not end it by an error.
+    ignored = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        _Server(config, models).run(sockets=[listener])
+    finally:
+        for number, handler in ignored.items():
+            signal.signal(number, handler)
+        listener.close()
+    _log.info("stopped")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on port {port} of {host}: {error.strerror or error}. Choose another "
+            "--host or --port"
+        ) from error
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    pass
+
+
+class _Server(uvicorn.Server):
+    """Not ready from the signal on."""
+
+    def __init__(self, config: uvicorn.Config, models: Models):
+        super().__init__(config)
+        self._models = models
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._models.stopping = True
+        super().handle_exit(sig, frame)
+
+
+class _Protocol(H11Protocol):
+    """Bounds the number of connections and the time to receive a request.
+
+    The clock of a request runs from its first byte, and that of a new connection from its
+    beginning, until the request is complete. Slow clients get 408, malformed requests 4xx, in JSON.
+    Who does not read answers is cut off after the same time.
+    """
+
+    seconds_to_receive: float
+    most_connections: int
+    _clock: Any = None
+    _refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > self.most_connections:
+            self._refuse(503, f"There are {self.most_connections} connections, try again later")
+            return
+        self._start_clock()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_clock()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE:
+            self._start_clock()
+        super().data_received(data)
+        if not self.flow.write_paused and self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._stop_clock()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._start_clock()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_clock()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        # The rest of a body that nobody wanted keeps its clock; what was sent ahead was handled.
+        if self.conn.their_state is not h11.SEND_BODY:
+            self._stop_clock()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP; uvicorn calls it where it has caught h11's error."""
+        error = sys.exception()
+        status = getattr(error, "error_status_hint", 400)
+        self._refuse(status if status in _REASONS else 400, f"Malformed request: {error or msg}")
+
+    def _start_clock(self) -> None:
+        if self._clock is None:
+            self._clock = self.loop.call_later(self.seconds_to_receive, self._time_over)
+
+    def _stop_clock(self) -> None:
+        if self._clock is not None:
+            self._clock.cancel()
+            self._clock = None
+
+    def _time_over(self) -> None:
+        self._clock = None
+        idle = self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+        if idle or self.flow.write_paused or self.transport.is_closing():
+            self.transport.abort()
+            return
+        seconds = self.seconds_to_receive
+        self._refuse(408, f"The request must be complete within {seconds:g} seconds")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers, if nothing was answered yet, and closes the connection."""
+        self._refused = True
+        self._stop_clock()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps({"error": message}).encode()
+            headers = [
+                ("Content-Type", "application/json"),
+                ("Content-Length", str(len(body))),
+                ("Connection", "close"),
+            ]
+            if status == 503:
+                headers.append(("Retry-After", "1"))
+            response = h11.Response(
+                status_code=status, headers=headers, reason=_REASONS[status].encode()
+            )
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+            # Closed with bytes unread, the connection would be reset, and the answer lost.
+            self.transport.write_eof()
+            self.loop.call_later(_LINGER, self.transport.abort)
+        else:
+            self.transport.close()
+        _log.info("refused", extra={"status": status, "error": message})
+
+
+# -------------------------------------------------------------------------------------------- logs
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object a line: time (UTC), level, message, what was put in as `extra`, traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line = {
+            "time": time.isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+        }
+        line |= {key: value for key, value in vars(record).items() if key not in _RECORD_FIELDS}
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def _log_as_json() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter())
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+    logging.captureWarnings(True)
+    # Its news are told by our own lines.
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    tensorflow = logging.getLogger("tensorflow")
+    tensorflow.setLevel(logging.ERROR)
+    tensorflow.handlers.clear()
+    tensorflow.propagate = True
