@@ -372,8 +372,8 @@ def _export(arguments: argparse.Namespace) -> None:
     mount = shlex.quote(f"{folder}:/models/{folder.name}")
     name = shlex.quote(folder.name)
     print(f"""\
-written: {arguments.output}, with the signatures serving_default, beams, ids, score and attention for
-any server, and generate_xla and beams_xla for servers with XLA
+written: {arguments.output}, with the signatures serving_default, beams, ids, score and attention
+for any server, and generate_xla and beams_xla for servers with XLA
 serve it:
   docker run --rm -p 8501:8501 -v {mount} -e MODEL_NAME={name} tensorflow/serving
 ask it:

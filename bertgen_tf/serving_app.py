@@ -40,7 +40,7 @@ from bertgen_tf.serving_json import (
     read_inputs,
     write_outputs,
 )
-from bertgen_tf.serving_models import Models, Signature, Version
+from bertgen_tf.serving_models import Models, NotLoadedYet, Signature, Version
 
 PAGE_FILE = "playground.html"
 _PAGE_HEADERS = {
@@ -446,6 +446,8 @@ async def _request_error(request: Request, error: Exception) -> Response:
         # What is left of the body of a request that is too large must not be read as another one.
         headers = {"Connection": "close"} if error.status == 413 else None
         return _error(error.status, str(error), headers)
+    if isinstance(error, NotLoadedYet):
+        return _error(503, str(error), {"Retry-After": "1"})
     if type(error) is LookupError:
         return _error(404, str(error))
     raise error

@@ -10,8 +10,9 @@ between are random and double their range each time, so that many clients do not
 `Retry-After` makes them longer. HTTP 504 and DEADLINE_EXCEEDED are not sent again: the server had
 its time, and the same work would take as long. Nor is any other error, which would only come back.
 
-`timeout` bounds the whole call, pauses and all its requests included. The first request that fails
-for good ends the call.
+`timeout` bounds the whole call, pauses and all its requests included; within it, a request that has
+no answer after `request_timeout` is sent again, too. The first request that fails for good ends the
+call.
 """
 
 import itertools
@@ -88,6 +89,8 @@ class Client:
         batch_size: texts of a request, at most.
         max_concurrency: requests of a call that are under way at a time, at most.
         timeout: seconds for a call, in all.
+        request_timeout: seconds after which a request is given up and sent again, for networks that
+            lose answers; by default it may take all that is left of `timeout`.
         retries: how often a request is sent again, at most.
         headers: sent with each request, such as {"Authorization": "Bearer ..."}; metadata of gRPC.
 
@@ -106,6 +109,7 @@ class Client:
         batch_size: int = 32,
         max_concurrency: int = 4,
         timeout: float = 60.0,
+        request_timeout: float | None = None,
         retries: int = 5,
         headers: Mapping[str, str] | None = None,
     ):
@@ -120,12 +124,15 @@ class Client:
             _check_natural("version", version)
         _check_natural("retries", retries)
         _check_seconds("timeout", timeout)
+        if request_timeout is not None:
+            _check_seconds("request_timeout", request_timeout)
         self.url = url
         self.model_name = model_name
         self.signature = signature
         self.batch_size = batch_size
         self.max_concurrency = max_concurrency
         self.timeout = timeout
+        self.request_timeout = request_timeout
         self.retries = retries
         self._closed = False
         parts = read_url(url)
@@ -380,7 +387,8 @@ class Client:
         # One call, too: finding a host, or an answer that comes in drops, minds no time-out.
         executor = ThreadPoolExecutor(min(len(calls), self.max_concurrency))
         try:
-            futures = [executor.submit(_attempt, call, end, retries, stop, late) for call in calls]
+            limits = end, self.request_timeout, retries
+            futures = [executor.submit(_attempt, call, *limits, stop, late) for call in calls]
             done, others = wait(futures, timeout + GRACE, return_when=FIRST_EXCEPTION)
             for future in futures:
                 if future in done:
@@ -396,6 +404,7 @@ class Client:
 def _attempt(
     call: Callable[[float], T],
     end: float,
+    request_timeout: float | None,
     retries: int,
     stop: threading.Event,
     late: DeadlineExceeded,
@@ -405,13 +414,16 @@ def _attempt(
         rest = end - time.monotonic()
         if rest <= 0:
             raise late
+        bounded = request_timeout is not None and request_timeout < rest
         try:
-            return call(rest)
+            return call(request_timeout if bounded else rest)
         except ServingError as error:
-            if error.retry_after is None or attempt >= retries:
+            # 504 tells that the server's own time is over.
+            unanswered = bounded and isinstance(error, DeadlineExceeded) and error.code != 504
+            if (error.retry_after is None and not unanswered) or attempt >= retries:
                 raise
             longest = min(MAX_PAUSE, FIRST_PAUSE * 2 ** min(attempt, 20))
-            pause = max(error.retry_after, random.uniform(0, longest))
+            pause = max(error.retry_after or 0, random.uniform(0, longest))
             if pause >= end - time.monotonic():
                 raise DeadlineExceeded(
                     f"{error} No time is left to send it again.", error.code

@@ -37,6 +37,10 @@ _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION 
 _log = logging.getLogger(__name__)
 
 
+class NotLoadedYet(LookupError):
+    """The first version of a model is being loaded."""
+
+
 class Signature:
     """A function of an export.
 
@@ -219,6 +223,7 @@ class Models:
             number: a version; by default the one that is served.
 
         Raises:
+            NotLoadedYet: it will be served soon.
             LookupError: it is not served; the message tells why.
         """
         version = self.current(name) if name in self._versions else None
@@ -227,12 +232,14 @@ class Models:
         asked = f"Latest({name})" if number is None else f"Specific({name}, {number})"
         message = f"Servable not found for request: {asked}."
         if name not in self._versions:
-            message += f" The models are: {', '.join(self.names)}"
-        elif version:
+            raise LookupError(f"{message} The models are: {', '.join(self.names)}")
+        if version:
             message += f" Version {version.number} is served"
-        elif self._versions[name]:
-            last = self._versions[name][-1]
-            message += f" Version {last.number}: {last.state} {last.error[1]}".rstrip()
+        last = next(reversed(self._versions[name]), None)
+        if not version and (not last or last.state == "LOADING"):
+            raise NotLoadedYet(f"{message} It is being loaded")
+        if not version:
+            message += f" Version {last.number} cannot be loaded: {last.error[1]}"
         raise LookupError(message)
 
     def versions(self, name: str, number: int | None = None) -> list[Version]:

@@ -158,6 +158,10 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # asyncio leaves it to those who made the socket. Or bodies wait for the client's system to
+        # acknowledge the head, 40 ms.
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > self.most_connections:
             self._refuse(503, f"There are {self.most_connections} connections, try again later")
             return

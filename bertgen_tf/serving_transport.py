@@ -147,8 +147,7 @@ class RestTransport:
                 timeout=self.urllib3.Timeout(
                     connect=min(CONNECT_TIMEOUT, timeout), read=timeout, total=timeout
                 ),
-                retries=False,
-                redirect=False,
+                retries=False,  # nor redirects
                 preload_content=False,
             )
             data = self._read(response, end, place)

@@ -85,6 +85,11 @@ def exported(request, tmp_path_factory):
     return model, folder / "moved"
 
 
+@pytest.fixture(scope="module")
+def signatures(exported):
+    return tf.saved_model.load(str(exported[1])).signatures
+
+
 def encoded(texts):
     return [base64.b64encode(t if isinstance(t, bytes) else t.encode()).decode() for t in texts]
 
@@ -252,17 +257,15 @@ def test_only_compiled_signatures_have_xla(exported):
     check_ops(exported[1])
 
 
-def test_outputs_are_what_a_server_takes(exported):
+def test_outputs_are_what_a_server_takes(exported, signatures):
     """The batch first, rank 1 or more, strings, float32 or int32."""
-    model, path = exported
-    loaded = tf.saved_model.load(str(path))
-    for name, signature in loaded.signatures.items():
+    for name, signature in signatures.items():
         for output in signature.structured_outputs.values():
             assert output.dtype in (tf.string, tf.float32, tf.int32)
             assert output.shape.rank >= 1 and output.shape[0] is None, name
     specs = {
         name: {k: v.shape.as_list() for k, v in signature.structured_outputs.items()}
-        for name, signature in loaded.signatures.items()
+        for name, signature in signatures.items()
     }
     assert specs["serving_default"] == {"text": [None], "score": [None]}
     assert specs["beams"] == {"text": [None, 3], "score": [None, 3]}
@@ -271,10 +274,10 @@ def test_outputs_are_what_a_server_takes(exported):
     # A server passes a scalar on.
     one = tf.constant(TEXTS[0])
     for name in PLAIN - {"ids", "score"}:
-        function = loaded.signatures[name]
+        function = signatures[name]
         placeholder = function.structured_input_signature[1]["text"]
         assert (placeholder.name, placeholder.dtype) == ("text", tf.string)
-    inner = export_signatures.ServingModule(model, bg.GenerationConfig(**OPTIONS), {}, ())
+    inner = export_signatures.ServingModule(exported[0], bg.GenerationConfig(**OPTIONS), {}, ())
     scalar = inner.functions["serving_default"].python_function(one)
     assert scalar["text"].numpy().shape == (1,)
     scalar = inner.functions["score"].python_function(one, one)
@@ -291,28 +294,25 @@ def test_outputs_are_what_a_server_takes(exported):
         ([[5] * 27], [[1] * 27], "input_ids must have at most 26 columns"),
     ],
 )
-def test_ids_that_the_model_does_not_have(exported, ids, mask, message):
-    signature = tf.saved_model.load(str(exported[1])).signatures["ids"]
+def test_ids_that_the_model_does_not_have(signatures, ids, mask, message):
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
-        signature(input_ids=tf.constant(ids), attention_mask=tf.constant(mask))
+        signatures["ids"](input_ids=tf.constant(ids), attention_mask=tf.constant(mask))
 
 
-def test_ids_of_no_columns_and_no_rows(exported):
-    model, path = exported
-    signature = tf.saved_model.load(str(path)).signatures["ids"]
+def test_ids_of_no_columns_and_no_rows(exported, signatures):
+    signature = signatures["ids"]
     none = tf.zeros([2, 0], tf.int32)
     found = signature(input_ids=none, attention_mask=none)
-    ids = model.preprocessor.generate_preprocess(["", ""])
+    ids = exported[0].preprocessor.generate_preprocess(["", ""])
     expected = signature(**ids)
     assert found["sequences"].numpy().tolist() == expected["sequences"].numpy().tolist()
     none = tf.zeros([0, 3], tf.int32)
     assert signature(input_ids=none, attention_mask=none)["sequences"].shape == [0, 3, 10]
 
 
-def test_scores_need_pairs(exported):
-    signature = tf.saved_model.load(str(exported[1])).signatures["score"]
+def test_scores_need_pairs(signatures):
     with pytest.raises(tf.errors.InvalidArgumentError, match="source and target must be of one"):
-        signature(source=tf.constant(["a", "b"]), target=tf.constant(["a"]))
+        signatures["score"](source=tf.constant(["a", "b"]), target=tf.constant(["a"]))
 
 
 def only_words(logits, ids, step):

@@ -418,6 +418,7 @@ def test_sentence_pieces(chrome, stub):
         ("Pläying golf", None),
         ("playing golf ...", None),  # perhaps a tokenizer leaves these out
         ("unknown words, playing golf and more", None),
+        ("[CLS] playing golf [SEP]", None),  # read as what they are
         ("Pläying golf for ever", "“… playing golf”"),
     ],
 )

@@ -290,7 +290,10 @@ def test_alive_and_ready(folder):
         statuses.append([(await ask(app, "GET", path))[0] for path in ("/healthz", "/readyz")])
         _, headers, body = await ask(other, "GET", "/readyz")
         assert "not loaded: name" in body.decode() and headers["retry-after"] == "1"
-        assert (await ask(other, "POST", PREDICT, b'{"inputs": "a"}'))[0] == 404
+        # Not 404, after which a client would give up.
+        status, headers, body = await ask(other, "POST", PREDICT, b'{"inputs": "a"}')
+        assert status == 503 and headers["retry-after"] == "1"
+        assert "It is being loaded" in body.decode()
         return statuses
 
     assert serve(folder, test) == [[200, 503], [200, 200], [200, 503]]

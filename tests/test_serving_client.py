@@ -215,6 +215,7 @@ def test_texts_that_are_not_utf8(server, served):
         assert [isinstance(text, dict) for text in sent] == [True, True, True, False]
     else:
         assert list(tf.make_ndarray(request.inputs["text"])) == AS_BYTES
+        assert list(request.output_filter) == ["text", "score"]
 
 
 def test_score(server):
@@ -404,7 +405,7 @@ def test_pauses_grow_at_random_and_keep_to_retry_after(monkeypatch):
 
     late = DeadlineExceeded("late")
     with pytest.raises(ServingError, match="busy"):
-        serving_client._attempt(call, float("inf"), 6, Stop(), late)
+        serving_client._attempt(call, float("inf"), None, 6, Stop(), late)
     assert ranges == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 8), (0, 10)]
     assert pauses == [0.5, 7, 2, 4, 8, 10]
 
@@ -435,6 +436,21 @@ def test_deadline(server):
             client.generate("a")
     assert isinstance(error.value, TimeoutError) and isinstance(error.value, ServingError)
     assert len(server.requests) == 1
+
+
+def test_a_request_without_an_answer_is_sent_again(server):
+    server.faults[:] = [HANG]
+    with Client(server.url, "model", request_timeout=0.5) as client:
+        assert client.generate("a") == client.generate("a")
+    assert len(server.requests) == 3
+
+
+def test_a_request_without_an_answer_is_sent_again_so_often(server):
+    server.faults[:] = [HANG] * 3
+    with Client(server.url, "model", request_timeout=0.1, retries=1) as client:
+        with pytest.raises(DeadlineExceeded):
+            client.generate("a")
+    assert len(server.requests) == 2
 
 
 def test_no_pause_goes_beyond_the_deadline(rest):
@@ -809,3 +825,33 @@ def test_packages_that_are_missing_are_named(url, package, monkeypatch):
 def test_errors_can_be_copied():
     error = copy.copy(DeadlineExceeded("busy", 503, 7.0))
     assert (str(error), error.code, error.retry_after) == ("busy", 503, 7.0)
+
+
+# ------------------------------------------------------------------ tools/test_tensorflow_serving
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--help"], 0, "usage: ./tools/test_tensorflow_serving"),
+        (["--enable_batching"], 2, "error: the first argument must be an export"),
+        (
+            ["nowhere/1"],
+            2,
+            "error: nowhere/1 must be an export, NAME/VERSION with a saved_model.pb",
+        ),
+        ([], 2, "error: no docker found: install it"),
+    ],
+)
+def test_tool_tells_what_it_needs(arguments, code, message, tmp_path):
+    for name in ("bash", "basename", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    tool = Path(__file__).parent.parent / "tools/test_tensorflow_serving"
+    process = subprocess.run(
+        [shutil.which("bash"), tool, *arguments],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == code
+    assert message in (process.stderr if code else process.stdout)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from serving_exports import write_export
 
-from bertgen_tf.serving_models import Models, Version
+from bertgen_tf.serving_models import Models, NotLoadedYet, Version
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_loads_what_is_there(folder, exports):
     (folder / "README.md").write_text("")
     models = Models(folder)
     assert models.names == ["name", "other"] and not models.ready
-    with pytest.raises(LookupError, match=r"Servable not found for request: Latest\(name\)"):
+    with pytest.raises(NotLoadedYet, match=r"Servable not found for request: Latest\(name\)"):
         models.find("name")
     look(models)
     assert models.ready
@@ -196,6 +196,9 @@ def test_damaged_files(folder, damage):
     else:
         assert not models.ready
         assert models.versions("name")[0].error[1]
+        with pytest.raises(LookupError, match="Version 1 cannot be loaded: .+") as error:
+            models.find("name")
+        assert not isinstance(error.value, NotLoadedYet)
 
 
 def test_a_lower_version_where_the_highest_is_broken(folder):

@@ -96,6 +96,9 @@ class Program:
         xla: False switches XLA off, as a server does unless told otherwise.
         text_ops: whether the ops of tensorflow-text are there, as they are in a server.
 
+    Attributes:
+        version: of TensorFlow.
+
     Raises:
         LoadFailure: TensorFlow could not load the export.
     """
@@ -116,6 +119,7 @@ class Program:
         if kind == "error":
             self.close()
             raise LoadFailure(_failure(words))
+        self.version = words[0]
 
     def __enter__(self):
         return self

@@ -14,7 +14,7 @@
 
    Standard output, one line each:
 
-     loaded KIB                              the export is ready; resident memory of the process
+     loaded VERSION KIB                      of TensorFlow; resident memory of the process
      answer TASK ok {DTYPE RANK DIM... VALUE...}
      answer TASK error CODE MESSAGE          what TF_SessionRun said, the message in hexadecimal
      memory DONE KIB                         every so often in a run
@@ -402,7 +402,7 @@ int main(int argc, char** argv) {
   TF_Session* session =
       TF_LoadSessionFromSavedModel(options, NULL, argv[first], tags, 1, graph, NULL, status);
   check_load(status);
-  printf("loaded %ld\n", resident_kib());
+  printf("loaded %s %ld\n", TF_Version(), resident_kib());
   fflush(stdout);
   obey(session, graph);
   TF_CloseSession(session, status);

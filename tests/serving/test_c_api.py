@@ -314,9 +314,7 @@ def test_without_the_ops_of_tensorflow_text(program, word_piece):
     [
         ("request 1 no_such:0 string 0 - 1 x:0", "the export has no operation no_such"),
         ("request 1 {feed} int32 1 2 5", "a line ends too early"),
-        ("request 1 {feed} string 1 4000000000000", "is no integer from 0 to"),
         ("request 1 {feed} string 2 1000000 1000000", "a tensor is too large"),
-        ("request 1 {feed} string 0 abc", "hexadecimal digits come in pairs"),
         ("request 1 {feed} string 0 ab 1 {feed} more", "a line is too long"),
         ("stop", "must be request or run"),
     ],
@@ -347,9 +345,16 @@ def check_ops(graph):
         attributes = {name for name in node.attr if not name.startswith("_")}
         unknown = attributes - set(known[node.op]["attrs"])
         assert not unknown, f"{node.op} had no attribute {unknown} in {OPS['tensorflow']}"
+        # An attribute that is new since, and that the node leaves at its default, does no harm.
+        defaults = {
+            attr.name: tf.as_dtype(attr.default_value.type).name
+            for attr in ours[node.op].attr
+            if attr.type == "type" and attr.name not in known[node.op]["attrs"]
+        }
         here = make_op_list.describe(ours[node.op])
         for side in ("inputs", "outputs"):
-            assert here[side] == known[node.op][side], f"{node.op} had other {side}"
+            tensors = {name: defaults.get(kind, kind) for name, kind in here[side].items()}
+            assert tensors == known[node.op][side], f"{node.op} had other {side}"
     return {node.op for node in nodes}
 
 
