@@ -103,8 +103,7 @@ def requests(model):
     inputs = {"ids": ids, "score": pairs}
     full = [(name, inputs.get(name, {"text": texts})) for name in sorted(PLAIN | COMPILED)]
     return full + [
-        (name, {"source": [], "target": []} if name == "score" else {"text": []})
-        for name in EMPTY
+        (name, {"source": [], "target": []} if name == "score" else {"text": []}) for name in EMPTY
     ]
 
 

@@ -440,14 +440,14 @@ def test_deadline(server):
 
 def test_a_request_without_an_answer_is_sent_again(server):
     server.faults[:] = [HANG]
-    with Client(server.url, "model", request_timeout=0.5) as client:
+    with Client(server.url, "model", request_timeout=1.0) as client:
         assert client.generate("a") == client.generate("a")
     assert len(server.requests) == 3
 
 
 def test_a_request_without_an_answer_is_sent_again_so_often(server):
     server.faults[:] = [HANG] * 3
-    with Client(server.url, "model", request_timeout=0.1, retries=1) as client:
+    with Client(server.url, "model", request_timeout=1.0, retries=1) as client:
         with pytest.raises(DeadlineExceeded):
             client.generate("a")
     assert len(server.requests) == 2
