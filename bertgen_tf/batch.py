@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -342,6 +343,8 @@ def _ray_running(address: str | None, workers: int | None, cpus: int) -> Iterato
         if address is None:
             # None: as many as the machine, or its container, has.
             options |= {"num_cpus": workers and workers * cpus, "include_dashboard": False}
+        else:
+            _check_answers(address)
         try:
             ray.init(address or "local", **options)
         except (RuntimeError, ValueError) as error:
@@ -358,6 +361,16 @@ def _ray_running(address: str | None, workers: int | None, cpus: int) -> Iterato
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises a ConnectionError if nobody answers at HOST:PORT, where Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
+        except OSError as error:
+            raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from error
 
 
 def _on_ray(

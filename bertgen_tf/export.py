@@ -29,11 +29,11 @@ All are plain graphs without any `Xla*` op, which a stock server runs, but those
 `--xla_gpu_compilation_enabled`), or Python; elsewhere they answer "XLA compilation disabled".
 
 Every string is answered: empty, too long (cut at the model's `max_source_length`), not UTF-8. A
-scalar counts as a batch of one, an empty batch has an empty answer. The settings of generation are
-baked in. With `do_sample` and no seed every call draws anew; with a seed a text is answered by its
-place in the batch, as `generate` answers a list, and a server's own batching moves it. Loading
-needs the ops of tensorflow-text, which TensorFlow Serving has and `import tensorflow_text` brings
-to Python.
+scalar counts as a batch of one, an empty batch has an empty answer, unless the server itself puts
+requests into batches, which takes neither. The settings of generation are baked in. With
+`do_sample` and no seed every call draws anew; with a seed a text is answered by its place in the
+batch, as `generate` answers a list, and a server's own batching moves it. Loading needs the ops of
+tensorflow-text, which TensorFlow Serving has and `import tensorflow_text` brings to Python.
 """
 
 import os
@@ -142,7 +142,7 @@ def check_version_path(path: str | os.PathLike) -> None:
         ValueError: the version is no integer.
     """
     path = pathlib.Path(path)
-    if not path.name.isdecimal():
+    if not re.fullmatch("[0-9]{1,18}", path.name):
         raise ValueError(
             "path must end in an integer version, because TensorFlow Serving looks for nothing "
             f'else, received {str(path)!r}. Use "{path}/1".'

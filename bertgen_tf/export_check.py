@@ -77,12 +77,13 @@ def _cases(
     odd = [[short], [""], [b"\xff\xfe \xf0\x9f\x98\x80"]]
     for signature in module.settings:
         compiled = signature.endswith(COMPILED)
-        # One compilation of each is enough.
+        # Of what is compiled one shape is enough, and one function for all hypotheses and the best.
         batches = [[short]] if compiled else [batch]
+        settings = module.settings["beams_xla" if signature == "generate_xla" else signature]
         for texts in batches + (odd if signature == "serving_default" else []):
             output = model.generate(
                 tf.data.Dataset.from_tensor_slices(texts),
-                module.settings[signature],
+                settings,
                 logits_processor=logits_processor,
                 output_scores=True,
                 output_attentions=signature == "attention",
@@ -156,13 +157,13 @@ def _run(folder: pathlib.Path, cases: list[_Case]) -> tuple[list[dict[str, np.nd
         }
         for case in cases
     ]
-    # -P: nothing beside the program is to be imported.
+    # -P: nothing beside the program is to be imported. A GPU's memory is with this process.
     process = subprocess.run(
         [sys.executable, "-P", str(_PROGRAM), str(folder)],
         input=json.dumps(requests),
         capture_output=True,
         text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "2"},
     )
     if process.returncode < 0:
         raise ExportError(
@@ -212,5 +213,5 @@ def _differences(case: _Case, answer: dict[str, np.ndarray]) -> Iterator[tuple[s
             if not np.allclose(expected, found, TOLERANCE, TOLERANCE, equal_nan=True):
                 yield name, f"expected {expected.tolist()}, found {found.tolist()}"
         elif not np.array_equal(expected, found) and not tf.config.list_physical_devices("GPU"):
-            # GPUs add up in an order that changes: the likelier of two equals may be the other.
+            # A GPU rounds otherwise: of two that are equally likely the other may be the best.
             yield name, f"expected {expected.tolist()}, found {found.tolist()}"

@@ -18,12 +18,17 @@ from bertgen_tf.generation import source_buckets
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 BATCHING_FILE = "batching_params.pbtxt"
 METADATA_FILE = "metadata.json"
+# Batches of the largest size that one request may fill.
+MAX_BATCHES_OF_A_REQUEST = 32
 # A server warms up before it serves, one request after the other.
 MAX_WARMUP_REQUESTS = 1000
 
 _BATCHING = """\
 # Read by a server with --enable_batching and --enable_per_model_batching_parameters.
-max_batch_size {{ value: {largest} }}
+# Larger requests are split, those above max_batch_size refused.
+max_batch_size {{ value: {most} }}
+max_execution_batch_size {{ value: {largest} }}
+enable_large_batch_splitting {{ value: true }}
 batch_timeout_micros {{ value: 5000 }}
 max_enqueued_batches {{ value: 100 }}
 # Not pad_variable_length_inputs: it pads with the first value of a tensor, which in a mask is 1.
@@ -52,7 +57,9 @@ def source_lengths(model: Any) -> list[int]:
 def write_batching_parameters(folder: pathlib.Path, sizes: list[int]) -> None:
     """Writes `batching_params.pbtxt`."""
     lines = "\n".join(f"allowed_batch_sizes: {size}" for size in sizes)
-    (folder / BATCHING_FILE).write_text(_BATCHING.format(largest=sizes[-1], sizes=lines))
+    most = MAX_BATCHES_OF_A_REQUEST * sizes[-1]
+    text = _BATCHING.format(most=most, largest=sizes[-1], sizes=lines)
+    (folder / BATCHING_FILE).write_text(text)
 
 
 def write_warmup(

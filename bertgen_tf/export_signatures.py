@@ -110,7 +110,9 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
         autograph=False,
     )
     def serve(input_ids: tf.Tensor, attention_mask: tf.Tensor) -> dict[str, tf.Tensor]:
-        batch, length = tf.unstack(tf.shape(input_ids))
+        # In JSON the shape of an empty batch is [0].
+        batch = tf.shape(input_ids)[0]
+        length = tf.size(input_ids) // tf.maximum(batch, 1)
         checks = (
             (
                 tf.reduce_all(tf.equal(tf.shape(input_ids), tf.shape(attention_mask))),
@@ -131,6 +133,8 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
         )
         asserted = [tf.debugging.Assert(passed, [message]) for passed, message in checks]
         with tf.control_dependencies(asserted):
+            input_ids = tf.reshape(input_ids, [batch, length])
+            attention_mask = tf.reshape(attention_mask, [batch, length])
             # A search needs a column.
             missing = [[0, 0], [0, tf.cast(tf.equal(length, 0), tf.int32)]]
             input_ids = tf.pad(input_ids, missing, constant_values=encoder.pad_token_id)

@@ -51,7 +51,6 @@ class _Request:
     rows: int | None  # None: only as a whole, alone
     future: asyncio.Future
     taken: int = 0  # rows that were handed to a batch
-    done: int = 0
     parts: dict[int, Arrays] = dataclasses.field(default_factory=dict)
     batch_size: int = 0
 
@@ -281,9 +280,8 @@ def _finish(part: _Part, result: Arrays | Exception, batch_size: int) -> None:
         request.future.set_exception(result)
         return
     request.parts[part.start] = result
-    request.done += part.stop - part.start
     request.batch_size = max(request.batch_size, batch_size)
-    if request.waiting or request.done < request.taken:
+    if request.waiting:
         return
     if len(request.parts) == 1:
         outputs = result

@@ -55,14 +55,16 @@ class Signature:
         self, name: str, function: Any, max_batch_size: int = MAX_BATCH_SIZE, owner: Any = None
     ):
         self.name = name
-        self.inputs: dict[str, tf.TensorSpec] = dict(function.structured_input_signature[1])
+        self.inputs: dict[str, tf.TensorSpec] = dict(
+            sorted(function.structured_input_signature[1].items())
+        )
         self.max_batch_size = max_batch_size
         specs = [*self.inputs.values(), *function.structured_outputs.values()]
         self.has_rows = bool(self.inputs) and all(
             spec.shape.rank and spec.shape[0] is None for spec in specs
         )
         self._function = function
-        # A function does not keep its variables alive.
+        # Variables live as long as the object that was loaded.
         self._owner = owner
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

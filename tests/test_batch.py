@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -123,15 +124,19 @@ def workers_of_this_process() -> list[int]:
     return [p.pid for p in processes if p.name().startswith("ray::MapWorker")]
 
 
+def has_lines(file) -> bool:
+    return file.name.endswith(".partial") and os.path.getsize(file.name) > 0
+
+
 class Killer:
-    """In place of `cli_output.sync`: kills all workers, once, when the first outputs are written."""
+    """In place of `cli_output.sync`: kills all workers, once, when the first lines are there."""
 
     def __init__(self):
         self.killed = []
 
     def __call__(self, file):
         file.flush()
-        if os.path.getsize(file.name) and not self.killed:
+        if has_lines(file) and not self.killed:
             self.killed = workers_of_this_process()
             for pid in self.killed:
                 os.kill(pid, signal.SIGKILL)
@@ -181,7 +186,7 @@ def test_a_preset_here_stopped_and_resumed(
 
     def stop(file):
         file.flush()
-        if os.path.getsize(file.name):
+        if has_lines(file):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -217,7 +222,11 @@ def test_no_cluster_or_too_few_cores(ray_folder, export, lines, tmp_path, capsys
     pytest.importorskip("ray")
     run = ["generate", "--engine", "ray", "--export", export, "--input", str(lines / "*")]
     run += ["--output", str(tmp_path / "out")]
-    assert "127.0.0.1:9" in fails(capsys, *run, "--ray-address", "127.0.0.1:9")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        message = fails(capsys, *run, "--ray-address", address)
+    assert f"no Ray cluster answers at {address}" in message
     assert "cannot have 1000 cores" in fails(capsys, *run, "--cpus-per-worker", "1000")
 
 

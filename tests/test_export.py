@@ -374,6 +374,9 @@ def test_saved_model_of_bert_large_is_small(tmp_path):
 def test_errors_write_nothing(tmp_path, model):
     with pytest.raises(ValueError, match='must end in an integer version.*Use ".*name/1"'):
         bg.export_saved_model(model, tmp_path / "name")
+    for version in ("\u0663", "9" * 19, "-1", "1.0"):
+        with pytest.raises(ValueError, match="must end in an integer version"):
+            bg.export_saved_model(model, tmp_path / "name" / version)
     (tmp_path / "name/3").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="must be a new version"):
         bg.export_saved_model(model, tmp_path / "name/3")

@@ -96,10 +96,13 @@ def test_text_of_length(kind, spiece):
 def test_batching_parameters_agree_with_the_buckets(exported):
     text = (exported[1] / "batching_params.pbtxt").read_text()
     assert re.findall(r"allowed_batch_sizes: (\d+)", text) == ["1", "2", "4"]
-    assert re.findall(r"max_batch_size \{ value: (\d+) \}", text) == ["4"]
+    # The largest that runs must be the last that is allowed.
+    assert re.findall(r"max_execution_batch_size \{ value: (\d+) \}", text) == ["4"]
+    assert re.findall(r"max_batch_size \{ value: (\d+) \}", text) == ["128"]
+    assert "enable_large_batch_splitting { value: true }" in text
     # Protobuf's own text format, of a message that no package carries.
     for line in filter(None, re.sub("#.*", "", text).splitlines()):
-        assert re.fullmatch(r"\w+( \{ value: \d+ \}|: \d+)", line), line
+        assert re.fullmatch(r"\w+( \{ value: (\d+|true) \}|: \d+)", line), line
 
 
 def test_metadata(exported):

@@ -505,6 +505,25 @@ def test_a_new_version_is_found_while_requests_run(folder, tmp_path):
     assert set(seen[:-1]) <= {">a"}
 
 
+def test_the_old_version_stays_while_a_request_needs_it(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "models")
+
+    async def test(app):
+        started, go_on = hold_up(app)
+        task = asyncio.create_task(ask(app, "POST", PREDICT, b'{"inputs": "a"}'))
+        await asyncio.to_thread(started.wait, 60)
+        shutil.copytree(folder / "name/3", tmp_path / "models/name/4")
+        await app.models.look()
+        status = (await ask(app, "GET", "/v1/models/name/versions/3"))[2]
+        assert json.loads(status)["model_version_status"][0]["state"] == "UNLOADING"
+        go_on.set()
+        assert (await task)[0] == 200
+        status = (await ask(app, "GET", "/v1/models/name/versions/3"))[2]
+        assert json.loads(status)["model_version_status"][0]["state"] == "END"
+
+    serve(tmp_path / "models", test)
+
+
 def test_base64_of_any_bytes(models):
     data = bytes(range(256))
     content = {"inputs": {"b64": base64.b64encode(data).decode()}, "signature_name": "raw"}

@@ -187,6 +187,7 @@ def test_damaged_files(folder, damage):
         "weights": next((folder / "name/1/variables").glob("*.data*")),
         "metadata": folder / "name/1/metadata.json",
     }[damage]
+    whole = path.read_bytes()
     path.write_bytes(b"\xff damaged")
     models = Models(folder)
     look(models)
@@ -199,6 +200,9 @@ def test_damaged_files(folder, damage):
         with pytest.raises(LookupError, match="Version 1 cannot be loaded: .+") as error:
             models.find("name")
         assert not isinstance(error.value, NotLoadedYet)
+        path.write_bytes(whole)
+        look(models)
+        assert answer(models.find("name")) == b"ax"
 
 
 def test_a_lower_version_where_the_highest_is_broken(folder):

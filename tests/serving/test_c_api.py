@@ -266,11 +266,11 @@ def test_load_of_four_threads(served):
     starts = np.flatnonzero(rng.random(100) < 0.5)
     slices = [slice(*pair) for pair in zip([0, *starts], [*starts, 100], strict=True)]
     requests = [("serving_default", {"text": texts[part]}) for part in slices]
-    server.run(requests, threads=4)  # allocators have their fill
+    server.run(requests, threads=4, times=3)  # allocators have their fill
     for index, answer in server.run(requests, threads=4, times=times):
         check(answer, {key: value[slices[index]] for key, value in every.items()})
     assert len(server.memory) == 20
-    assert server.memory[-1] - server.memory[4] < 10_000, server.memory  # KiB
+    assert server.memory[-1] - server.memory[4] < 3_000, server.memory  # KiB
 
 
 def test_a_run_that_takes_too_long_ends(served):
@@ -359,7 +359,8 @@ def check_ops(graph):
 
 
 def test_ops_are_those_of_an_older_server(exported):
-    assert len(check_ops(c_program.read_meta_graph(exported[1]).graph_def)) > 100
+    ops = check_ops(c_program.read_meta_graph(exported[1]).graph_def)
+    assert {"WordpieceTokenizeWithOffsets", "SentencepieceTokenizeOp"} & ops and "While" in ops
 
 
 def test_ops_of_byte_pair_vocabularies(tmp_path):
