@@ -11,7 +11,8 @@ accepted is answered."""
 EPILOG = """\
 FOLDER is what holds the exports, NAME/VERSION, such as saved_models. It can be one model, NAME, or
 one export, NAME/VERSION, too. Of each model the highest version is served. Versions and models that
-come later are loaded while the others answer.
+come later are loaded while the others answer. Signatures that end in _xla are compiled when they
+are first asked for a batch size and a length; all other requests wait until that is done.
 
 paths:
   /                                 the page

@@ -120,7 +120,9 @@ def export_saved_model(
         module = ServingModule(model, config, signatures, logits_processor)
         tf.saved_model.save(module, str(temporary), signatures=module.functions)
         export_files.write_batching_parameters(temporary, sizes)
-        export_files.write_warmup(temporary, name, model, sizes, compiled=warmup_xla)
+        export_files.write_warmup(
+            temporary, name, model, module.functions, sizes, compiled=warmup_xla
+        )
         export_files.write_metadata(
             temporary, name, int(path.name), model, module, signatures, sizes
         )

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
@@ -63,18 +64,26 @@ def write_batching_parameters(folder: pathlib.Path, sizes: list[int]) -> None:
 
 
 def write_warmup(
-    folder: pathlib.Path, name: str, model: Any, sizes: list[int], *, compiled: bool
+    folder: pathlib.Path,
+    name: str,
+    model: Any,
+    functions: Mapping[str, Any],
+    sizes: list[int],
+    *,
+    compiled: bool,
 ) -> None:
     """Writes the requests that a server runs before it serves.
 
-    One of a single text for each bucket of lengths, to `serving_default`; with `compiled` also one
-    to `generate_xla` for each pair of a batch size and a bucket of lengths: they compile what it
-    will need, and keep a server without XLA from loading the export.
+    One of a single text for each bucket of lengths, to `serving_default`, and one to each other
+    plain signature, whose first run takes seconds; with `compiled` also one to `generate_xla` for
+    each pair of a batch size and a bucket of lengths: they compile what it will need, and keep a
+    server without XLA from loading the export.
 
     Args:
         folder: of the version.
         name: of the model on the server.
         model: whose tokenizer makes the texts.
+        functions: those behind the signatures.
         sizes: of batches.
         compiled: see above.
 
@@ -84,9 +93,14 @@ def write_warmup(
     from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
     texts = [text_of_length(model, length) for length in source_lengths(model)]
-    requests = [("serving_default", [text]) for text in texts]
+    requests = [("serving_default", {"text": [text]}) for text in texts]
+    ids = model.preprocessor.generate_preprocess(texts[:1])
+    for signature, function in functions.items():
+        if signature != "serving_default" and not signature.endswith(COMPILED):
+            inputs = {spec.name: ids.get(spec.name, texts[:1]) for spec in function.input_signature}
+            requests.append((signature, inputs))
     if compiled:
-        requests += [("generate_xla", [text] * size) for text in texts for size in sizes]
+        requests += [("generate_xla", {"text": [text] * n}) for text in texts for n in sizes]
     if len(requests) > MAX_WARMUP_REQUESTS:
         raise ValueError(
             f"warm-up must have at most {MAX_WARMUP_REQUESTS} requests, received {len(requests)}. "
@@ -95,15 +109,29 @@ def write_warmup(
     path = folder / WARMUP_FILE
     path.parent.mkdir()
     with tf.io.TFRecordWriter(str(path)) as writer:
-        for signature, batch in requests:
+        for signature, inputs in requests:
             request = predict_pb2.PredictRequest()
             request.model_spec.name = name
             request.model_spec.signature_name = signature
-            request.inputs["text"].CopyFrom(tf.make_tensor_proto(batch, tf.string))
+            for key, value in inputs.items():
+                request.inputs[key].CopyFrom(tf.make_tensor_proto(np.array(value)))
             log = prediction_log_pb2.PredictionLog(
                 predict_log=prediction_log_pb2.PredictLog(request=request)
             )
             writer.write(log.SerializeToString())
+
+
+def read_warmup(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The requests of `write_warmup`: signatures and their inputs, strings as objects of bytes."""
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    path = folder / WARMUP_FILE
+    if not path.is_file():
+        return
+    for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+        inputs = {name: tf.make_ndarray(tensor) for name, tensor in request.inputs.items()}
+        yield request.model_spec.signature_name, inputs
 
 
 def text_of_length(model: Any, length: int) -> str:

@@ -52,6 +52,8 @@ _PAGE_HEADERS = {
 }
 # Bodies from this size on are parsed in a thread, so that others need not wait.
 _LARGE_BODY = 2**16
+# Numbers and strings of an answer, which JSON makes tens of bytes each.
+_MAX_ANSWER_ITEMS = 4_000_000
 # So much of a refused body is read nevertheless: most clients read no answer before they sent it.
 _MAX_DRAINED_BYTES = 64 * 2**20
 _CLIENT_GONE = 499  # only in logs and metrics
@@ -193,6 +195,31 @@ class ServingApp:
         return answer
 
     async def _answer(self, request: Request, version: Version, facts: dict[str, Any]) -> Response:
+        # The body is gone when the request waits.
+        signature, inputs, rows = await self._read(request, version, facts)
+        try:
+            result = await _unless_gone(request, self.batcher.run(signature, inputs))
+        except Exception as error:
+            if not is_client_error(error):
+                raise
+            raise RequestError(_explain(error)) from error
+        facts["batch"] = result.batch_size
+        items = _total_items(result)
+        if items > _MAX_ANSWER_ITEMS:
+            raise RequestError(
+                f"The answer would have {items:,} numbers and strings, and must have at most "
+                f"{_MAX_ANSWER_ITEMS:,}. Send fewer texts",
+                413,
+            )
+        content = await _in_thread_if_large(
+            items, lambda: json.dumps(write_outputs(result.outputs, rows))
+        )
+        return Response(content, media_type="application/json")
+
+    async def _read(
+        self, request: Request, version: Version, facts: dict[str, Any]
+    ) -> tuple[Signature, dict[str, np.ndarray], bool]:
+        """The signature that is asked, its inputs, and whether the answer shall be by rows."""
         body = await self._read_body(request)
         content = await _in_thread_if_large(body, lambda: parse_request(body))
         signature = _find_signature(version, content.get("signature_name"))
@@ -208,17 +235,7 @@ class ServingApp:
                 413,
             )
         facts["texts"] = texts
-        try:
-            result = await _unless_gone(request, self.batcher.run(signature, inputs))
-        except Exception as error:
-            if not is_client_error(error):
-                raise
-            raise RequestError(_explain(error)) from error
-        facts["batch"] = result.batch_size
-        content = await _in_thread_if_large(
-            _total_items(result), lambda: json.dumps(write_outputs(result.outputs, rows))
-        )
-        return Response(content, media_type="application/json")
+        return signature, inputs, rows
 
     async def _read_body(self, request: Request) -> bytes:
         """The body, decompressed.

@@ -85,8 +85,8 @@ class Batcher:
 
     Args:
         max_queued: how many rows may wait.
-        patience: seconds to wait for a batch as large as the one before it; a lone client never
-            waits, because its batches are of one request.
+        patience: seconds to wait for a batch as large as the one before it, which a client that is
+            alone and always sends the same number never does.
         on_batch: called with the signature and the number of rows of each batch.
     """
 
@@ -187,7 +187,11 @@ class Batcher:
                 _log.exception("a batch failed")
                 results = [error] * len(parts)
             for part, result in zip(parts, results, strict=True):
-                _finish(part, result, rows)
+                try:
+                    _finish(part, result, rows)
+                except Exception as error:
+                    _log.exception("an answer failed")
+                    part.request.future.set_exception(error)
             self._running = []
 
     async def _gather(self, group: _Group) -> None:
@@ -261,8 +265,9 @@ def _run(signature: Signature, parts: list[_Part]) -> list[Arrays | Exception]:
         if any(x.shape[:1] != (sum(sizes),) for x in outputs.values()):
             raise ValueError(f"{signature.name} gives outputs without rows")
     except Exception as error:
-        if len(parts) == 1:
-            return [error]
+        # Where memory is short, further runs would not help.
+        if len(parts) == 1 or isinstance(error, MemoryError | tf.errors.ResourceExhaustedError):
+            return [error] * len(parts)
         half = len(parts) // 2
         return _run(signature, parts[:half]) + _run(signature, parts[half:])
     ends = np.cumsum(sizes)

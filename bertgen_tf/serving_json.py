@@ -297,6 +297,8 @@ def _to_bytes(value: Any, where: str) -> bytes:
 
 
 def _to_list(name: str, values: np.ndarray) -> Any:
+    if values.ndim > 1:  # by rows: a number takes a hundred bytes on its way to text
+        return [_to_list(name, row) for row in values]
     if values.dtype == object:
         if name.endswith("_bytes"):
             return _map(values, lambda item: {"b64": base64.b64encode(item).decode("ascii")})

@@ -25,6 +25,7 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
+from bertgen_tf.export_files import read_warmup
 from bertgen_tf.serving_json import DEFAULT_SIGNATURE
 
 GRAPH_FILE = "saved_model.pb"
@@ -109,7 +110,7 @@ class Version:
     _users: int = 0
 
     def load(self) -> None:
-        """Loads it and runs `serving_default` once, so that the first request need not wait."""
+        """Loads it and runs its warm-up requests, so that the first ones need not wait."""
         import tensorflow_text  # noqa: F401 (registers the operations of tokenizers)
 
         if not (self.path / GRAPH_FILE).is_file():
@@ -130,10 +131,8 @@ class Version:
             name: Signature(name, function, size, loaded)
             for name, function in loaded.signatures.items()
         }
-        default = self.signatures.get(DEFAULT_SIGNATURE)
-        if default and [spec.dtype for spec in default.inputs.values()] == [tf.string]:
-            (name,) = default.inputs
-            default.run({name: np.array([b"a text"], object)})
+        for name, inputs in read_warmup(self.path):
+            self.signatures[name or DEFAULT_SIGNATURE].run(inputs)
 
     def describe(self) -> dict[str, Any]:
         """Its status as TensorFlow Serving's JSON has it."""

@@ -52,30 +52,39 @@ def read_warmup(path):
 def test_warmup_has_a_request_for_each_bucket(exported):
     model, path = exported
     signatures = tf.saved_model.load(str(path)).signatures
-    seen = []
+    seen, others = [], []
     for request in read_warmup(path):
         assert request.model_spec.name == "splitter"
-        (texts,) = [tf.make_ndarray(tensor) for tensor in request.inputs.values()]
-        assert list(request.inputs) == ["text"]
+        name = request.model_spec.signature_name
+        inputs = {key: tf.make_ndarray(tensor) for key, tensor in request.inputs.items()}
+        if name not in ("serving_default", "generate_xla"):
+            others.append(name)
+            outputs = signatures[name](**{k: tf.constant(v) for k, v in inputs.items()})
+            assert {len(value) for value in outputs.values()} == {1}
+            continue
+        (texts,) = inputs.values()
+        assert list(inputs) == ["text"]
         lengths = {len(ids) for ids in model.preprocessor.encode_source(texts)}
-        seen.append((request.model_spec.signature_name, len(texts), *lengths))
-        if request.model_spec.signature_name == "serving_default":
-            assert signatures["serving_default"](text=tf.constant(texts))["text"].shape == [1]
+        seen.append((name, len(texts), *lengths))
     # The buckets are 16 and 26, and texts are cut at 20.
     plain = [("serving_default", 1, 16), ("serving_default", 1, 20)]
     assert seen == plain + [("generate_xla", n, s) for s in (16, 20) for n in (1, 2, 4)]
+    assert others == ["beams", "ids", "score", "attention", "brief"]
+    read = list(export_files.read_warmup(path))
+    assert [name for name, _ in read] == [r.model_spec.signature_name for r in read_warmup(path)]
+    assert read[0][1]["text"].tolist() == [export_files.text_of_length(model, 16).encode()]
 
 
 def test_warmup_compiles_only_on_request(tmp_path):
     path = bg.export_saved_model(make_model("all"), tmp_path / "1", check=False, max_new_tokens=5)
     names = {request.model_spec.signature_name for request in read_warmup(Path(path))}
-    assert names == {"serving_default"}
+    assert names == {"serving_default", "beams", "ids", "score", "attention"}
 
 
 def test_too_many_warmup_requests(tmp_path, monkeypatch, model):
     monkeypatch.setattr(export_files, "MAX_WARMUP_REQUESTS", 5)
     with pytest.raises(ValueError, match="warm-up must have at most 5 requests, received 6"):
-        export_files.write_warmup(tmp_path, "name", model, [1, 2], compiled=True)
+        export_files.write_warmup(tmp_path, "name", model, {}, [1, 2], compiled=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ pytest.importorskip("prometheus_client")
 
 from serving_exports import VOCABULARY, write_export
 
+from bertgen_tf import serving_app
 from bertgen_tf.serving_app import ServingApp
 from bertgen_tf.serving_models import Models
 
@@ -332,6 +333,13 @@ def test_number_of_texts(models):
     assert predict(models, {"inputs": ["a"] * 3}, max_texts=3)[0] == 200
     status, answer = predict(models, {"inputs": ["a"] * 4}, max_texts=3)
     assert status == 413 and "at most 3 texts, received 4" in answer["error"]
+
+
+def test_size_of_an_answer(models, monkeypatch):
+    monkeypatch.setattr(serving_app, "_MAX_ANSWER_ITEMS", 4)
+    assert predict(models, {"inputs": ["a"] * 2})[0] == 200
+    status, answer = predict(models, {"inputs": ["a"] * 3})
+    assert status == 413 and "would have 6 numbers and strings" in answer["error"]
 
 
 def hold_up(app):

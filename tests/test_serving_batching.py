@@ -182,6 +182,42 @@ def test_a_request_that_fails_leaves_the_queue():
     run(test)
 
 
+def test_an_answer_that_cannot_be_joined_fails_alone():
+    class Fickle(Fake):
+        def answer(self, inputs):
+            return {f"out{len(self.runs)}": inputs["text"]}
+
+    async def test(batcher):
+        with pytest.raises(KeyError):
+            await batcher.run(Fickle(max_batch_size=1), texts("a", "b"))
+        assert (await batcher.run(Fake(), texts("next"))).outputs["out"].tolist() == ["next"]
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), tf.errors.ResourceExhaustedError(None, None, "no memory")]
+)
+def test_where_memory_is_short_there_is_no_second_run(error):
+    class Hungry(Fake):
+        def answer(self, inputs):
+            if len(self.runs) > 1:
+                raise error
+            return super().answer(inputs)
+
+    async def test(batcher):
+        hungry = Hungry()
+        first = await hold(batcher, hungry)
+        others = await start(batcher, hungry, texts("a"), texts("b"), texts("c"))
+        hungry.go_on.set()
+        await first
+        results = await asyncio.gather(*others, return_exceptions=True)
+        assert [type(result) for result in results] == [type(error)] * 3
+        assert len(hungry.runs) == 2
+
+    run(test)
+
+
 def test_errors_of_the_server_are_not_the_clients():
     assert not is_client_error(tf.errors.InternalError(None, None, "XLA compilation disabled"))
     assert not is_client_error(ValueError("a bug"))

@@ -6,9 +6,12 @@ import threading
 
 import numpy as np
 import pytest
-from serving_exports import write_export
+import tensorflow as tf
+from serving_exports import VOCABULARY, write_export
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-from bertgen_tf.serving_models import Models, NotLoadedYet, Version
+from bertgen_tf import export_files
+from bertgen_tf.serving_models import Models, NotLoadedYet, Signature, Version
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +206,29 @@ def test_damaged_files(folder, damage):
         path.write_bytes(whole)
         look(models)
         assert answer(models.find("name")) == b"ax"
+
+
+@pytest.mark.parametrize("ids, works", [(5, True), (VOCABULARY, False)])
+def test_warmup_requests_run_before_it_answers(folder, monkeypatch, ids, works):
+    """One that fails keeps a version from loading, as in TensorFlow Serving."""
+    request = predict_pb2.PredictRequest()
+    request.model_spec.signature_name = "ids"
+    request.inputs["input_ids"].CopyFrom(tf.make_tensor_proto([[ids]]))
+    request.inputs["attention_mask"].CopyFrom(tf.make_tensor_proto([[1]]))
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.CopyFrom(request)
+    path = folder / "name/1" / export_files.WARMUP_FILE
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(log.SerializeToString())
+    ran = []
+    run = Signature.run
+    monkeypatch.setattr(Signature, "run", lambda *args: [ran.append(args[0].name), run(*args)][1])
+    models = Models(folder)
+    look(models)
+    assert ran == ["ids"]
+    assert models.ready == works
+    assert "ids must lie in" in models.versions("name")[0].error[1] or works
 
 
 def test_a_lower_version_where_the_highest_is_broken(folder):
