@@ -89,8 +89,8 @@ class Client:
         batch_size: texts of a request, at most.
         max_concurrency: requests of a call that are under way at a time, at most.
         timeout: seconds for a call, in all.
-        request_timeout: seconds after which a request is given up and sent again, for networks that
-            lose answers; by default it may take all that is left of `timeout`.
+        request_timeout: seconds after which a request is given up and sent again, because networks
+            lose answers and servers die; by default half of `timeout`.
         retries: how often a request is sent again, at most.
         headers: sent with each request, such as {"Authorization": "Bearer ..."}; metadata of gRPC.
 
@@ -132,7 +132,7 @@ class Client:
         self.batch_size = batch_size
         self.max_concurrency = max_concurrency
         self.timeout = timeout
-        self.request_timeout = request_timeout
+        self.request_timeout = timeout / 2 if request_timeout is None else request_timeout
         self.retries = retries
         self._closed = False
         parts = read_url(url)
@@ -404,7 +404,7 @@ class Client:
 def _attempt(
     call: Callable[[float], T],
     end: float,
-    request_timeout: float | None,
+    request_timeout: float,
     retries: int,
     stop: threading.Event,
     late: DeadlineExceeded,
@@ -414,9 +414,9 @@ def _attempt(
         rest = end - time.monotonic()
         if rest <= 0:
             raise late
-        bounded = request_timeout is not None and request_timeout < rest
+        bounded = request_timeout < rest
         try:
-            return call(request_timeout if bounded else rest)
+            return call(min(request_timeout, rest))
         except ServingError as error:
             # 504 tells that the server's own time is over.
             unanswered = bounded and isinstance(error, DeadlineExceeded) and error.code != 504

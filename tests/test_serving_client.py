@@ -405,7 +405,7 @@ def test_pauses_grow_at_random_and_keep_to_retry_after(monkeypatch):
 
     late = DeadlineExceeded("late")
     with pytest.raises(ServingError, match="busy"):
-        serving_client._attempt(call, float("inf"), None, 6, Stop(), late)
+        serving_client._attempt(call, float("inf"), 60, 6, Stop(), late)
     assert ranges == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 8), (0, 10)]
     assert pauses == [0.5, 7, 2, 4, 8, 10]
 
@@ -431,7 +431,7 @@ def test_retry_after(rest, header, seconds):
 
 def test_deadline(server):
     server.faults[:] = [HANG] * 4
-    with Client(server.url, "model", timeout=0.3) as client:
+    with Client(server.url, "model", timeout=1.0, request_timeout=1.0) as client:
         with pytest.raises(DeadlineExceeded) as error:
             client.generate("a")
     assert isinstance(error.value, TimeoutError) and isinstance(error.value, ServingError)
