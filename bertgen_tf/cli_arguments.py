@@ -2,12 +2,9 @@
 
 import argparse
 import dataclasses
-import math
-import re
-from collections.abc import Callable
 from typing import Any, NoReturn
 
-from bertgen_tf import cli_serve
+from bertgen_tf import cli_serve, cli_values
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE
 
@@ -88,7 +85,7 @@ example:
         "By default as the preset has it; with --encoder 128 tokens, or what the model allows if "
         "that is less.",
     )
-    lengths = {"type": _at_least(1), "metavar": "TOKENS"}
+    lengths = {"type": cli_values.at_least(1), "metavar": "TOKENS"}
     texts.add_argument("--max-source-length", **lengths, help="longer sources are cut")
     texts.add_argument(
         "--max-target-length",
@@ -97,7 +94,7 @@ example:
     )
 
     training = parser.add_argument_group("training")
-    count, count_or_zero = ({"type": _at_least(n), "metavar": "N"} for n in (1, 0))
+    count, count_or_zero = ({"type": cli_values.at_least(n), "metavar": "N"} for n in (1, 0))
     training.add_argument(
         "--epochs", **count, default=3, help="passes over the pairs (default: %(default)s)"
     )
@@ -112,7 +109,7 @@ example:
     )
     training.add_argument(
         "--learning-rate",
-        type=_positive_number,
+        type=cli_values.positive_number,
         default=1e-4,
         metavar="X",
         help="its highest value, from which it falls to 0 (default: %(default)s)",
@@ -152,7 +149,7 @@ def _add_warm_start(group: Any) -> None:
     )
     group.add_argument(
         "--num-layers",
-        type=_layers,
+        type=cli_values.layers,
         metavar="N",
         help="keep the first N, or those of a list counted from 0, such as 0,2,4 (default: all)",
     )
@@ -209,7 +206,7 @@ examples:
     )
     parser.add_argument(
         "--batch-size",
-        type=_at_least(1),
+        type=cli_values.at_least(1),
         default=BATCH_SIZE,
         metavar="N",
         help="texts that are generated together (default: %(default)s); fewer need less memory",
@@ -230,7 +227,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="local: one file in this process; ray: files on Ray, here or on a cluster (default: "
         "%(default)s)",
     )
-    count = {"type": _at_least(1), "metavar": "N"}
+    count = {"type": cli_values.at_least(1), "metavar": "N"}
     group.add_argument(
         "--workers",
         **count,
@@ -269,7 +266,7 @@ example:
     )
     parser.add_argument(
         "--max-batch-size",
-        type=_power_of_two,
+        type=cli_values.power_of_two,
         default=32,
         metavar="N",
         help="the most texts that a server with batching runs together, a power of two (default: "
@@ -331,7 +328,7 @@ def _add_serve(commands: Any) -> None:
         description=cli_serve.DESCRIPTION,
         epilog=cli_serve.EPILOG,
     )
-    cli_serve.add_serve_arguments(parser, _at_least(1), _positive_number)
+    cli_serve.add_serve_arguments(parser, cli_values.at_least(1), cli_values.positive_number)
 
 
 def _add_preset(parser: argparse.ArgumentParser, instead: Any = None) -> None:
@@ -369,117 +366,23 @@ def _add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "")
         )
 
 
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer of at least {minimum}, received {text!r}"
-            )
-        return int(text)
-
-    return integer
-
-
-def _power_of_two(text: str) -> int:
-    if not text.isdecimal() or int(text).bit_count() != 1:
-        raise argparse.ArgumentTypeError(f"expected a power of two, received {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"expected a number, received {text!r}")
-    return number
-
-
-def _positive_number(text: str) -> float:
-    number = _number(text)
-    if number <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, received {text!r}")
-    return number
-
-
-def _ids(text: str) -> tuple[int, ...]:
-    if not re.fullmatch("([0-9]{1,9}(,|$))*", text):
-        raise argparse.ArgumentTypeError(
-            f"expected integers with commas between them, received {text!r}"
-        )
-    return tuple(int(number) for number in text.split(",") if number)
-
-
-def _layers(text: str) -> int | list[int]:
-    layers = _ids(text)
-    return list(layers) if "," in text or not layers else layers[0]
-
-
-def _boolean(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, received {text!r}")
-    return text == "true"
-
-
-def _early_stopping(text: str) -> bool | str:
-    values = {"true": True, "false": False, "never": "never"}
-    if text not in values:
-        raise argparse.ArgumentTypeError(f"expected true, false or never, received {text!r}")
-    return values[text]
-
-
-def _none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text == "none" else kind(text)
-
-
-def _integer(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected an integer, received {text!r}") from error
-
-
-def _one_or_more_ids(text: str) -> int | tuple[int, ...]:
-    ids = _ids(text)
-    return ids if len(ids) != 1 else ids[0]
-
-
-def _id_sequences(text: str) -> tuple[tuple[int, ...], ...]:
-    return tuple(_ids(ids) for ids in text.split(";")) if text else ()
-
-
-def _biases(text: str) -> tuple[tuple[tuple[int, ...], float], ...]:
-    pairs = [pair.split(":") for pair in text.split(";")] if text else []
-    if any(len(pair) != 2 for pair in pairs):
-        raise argparse.ArgumentTypeError(f"expected ID,ID:X;ID:X, received {text!r}")
-    return tuple((_ids(ids), _number(bias)) for ids, bias in pairs)
-
-
-def _start_and_factor(text: str) -> tuple[int, float]:
-    start, comma, factor = text.partition(",")
-    if not comma:
-        raise argparse.ArgumentTypeError(f"expected START,FACTOR, received {text!r}")
-    return _integer(start), _number(factor)
-
-
-_TOKEN_IDS = {"type": _ids, "metavar": "ID,ID"}
-_END_IDS = {"type": _none_or(_one_or_more_ids), "metavar": "ID,ID|none"}
+_TOKEN_IDS = {"type": cli_values.ids, "metavar": "ID,ID"}
+_END_IDS = {"type": cli_values.none_or(cli_values.one_or_more_ids), "metavar": "ID,ID|none"}
 # By the name or the type of a field.
 _GENERATION_KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
-    int | None: {"type": _none_or(_integer), "metavar": "N|none"},
-    float: {"type": _number, "metavar": "X"},
-    bool: {"type": _boolean, "metavar": "true|false"},
+    int | None: {"type": cli_values.none_or(cli_values.integer), "metavar": "N|none"},
+    float: {"type": cli_values.number, "metavar": "X"},
+    bool: {"type": cli_values.boolean, "metavar": "true|false"},
     "beam_scorer": {"choices": BEAM_SCORERS},
-    "early_stopping": {"type": _early_stopping, "metavar": "true|false|never"},
-    "bad_words_ids": {"type": _id_sequences, "metavar": "ID,ID;ID"},
-    "sequence_bias": {"type": _biases, "metavar": "ID,ID:X;ID:X"},
+    "early_stopping": {"type": cli_values.early_stopping, "metavar": "true|false|never"},
+    "bad_words_ids": {"type": cli_values.id_sequences, "metavar": "ID,ID;ID"},
+    "sequence_bias": {"type": cli_values.biases, "metavar": "ID,ID:X;ID:X"},
     "suppress_tokens": _TOKEN_IDS,
     "begin_suppress_tokens": _TOKEN_IDS,
     "forced_eos_token_id": _END_IDS,
     "exponential_decay_length_penalty": {
-        "type": _none_or(_start_and_factor),
+        "type": cli_values.none_or(cli_values.start_and_factor),
         "metavar": "N,X|none",
     },
     "eos_token_id": _END_IDS,

@@ -1,0 +1,116 @@
+"""What the words of the command line mean: text -> values, or an error of argparse."""
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """Integers from `minimum` on."""
+
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {minimum}, received {text!r}"
+            )
+        return int(text)
+
+    return integer
+
+
+def power_of_two(text: str) -> int:
+    """1, 2, 4 and so on."""
+    if not text.isdecimal() or int(text).bit_count() != 1:
+        raise argparse.ArgumentTypeError(f"expected a power of two, received {text!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, received {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above 0."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, received {text!r}")
+    return value
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """Integers with commas between them, such as 5,17."""
+    if not re.fullmatch("([0-9]{1,9}(,|$))*", text):
+        raise argparse.ArgumentTypeError(
+            f"expected integers with commas between them, received {text!r}"
+        )
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def layers(text: str) -> int | list[int]:
+    """A number, or a list such as 0,2,4."""
+    numbers = ids(text)
+    return list(numbers) if "," in text or not numbers else numbers[0]
+
+
+def boolean(text: str) -> bool:
+    """True or false."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, received {text!r}")
+    return text == "true"
+
+
+def early_stopping(text: str) -> bool | str:
+    """True, false or never."""
+    values = {"true": True, "false": False, "never": "never"}
+    if text not in values:
+        raise argparse.ArgumentTypeError(f"expected true, false or never, received {text!r}")
+    return values[text]
+
+
+def none_or(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What `kind` reads, or none."""
+    return lambda text: None if text == "none" else kind(text)
+
+
+def integer(text: str) -> int:
+    """Any integer."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected an integer, received {text!r}") from error
+
+
+def one_or_more_ids(text: str) -> int | tuple[int, ...]:
+    """An integer, or several with commas between them."""
+    numbers = ids(text)
+    return numbers if len(numbers) != 1 else numbers[0]
+
+
+def id_sequences(text: str) -> tuple[tuple[int, ...], ...]:
+    """Sequences such as 5,6;7."""
+    return tuple(ids(part) for part in text.split(";")) if text else ()
+
+
+def biases(text: str) -> tuple[tuple[tuple[int, ...], float], ...]:
+    """Sequences with numbers, such as 5,6:-2.5;7:1."""
+    pairs = [pair.split(":") for pair in text.split(";")] if text else []
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"expected ID,ID:X;ID:X, received {text!r}")
+    return tuple((ids(sequence), number(bias)) for sequence, bias in pairs)
+
+
+def start_and_factor(text: str) -> tuple[int, float]:
+    """An integer and a number, such as 20,1.1."""
+    start, comma, factor = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"expected START,FACTOR, received {text!r}")
+    return integer(start), number(factor)
