@@ -488,7 +488,7 @@ def test_page(models, monkeypatch, tmp_path):
     status, headers, body = serve(models, test)
     assert (status, body) == (200, b"<p>")
     assert headers["content-type"].startswith("text/html")
-    assert headers["content-security-policy"].startswith("default-src 'self' 'unsafe-inline'")
+    assert headers["content-security-policy"].startswith("default-src 'none'; ")
     (tmp_path / "playground.html").unlink()
     status, headers, body = serve(models, test)
     assert status == 404 and "has no page" in json.loads(body)["error"]

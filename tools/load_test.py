@@ -49,11 +49,6 @@ MIN_RATIO = 3.0
 MAX_OVERHEAD_MS = 10.0
 # Of memory in the second half of the requests.
 MAX_GROWTH_MB = 32
-SLOW_PARTS = (
-    b"P",
-    b"POST /v1/models/x:predict HTTP/1.1\r\nHost: a\r\nContent-Le",
-    b"POST /v1/models/x:predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\n{",
-)
 SECONDS = 300  # until a server that hangs is given up
 # Draws the words of the small model and of the texts.
 SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
@@ -327,7 +322,7 @@ class LoadTest:
         self.check("memory of the server", value, growth < MAX_GROWTH_MB and not failures)
 
     def malformed(self, server: Server) -> None:
-        slow = [start_slowly(server, part) for part in SLOW_PARTS]
+        slow = start_slowly(server)
         statuses: dict[int, int] = {}
         for what, data in malformed_requests(server.name, self.arguments.malformed):
             status, body = send_bytes(server.address, data)
@@ -409,11 +404,14 @@ def are_right(counts: dict[str, int]) -> bool:
     return counts["wrong"] == 0 and counts["rounded"] <= MAX_ROUNDED * sum(counts.values())
 
 
-def start_slowly(server: Server, part: bytes) -> socket.socket:
-    """A connection on which a request begins, and nothing follows."""
-    connection = socket.create_connection(server.address, timeout=SECONDS)
-    connection.sendall(part)
-    return connection
+def start_slowly(server: Server) -> list[socket.socket]:
+    """Connections on which requests begin, and nothing follows."""
+    head = f"POST /v1/models/{server.name}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99"
+    connections = []
+    for part in ("P", head, f"{head}\r\n\r\n{{"):
+        connections.append(socket.create_connection(server.address, timeout=SECONDS))
+        connections[-1].sendall(part.encode())
+    return connections
 
 
 def random_text(draw: random.Random) -> str:
