@@ -11,6 +11,8 @@ def test_all_promises_are_kept(monkeypatch, capsys):
     # How fast it is has no part in it: the machine may be busy.
     monkeypatch.setattr(load_test, "MIN_RATIO", 0)
     monkeypatch.setattr(load_test, "MAX_OVERHEAD_MS", float("inf"))
+    # So few requests are mostly the first of their shapes, for which TensorFlow keeps memory.
+    monkeypatch.setattr(load_test, "MAX_GROWTH_MB", 100)
     counts = ["--requests", "240", "--xla-requests", "3", "--malformed", "200"]
     assert load_test.main(["--seconds", "3", *counts]) == 0
     shown = capsys.readouterr().out
