@@ -72,7 +72,8 @@ def test_encoder_decoder(tmp_path, sharing, shard_size):
     # What transformers saves again can be read again.
     theirs.save_pretrained(tmp_path / "again")
     again = bg.EncoderDecoderModel.from_huggingface(tmp_path / "again", tokenizer=model.tokenizer)
-    assert again.get_config() == model.get_config()
+    configs = [{**m.get_config(), "source_checkpoint": None} for m in (again, model)]
+    assert configs[0] == configs[1]  # but for the folder that they were read from
     for one, two in zip(again.weights, model.weights, strict=True):
         np.testing.assert_array_equal(one, two)
 
