@@ -17,6 +17,7 @@ from make_hub_module import make_hub_module, variable_sources
 from safetensors.numpy import save_file
 
 import bertgen_tf as bg
+from bertgen_tf import cli
 
 SHARED = Path(__file__).resolve().parent.parent / ".." / "shared"
 
@@ -112,6 +113,16 @@ def make_model(
         if variable.name in ("bias", "beta", "output_bias"):  # zeros hide mistakes
             variable.assign(np.random.default_rng(seed).normal(0, 0.3, variable.shape))
     return bg.EncoderDecoderModel(encoder, decoder, tokenizer, **kwargs)
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line of an error of the user."""
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("bertgen-tf: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
 
 
 @pytest.fixture(scope="session")

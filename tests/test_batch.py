@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers ops of the exports
-from conftest import CORPUS, WORDS, make_model
+from conftest import CORPUS, WORDS, fails, make_model
 
 import bertgen_tf as bg
 from bertgen_tf import batch, cli, cli_output, text_files
@@ -260,16 +260,6 @@ def test_workers_need_tensorflow_alone(export):
 
 
 # ------------------------------------------------------------------------- errors, without Ray
-
-
-def fails(capsys, *arguments) -> str:
-    """The one line of an error of the user."""
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("bertgen-tf: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from conftest import make_model, write_checkpoint
+from conftest import fails, make_model, write_checkpoint
 
 import bertgen_tf as bg
 from bertgen_tf import cli, text_files
@@ -36,16 +36,6 @@ def write_pairs(path: Path, pairs=PAIRS) -> str:
         lines = [f"{s}\t{t}" for s, t in pairs]
     path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     return str(path)
-
-
-def fails(capsys, *arguments) -> str:
-    """The one line of an error of the user."""
-    assert cli.main([str(argument) for argument in arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("bertgen-tf: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.fixture
