@@ -407,7 +407,10 @@ def paired_bootstrap(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Comparison]:
-    """Compares two systems on the same examples (Koehn 2004; p-values as sacrebleu has them).
+    """Compares two systems on the same examples by paired bootstrap resampling (Koehn 2004).
+
+    The p-value is the share of resamples whose difference is as far from the mean of all as the
+    difference found is from 0; sacrebleu's paired bootstrap counts one side, its is about half.
 
     Args:
         results: of `compute`, for the system.

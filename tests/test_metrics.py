@@ -117,7 +117,9 @@ def test_order_of_examples_and_references_is_no_matter(rows, draw):
     values = []
     for some in (rows, shuffled):
         sides = [list(side) for side in zip(*some, strict=True)]
-        values.append([r.value for r in metrics.compute(metrics.METRICS, *sides).values()])
+        # Of references that are equally good, sacrebleu's chrF counts the first, of any length.
+        names = [name for name in metrics.METRICS if name != "chrf"]
+        values.append([r.value for r in metrics.compute(names, *sides).values()])
     assert values[0] == pytest.approx(values[1])
 
 
@@ -309,7 +311,7 @@ def test_paired_comparison():
     assert swapped["bleu"].interval.high < 0
 
 
-def test_a_p_value_is_sacrebleus():
+def test_a_p_value_is_that_of_sacrebleus_approximate_randomisation():
     from sacrebleu.significance import PairedTest
 
     _, predictions, references = corpus(60, seed=7)
@@ -321,7 +323,7 @@ def test_a_p_value_is_sacrebleus():
         [("base", other), ("system", predictions)],
         {"BLEU": sacrebleu.BLEU(references=[references])},
         references=None,
-        test_type="bs",
+        test_type="ar",
         n_samples=1000,
     )
     p_value = test()[1]["BLEU"][1].p_value
