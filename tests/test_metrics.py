@@ -25,20 +25,22 @@ examples = st.lists(
 )
 
 
-def corpus(n: int, seed: int, noise: float = 0.4) -> tuple[list[str], list[str], list[str]]:
-    """Sources, predictions and references that are alike but for the noise."""
-    draw = random.Random(seed)
+def corpus(
+    n: int, seed: int, noise: float = 0.4, system: int = 0
+) -> tuple[list[str], list[str], list[str]]:
+    """Sources, predictions and references that are alike but for the noise of a system."""
+    draw, of_system = random.Random(seed), random.Random(1000 * seed + system)
     vocabulary = [f"w{i}" for i in range(50)]
+
+    def change(text: list[str], share: float, draw: random.Random) -> str:
+        return " ".join(draw.choice(vocabulary) if draw.random() < share else w for w in text)
+
     sources, predictions, references = [], [], []
     for _ in range(n):
         text = draw.choices(vocabulary, k=draw.randint(5, 20))
-        changed = [
-            [draw.choice(vocabulary) if draw.random() < share else word for word in text]
-            for share in (0.1, noise * draw.random())
-        ]
         sources.append(" ".join(text))
-        references.append(" ".join(changed[0]))
-        predictions.append(" ".join(changed[1]))
+        references.append(change(text, 0.1, draw))
+        predictions.append(change(text, noise * of_system.random(), of_system))
     return sources, predictions, references
 
 
@@ -314,8 +316,8 @@ def test_paired_comparison():
 def test_a_p_value_is_that_of_sacrebleus_approximate_randomisation():
     from sacrebleu.significance import PairedTest
 
-    _, predictions, references = corpus(60, seed=7)
-    _, other, _ = corpus(60, seed=7, noise=0.41)
+    _, predictions, references = corpus(300, seed=7)
+    _, other, _ = corpus(300, seed=7, noise=0.43, system=1)
     ours, theirs = (
         metrics.compute(["bleu"], None, texts, references) for texts in (predictions, other)
     )
