@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("exact", "sari", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
+METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}
 # Sacrebleu's that need neither a download nor another package.
 TOKENIZERS = ("13a", "intl", "none", "char", "zh")
@@ -92,7 +92,7 @@ def compute(
 
     Args:
         metrics: names of `METRICS` or `GROUPS`, or one name.
-        sources: what was generated from [n]; only SARI needs them, else None will do.
+        sources: what was generated from [n]; only "sari" and "sari_f1" need them, else None will do.
         predictions: what was generated [n].
         references: what is right [n], one text or several for each prediction.
         lowercase: whether case is ignored (ROUGE always ignores it).
@@ -108,15 +108,14 @@ def compute(
         ImportError: a package is not installed.
     """
     names = expand(metrics)
-    _check(predictions, references, sources if "sari" in names else None)
-    if "sari" in names and sources is None:
-        raise ValueError("sources must be given for sari, received None")
+    if sources is None and not {"sari", "sari_f1"}.isdisjoint(names):
+        raise ValueError("sources must be given for SARI, received None")
+    options = {"lowercase": lowercase, "tokenize": tokenize}
     functions = {
         "exact": lambda: exact_match(predictions, references, lowercase=lowercase),
-        "sari": lambda: sari(
-            sources, predictions, references, lowercase=lowercase, tokenize=tokenize
-        ),
-        "bleu": lambda: bleu(predictions, references, lowercase=lowercase, tokenize=tokenize),
+        "sari": lambda: sari(sources, predictions, references, **options),
+        "sari_f1": lambda: sari(sources, predictions, references, deletion_beta=1, **options),
+        "bleu": lambda: bleu(predictions, references, **options),
         "chrf": lambda: chrf(predictions, references, lowercase=lowercase),
     }
     kinds = [name for name in names if name.startswith("rouge")]
@@ -180,14 +179,17 @@ def sari(
     count once however often a sentence has them, and precision and recall are ratios of sums. EASSE
     adds up the counts of all sentences and takes F1 for deletions: its values are others.
 
+    Deletions count by their precision alone: who deletes nothing has all of it, so that copying the
+    source scores high where little is to be deleted. `deletion_beta=1`, the metric "sari_f1" of
+    `compute`, takes their F1 instead, as LaserTagger (Malmi et al. 2019) and FELIX do.
+
     Args:
         sources: what was generated from [n].
         predictions: what was generated [n].
         references: what is right [n], one text or several for each prediction.
         lowercase: whether case is ignored.
         tokenize: what words are, one of `TOKENIZERS`.
-        deletion_beta: of the F score of deletions: 0 for their precision alone, as in the paper; 1,
-            for F1, as LaserTagger and FELIX have it.
+        deletion_beta: of the F score of deletions: 0 for their precision, 1 for F1.
 
     Returns:
         the result, with "keep", "add" and "delete" as its details.
@@ -207,7 +209,7 @@ def sari(
         ]
     )
     result = _mean(
-        "sari",
+        "sari_f1" if deletion_beta == 1 else "sari",
         f"case:{_case(lowercase)}|tok:{tokenize}|beta_deletion:{deletion_beta:g}|zero_by_zero:1",
         parts.mean(axis=1),
     )
@@ -373,6 +375,23 @@ def rouge(
     return {
         kind: _mean(kind, signature, np.array([100.0 * row[kind].fmeasure for row in rows]))
         for kind in kinds
+    }
+
+
+def subset(results: dict[str, MetricResult], examples: np.ndarray) -> dict[str, MetricResult]:
+    """The same metrics over some examples: their indices, or a mask [n].
+
+    The details are those of all examples no more, and left out.
+    """
+    return {
+        name: dataclasses.replace(
+            result,
+            value=result.of(examples),
+            details={},
+            examples=None if result.examples is None else result.examples[examples],
+            statistics=result.statistics[examples],
+        )
+        for name, result in results.items()
     }
 
 

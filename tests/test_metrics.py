@@ -92,6 +92,9 @@ def test_beta_of_deletion():
         for beta in (0, 1)
     ]
     assert values == [100, 50]  # of orders 1 and 2; of 3 and 4 there is nothing
+    results = metrics.compute(["sari", "sari_f1"], ["a b"], ["a b"], ["a"])
+    assert [result.details["delete"] for result in results.values()] == values
+    assert [result.name for result in results.values()] == ["sari", "sari_f1"]
     with pytest.raises(ValueError, match="deletion_beta must be at least 0, received -1"):
         metrics.sari(["a"], ["a"], ["a"], deletion_beta=-1)
 
@@ -213,7 +216,7 @@ def test_names_and_groups():
         (("exact", None, [], []), ValueError, "predictions must have at least one text"),
         (("exact", None, ["a"], ["a", "b"]), ValueError, "references must be as many .* 1, .* 2"),
         (("sari", ["a", "b"], ["a"], ["a"]), ValueError, "sources must be as many .* 1, .* 2"),
-        (("sari", None, ["a"], ["a"]), ValueError, "sources must be given for sari"),
+        (("sari", None, ["a"], ["a"]), ValueError, "sources must be given for SARI"),
         (("exact", None, ["a", "b"], ["a", []]), ValueError, r"references must have .* \[1\]"),
         (("exact", None, "ab", ["a", "b"]), TypeError, "predictions must be a list of texts"),
         (("bleu", None, ["a", 2], ["a", "b"]), TypeError, r"predictions must be .*\[1\] is 2"),
