@@ -177,9 +177,10 @@ def run(
     normaliser = task.normaliser or (model if arguments.normalize_with else None)
     sources, references, baseline = task.sources, task.references, task.baseline
     if normaliser is not None:
-        sources, predictions, *columns = _normalise(normaliser, sources, predictions, *references)
-        references = columns
-        baseline = baseline and _normalise(normaliser, baseline)[0]
+        sources, predictions = _normalise(normaliser, sources), _normalise(normaliser, predictions)
+        baseline = baseline and _normalise(normaliser, baseline)
+        flat = iter(_normalise(normaliser, [text for texts in references for text in texts]))
+        references = [[next(flat) for _ in texts] for texts in references]
     options = {"lowercase": arguments.lowercase, "tokenize": arguments.tokenize}
     results = metrics.compute(task.metrics, sources, predictions, references, **options)
     resampling = {"resamples": arguments.resamples, "confidence": CONFIDENCE, "seed": SEED}
@@ -301,14 +302,10 @@ def _signature(arguments: argparse.Namespace) -> str:
     return "serving_default" if arguments.no_xla else "generate_xla"
 
 
-def _normalise(model: EncoderDecoderModel, *columns: list[str]) -> list[list[str]]:
+def _normalise(model: EncoderDecoderModel, texts: list[str]) -> list[str]:
     """The texts as the model would write them."""
-    tokenizer, preprocessor = model.tokenizer, model.preprocessor
-    results = []
-    for texts in columns:
-        ids = tokenizer(texts).to_tensor(tokenizer.pad_token_id)
-        results.append([t.decode() for t in preprocessor.generate_postprocess(ids).numpy()])
-    return results
+    ids = model.tokenizer(texts).to_tensor(model.tokenizer.pad_token_id)
+    return [text.decode() for text in model.preprocessor.generate_postprocess(ids).numpy()]
 
 
 def _table(

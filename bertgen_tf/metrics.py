@@ -92,7 +92,7 @@ def compute(
 
     Args:
         metrics: names of `METRICS` or `GROUPS`, or one name.
-        sources: what was generated from [n]; only "sari" and "sari_f1" need them, else None will do.
+        sources: what was generated from [n]; None will do where no SARI is asked for.
         predictions: what was generated [n].
         references: what is right [n], one text or several for each prediction.
         lowercase: whether case is ignored (ROUGE always ignores it).

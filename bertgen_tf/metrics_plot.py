@@ -36,7 +36,7 @@ def length_bins(lengths: Sequence[int]) -> list[np.ndarray]:
     """
     lengths = np.asarray(lengths)
     count = max(1, min(MAX_BINS, len(lengths) // MIN_EXAMPLES))
-    edges = np.unique(np.quantile(lengths, np.arange(1, count) / count, method="nearest"))
+    edges = np.unique(np.sort(lengths)[np.arange(1, count) * len(lengths) // count])
     places = np.searchsorted(edges, lengths, side="right")
     return [np.flatnonzero(places == place) for place in np.unique(places)]
 
@@ -103,7 +103,9 @@ def plot_by_length(
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]), top=min(102.0, axis.get_ylim()[1]))
+        bottom, top = axis.get_ylim()
+        margin = 0.03 * (top - bottom)  # room for the points at 0 and 100
+        axis.set_ylim(max(bottom, -margin), min(top, 100 + margin))
     for axis in axes[len(kinds) :]:
         axis.set_visible(False)
     for index in range(len(kinds)):
