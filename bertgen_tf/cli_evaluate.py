@@ -15,7 +15,15 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import batch, cli_output, cli_values, metrics, presets, text_files
+from bertgen_tf import (
+    batch,
+    cli_output,
+    cli_values,
+    data_presets,
+    metrics,
+    presets,
+    text_files,
+)
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.generator import BATCH_SIZE, Generator
@@ -33,7 +41,8 @@ files, in UTF-8, one example a line:
 examples:
   bertgen-tf evaluate --predictions outputs.txt --references test.tsv
   bertgen-tf evaluate --predictions new.txt --baseline old.txt --references test.tsv --plot new.png
-  bertgen-tf evaluate --preset my_model --references test.tsv --num-beams 4 --json scores.json"""
+  bertgen-tf evaluate --preset my_model --references test.tsv --num-beams 4 --json scores.json
+  bertgen-tf evaluate --preset my_model --data wikisplit --split test"""
 # The order of the table; ROUGE-Lsum only where it is asked for.
 DEFAULT_METRICS = ("exact", "sari", "bleu", "chrf", "rouge")
 CONFIDENCE, SEED = 0.95, 0
@@ -45,6 +54,7 @@ class Task:
 
     Attributes:
         metrics: names of `metrics.METRICS`.
+        options: of `metrics.compute`.
         sources: [n].
         references: [n], of each at least one.
         predictions: [n], or None if a model is to generate them.
@@ -53,6 +63,7 @@ class Task:
     """
 
     metrics: tuple[str, ...]
+    options: dict[str, Any]
     sources: list[str]
     references: list[list[str]]
     predictions: list[str] | None
@@ -71,7 +82,19 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     outputs.add_argument(
         "--export", metavar="NAME/VERSION", help="generate with what export wrote, as it is"
     )
-    parser.add_argument("--references", required=True, metavar="FILE", help="see below")
+    references = parser.add_mutually_exclusive_group(required=True)
+    references.add_argument("--references", metavar="FILE", help="see below")
+    references.add_argument(
+        "--data",
+        choices=data_presets.PRESETS,
+        metavar="NAME",
+        help=f"a data set of the paper, with its metrics: {', '.join(data_presets.PRESETS)}",
+    )
+    parser.add_argument("--data-folder", metavar="DIR", help="where it is (default: download it)")
+    parser.add_argument(
+        "--split", metavar="NAME", help="of --data: train, validation or test (default: test)"
+    )
+    parser.add_argument("--reverse", action="store_true", help="swap sources and targets of --data")
     parser.add_argument(
         "--baseline",
         metavar="FILE",
@@ -84,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
         type=_metrics,
         metavar="NAME,NAME",
         help=f"of {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
-        f"{','.join(DEFAULT_METRICS)})",
+        f"{','.join(DEFAULT_METRICS)}, or the paper's for --data)",
     )
     scores.add_argument(
         "--lowercase", action="store_true", help="ignore case (ROUGE always ignores it)"
@@ -92,9 +115,8 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     scores.add_argument(
         "--tokenize",
         choices=metrics.TOKENIZERS,
-        default="13a",
         help="what the words of BLEU and SARI are, as sacrebleu calls it; none for texts with "
-        "spaces between all tokens, such as WikiSplit's (default: %(default)s)",
+        "spaces between all tokens, such as WikiSplit's (default: 13a, or the paper's for --data)",
     )
     scores.add_argument(
         "--normalize-with",
@@ -135,7 +157,7 @@ def prepare(arguments: argparse.Namespace) -> Task:
         ImportError, OSError, ValueError: what the user can mend.
     """
     _check_flags(arguments)
-    names = metrics.expand(arguments.metrics or DEFAULT_METRICS)
+    names, options = _settings(arguments)
     metrics.compute(names, ["a"], ["a"], ["a"])  # are the packages there?
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs the package matplotlib: pip install 'bertgen_tf[plot]'")
@@ -143,12 +165,12 @@ def prepare(arguments: argparse.Namespace) -> Task:
         _check_report(f"--{flag}", getattr(arguments, flag))
     if arguments.export:
         batch.describe_export(arguments.export, _signature(arguments))
-    sources, references = text_files.read_references(arguments.references)
+    sources, references, place = _read_references(arguments)
     predictions, baseline = (
-        path and _read_outputs(path, arguments.references, sources)
+        path and _read_outputs(path, place, sources)
         for path in (arguments.predictions, arguments.baseline)
     )
-    task = Task(names, sources, references, predictions, baseline)
+    task = Task(names, options, sources, references, predictions, baseline)
     folder = arguments.normalize_with
     if folder and not presets.read_config(folder).get("tokenizer"):
         raise ValueError(f"{folder} has no tokenizer, which --normalize-with needs")
@@ -181,13 +203,12 @@ def run(
         baseline = baseline and _normalise(normaliser, baseline)
         flat = iter(_normalise(normaliser, [text for texts in references for text in texts]))
         references = [[next(flat) for _ in texts] for texts in references]
-    options = {"lowercase": arguments.lowercase, "tokenize": arguments.tokenize}
-    results = metrics.compute(task.metrics, sources, predictions, references, **options)
+    results = metrics.compute(task.metrics, sources, predictions, references, **task.options)
     resampling = {"resamples": arguments.resamples, "confidence": CONFIDENCE, "seed": SEED}
     intervals = metrics.bootstrap(results, **resampling)
     comparisons, others = {}, None
     if baseline:
-        others = metrics.compute(task.metrics, sources, baseline, references, **options)
+        others = metrics.compute(task.metrics, sources, baseline, references, **task.options)
         comparisons = metrics.paired_bootstrap(results, others, **resampling)
     print(f"{len(sources):,} examples")
     print(_table(results, intervals, comparisons))
@@ -198,12 +219,50 @@ def run(
         with _replacing(arguments.plot) as path:
             plot_by_length([results, *([others] if others else [])], names, task.sources, path)
     if arguments.json:
-        settings = {**options, **resampling, "normalize_with": arguments.normalize_with}
+        settings = {**task.options, **resampling, "normalize_with": arguments.normalize_with}
         content = _describe(arguments, len(sources), results, intervals, comparisons)
         content |= {"settings": settings, "generation": config and config.to_dict()}
         with _replacing(arguments.json) as path, open(path, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
             file.write("\n")
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the metrics, and their options: of the flags, or else of the data set."""
+    names, tokenize, lowercase = DEFAULT_METRICS, "13a", False
+    if arguments.data:
+        preset = data_presets.find(arguments.data)
+        names, tokenize = preset.metrics, preset.tokenize
+        lowercase = preset.lowercase_metrics
+    options = {
+        "lowercase": arguments.lowercase or lowercase,
+        "tokenize": arguments.tokenize or tokenize,
+    }
+    return metrics.expand(arguments.metrics or names), options
+
+
+def _read_references(
+    arguments: argparse.Namespace,
+) -> tuple[list[str], list[list[str]], str]:
+    """Sources, their references, and what messages call the two."""
+    if arguments.references:
+        return *text_files.read_references(arguments.references), arguments.references
+    split = arguments.split or "test"
+    pairs = data_presets.read(
+        arguments.data,
+        split,
+        arguments.data_folder,
+        reverse=arguments.reverse,
+        verbose=int(sys.stderr.isatty()),
+    )
+    sources, references = [], []
+    for source, target in pairs:
+        sources.append(source)
+        references.append([target])
+    place = f"the split {split} of {arguments.data}"
+    if not sources:
+        raise ValueError(f"{place} should hold pairs of texts, but is empty")
+    return sources, references, place
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -216,6 +275,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.predictions and not given:
         given = [name for name in ("output", "no_xla") if getattr(arguments, name)]
         needs = "--preset and --export"
+    if arguments.references and not given:
+        given = [n for n in ("data_folder", "split", "reverse") if getattr(arguments, n)]
+        needs = "--data"
     if given:
         flags = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(f"{flags} applies to {needs} only")
@@ -359,7 +421,7 @@ def _describe(
         }
         if name in comparisons:
             scores[name]["baseline"] = dataclasses.asdict(comparisons[name])
-    files = ("predictions", "preset", "export", "references", "baseline")
+    files = ("predictions", "preset", "export", "references", "data", "split", "baseline")
     versions = {}
     for package in ("bertgen_tf", "tensorflow", "keras", "sacrebleu", "rouge-score"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from bertgen_tf.sari import sari_scores
+
 METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}
 # Sacrebleu's that need neither a download nor another package.
 TOKENIZERS = ("13a", "intl", "none", "char", "zh")
-
-_MAX_ORDER = 4  # the longest n-grams of SARI
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -204,7 +204,7 @@ def sari(
 
     parts = 100.0 * np.array(
         [
-            _sari_parts(split(source), split(prediction), [*map(split, texts)], deletion_beta)
+            sari_scores(split(source), split(prediction), [*map(split, texts)], deletion_beta)
             for source, prediction, texts in zip(sources, predictions, lists, strict=True)
         ]
     )
@@ -215,47 +215,6 @@ def sari(
     )
     details = dict(zip(("keep", "add", "delete"), map(float, parts.mean(axis=0)), strict=True))
     return dataclasses.replace(result, details=details)
-
-
-def _sari_parts(
-    source: list[str], prediction: list[str], references: list[list[str]], deletion_beta: float
-) -> tuple[float, float, float]:
-    """The F scores of what is kept, added and deleted, from 0 to 1."""
-    sums = np.zeros(3)
-    for order in range(1, _MAX_ORDER + 1):
-        old, new = _ngrams(source, order), _ngrams(prediction, order)
-        right = [grams for grams in (_ngrams(words, order) for words in references) if grams]
-        # The share of references that have an n-gram.
-        share: dict[tuple[str, ...], float] = {}
-        for gram in set().union(*right):
-            share[gram] = sum(gram in grams for grams in right) / len(right)
-        kept, added, deleted = old & new, new - old, old - new
-        shares = {gram: share.get(gram, 0.0) for gram in old}
-        sums += (
-            _f_score(sum(shares[g] for g in kept), len(kept), sum(shares.values())),
-            _f_score(len(added & share.keys()), len(added), len(share.keys() - old)),
-            _f_score(
-                sum(1 - shares[g] for g in deleted),
-                len(deleted),
-                sum(1 - part for part in shares.values()),
-                deletion_beta,
-            ),
-        )
-    return tuple(sums / _MAX_ORDER)
-
-
-def _ngrams(words: list[str], order: int) -> set[tuple[str, ...]]:
-    return set(zip(*(words[start:] for start in range(order)), strict=False))
-
-
-def _f_score(correct: float, selected: float, relevant: float, beta: float = 1.0) -> float:
-    precision = correct / selected if selected else 1.0
-    recall = correct / relevant if relevant else 1.0
-    if beta == 0:
-        return precision
-    if precision == 0 or recall == 0:
-        return 0.0
-    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
 
 
 def bleu(

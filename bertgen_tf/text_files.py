@@ -127,17 +127,26 @@ def _lines(path: str) -> Iterator[tuple[str, str]]:
     name = "standard input" if path == "-" else path
     opened = contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
     with opened as file:
-        # Not as text, where a lone \r would end lines too.
-        for number, line in enumerate(file, 1):
-            place = f"{name}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{place}: expected UTF-8, but byte {error.start + 1} of the line "
-                    f"({line[error.start]:#04x}) is none"
-                ) from error
-            yield place, text.removesuffix("\n").removesuffix("\r")
+        yield from decode_lines(file, name)
+
+
+def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
+    """The lines of a binary file without their ends, and where each stands, for messages.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    # Not as text, where a lone \r would end lines too.
+    for number, line in enumerate(lines, 1):
+        place = f"{name}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{place}: expected UTF-8, but byte {error.start + 1} of the line "
+                f"({line[error.start]:#04x}) is none"
+            ) from error
+        yield place, text.removesuffix("\n").removesuffix("\r")
 
 
 def _without_blank_end(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
