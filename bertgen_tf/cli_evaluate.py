@@ -22,6 +22,7 @@ from bertgen_tf import (
     data_presets,
     metrics,
     presets,
+    significance,
     text_files,
 )
 from bertgen_tf.config import GenerationConfig
@@ -205,11 +206,11 @@ def run(
         references = [[next(flat) for _ in texts] for texts in references]
     results = metrics.compute(task.metrics, sources, predictions, references, **task.options)
     resampling = {"resamples": arguments.resamples, "confidence": CONFIDENCE, "seed": SEED}
-    intervals = metrics.bootstrap(results, **resampling)
+    intervals = significance.bootstrap(results, **resampling)
     comparisons, others = {}, None
     if baseline:
         others = metrics.compute(task.metrics, sources, baseline, references, **task.options)
-        comparisons = metrics.paired_bootstrap(results, others, **resampling)
+        comparisons = significance.paired_bootstrap(results, others, **resampling)
     print(f"{len(sources):,} examples")
     print(_table(results, intervals, comparisons))
     if arguments.plot:
@@ -372,8 +373,8 @@ def _normalise(model: EncoderDecoderModel, texts: list[str]) -> list[str]:
 
 def _table(
     results: dict[str, metrics.MetricResult],
-    intervals: dict[str, metrics.Interval],
-    comparisons: dict[str, metrics.Comparison],
+    intervals: dict[str, significance.Interval],
+    comparisons: dict[str, significance.Comparison],
 ) -> str:
     percent = f"{CONFIDENCE:.0%} interval"
     rows = [["metric", "value", percent]]
@@ -400,7 +401,7 @@ def _table(
     )
 
 
-def _span(interval: metrics.Interval, sign: str = "") -> str:
+def _span(interval: significance.Interval, sign: str = "") -> str:
     return f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
 
 
@@ -408,8 +409,8 @@ def _describe(
     arguments: argparse.Namespace,
     count: int,
     results: dict[str, metrics.MetricResult],
-    intervals: dict[str, metrics.Interval],
-    comparisons: dict[str, metrics.Comparison],
+    intervals: dict[str, significance.Interval],
+    comparisons: dict[str, significance.Comparison],
 ) -> dict[str, Any]:
     scores = {}
     for name, result in results.items():

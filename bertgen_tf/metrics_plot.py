@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bertgen_tf import metrics
+from bertgen_tf import metrics, significance
 
 MAX_BINS = 8
 MIN_EXAMPLES = 15  # of a bin
@@ -76,7 +76,7 @@ def plot_by_length(
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for system, (results, colour) in enumerate(zip(systems, _COLOURS, strict=False)):
         parts = [metrics.subset(results, examples) for examples in bins]
-        intervals = [metrics.bootstrap(part, resamples=_RESAMPLES) for part in parts]
+        intervals = [significance.bootstrap(part, resamples=_RESAMPLES) for part in parts]
         # Side by side, so that neither hides the other's bars.
         shift = 0.012 * np.ptp(lengths) * (system - (len(systems) - 1) / 2)
         for kind, axis in zip(kinds, axes, strict=False):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bertgen_tf as bg
-from bertgen_tf import cli, metrics, metrics_plot, presets
+from bertgen_tf import cli, metrics, metrics_plot, presets, significance
 
 pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 pytest.importorskip("rouge_score", reason="needs the extra metrics")
@@ -62,8 +62,8 @@ def test_outputs_against_references_and_a_baseline(folder, capsys):
     assert list(table) == list(results)
     found = json.loads(Path("scores.json").read_text())
     others = metrics.compute(list(results), SOURCES, SOURCES, REFERENCES)
-    intervals = metrics.bootstrap(results, resamples=200)
-    comparisons = metrics.paired_bootstrap(results, others, resamples=200)
+    intervals = significance.bootstrap(results, resamples=200)
+    comparisons = significance.paired_bootstrap(results, others, resamples=200)
     for name, result in results.items():
         interval, other = intervals[name], comparisons[name]
         assert table[name] == [
@@ -121,6 +121,31 @@ def test_tokens_between_spaces(folder, capsys):
         files = ["--predictions", "out.txt", "--references", "refs.tsv", "--tokenize", tokenize]
         assert cli.main(["evaluate", *files, "--metrics", "bleu,sari"]) == 0
         assert (rows(capsys.readouterr().out)["bleu"][0] == "100.00") == exact
+
+
+def test_a_data_set_of_the_paper(folder, capsys):
+    write("test.en", ["a house", "a Fox ran off"])
+    write("test.de", ["Ein Haus ist da.", "Ein Fuchs lief weg."])
+    write("out.txt", ["ein haus ist da.", "Ein Fuchs lief weg."])
+    write("reversed.jsonl", [json.dumps({"source": "Ein Haus ist da.", "output": "a house"})] * 2)
+    data = ["--data", "wmt14", "--data-folder", "."]
+    command = ["evaluate", "--predictions", "out.txt", *data, "--json", "s.json"]
+    assert cli.main(command) == 0
+    assert rows(capsys.readouterr().out) == {"bleu": ["100.00", "100.00", "to", "100.00"]}
+    found = json.loads(Path("s.json").read_text())
+    assert found["metrics"]["bleu"]["signature"].startswith("nrefs:1|case:lc|eff:no|tok:intl|")
+    assert found["files"] == {"predictions": "out.txt", "data": "wmt14"}
+    # Flags go before what the paper has.
+    assert cli.main([*command, "--tokenize", "none", "--metrics", "chrf,bleu"]) == 0
+    assert list(rows(capsys.readouterr().out)) == ["chrf", "bleu"]
+    command[2] = "reversed.jsonl"
+    message = fails(capsys, *command, "--reverse")
+    assert "reversed.jsonl, line 2: the source is not that of line 2 of the split test" in message
+    message = fails(capsys, *command, "--split", "dev")
+    assert ". should hold the split dev of wmt14, as one of dev_balanced.tsv, dev.tsv, " in message
+    write("train.tsv", ["\tx"])
+    message = fails(capsys, *command, "--split", "train")
+    assert "the split train of wmt14 should hold pairs of texts, but is empty" in message
 
 
 def test_a_model_generates(folder, preset, capsys):
@@ -197,6 +222,9 @@ def test_an_export_generates(folder, preset, capsys):
         (["--quantize", "int8"], "--quantize applies to --preset only"),
         (["--num-return-sequences", "2"], "unrecognized arguments: --num-return-sequences"),
         (["--preset", "x"], "--preset: not allowed with argument --predictions"),
+        (["--split", "test", "--reverse"], "--split, --reverse applies to --data only"),
+        (["--data", "c4"], "--data: invalid choice: 'c4' (choose from"),
+        (["--data", "xsum"], "--data: not allowed with argument --references"),
         (["--normalize-with", "x"], "x should be a preset that save_to_preset wrote"),
     ],
 )
