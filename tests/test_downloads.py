@@ -35,7 +35,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             size = len(server.content)
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            first = start + server.shift
+            self.send_header("Content-Range", f"bytes {first}-{size - 1}/{size}")
         if server.tag:
             self.send_header("ETag", server.tag)
         if server.with_length:
@@ -54,7 +55,7 @@ def server(monkeypatch):
             monkeypatch.delenv(name)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.cut, server.tag = CONTENT, None, '"one"'
-        server.ranges, server.with_length, server.requests = True, True, []
+        server.ranges, server.with_length, server.requests, server.shift = True, True, [], 0
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -128,6 +129,17 @@ def test_begins_anew_where_it_cannot_go_on(server, fetch, change):
     if change == "other file":
         server.content, server.tag = CONTENT[::-1], '"two"'
     assert fetch() == server.content
+    # What only might be the same file, nobody asks the rest of.
+    assert (server.requests[-1][1] is None) == (change in ("weak tag", "no tag"))
+
+
+def test_a_part_that_was_not_asked_for(server, fetch):
+    server.cut = 700_000
+    with pytest.raises(ConnectionError):
+        fetch()
+    server.cut, server.shift = None, 1
+    with pytest.raises(ConnectionError, match="expected the bytes from 700000 on"):
+        fetch()
 
 
 def test_killed_between_the_last_byte_and_the_name(server, fetch, tmp_path):

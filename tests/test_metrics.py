@@ -161,14 +161,21 @@ def test_chrf_is_sacrebleus(lowercase):
 
 
 def test_several_references_not_of_the_same_number():
-    predictions = ["the cat sat", "a dog ran off"]
-    references = [["a cat sat", "the cat sat down"], ["the dog ran off"]]
-    streams = [["a cat sat", "the dog ran off"], ["the cat sat down", None]]
+    # To BLEU, an absent reference that counted as empty would be the nearest in length to "off".
+    predictions = ["the cat sat", "a dog ran off", "off"]
+    references = [["a cat sat", "the cat sat down"], ["the dog ran off"], ["the dog ran off"]]
+    streams = [
+        ["a cat sat", "the dog ran off", "the dog ran off"],
+        ["the cat sat down", None, None],
+    ]
     results = metrics.compute(["exact", "bleu", "chrf", "rouge1"], None, predictions, references)
-    assert results["bleu"].value == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score)
-    assert results["chrf"].value == pytest.approx(sacrebleu.corpus_chrf(predictions, streams).score)
-    # 3 of 3 and of 4 words with the better reference; then 3 of 4.
-    assert results["rouge1"].examples == pytest.approx([100 * 6 / 7, 75])
+    bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
+    assert results["bleu"].value == pytest.approx(bleu.corpus_score(predictions, streams).score)
+    assert results["bleu"].signature == str(bleu.get_signature())
+    assert results["bleu"].details["reference_length"] == 3 + 4 + 4
+    assert results["chrf"].value == pytest.approx(chrf.corpus_score(predictions, streams).score)
+    # 3 of 3 and of 4 words with the better reference; then 3 of 4; then 1 of 1 and of 4.
+    assert results["rouge1"].examples == pytest.approx([100 * 6 / 7, 75, 40])
     assert results["exact"].value == 0
 
 
