@@ -70,7 +70,7 @@ def plot_by_length(
     bins = length_bins(lengths)
     centres = np.array([lengths[examples].mean() for examples in bins])
     kinds = list(systems[0])
-    columns = min(3, len(kinds))
+    columns = 2 if len(kinds) == 4 else min(3, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(0.6 + 3.2 * columns, 1.1 + 2.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
@@ -102,7 +102,7 @@ def plot_by_length(
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         bottom, top = axis.get_ylim()
         margin = 0.03 * (top - bottom)  # room for the points at 0 and 100
         axis.set_ylim(max(bottom, -margin), min(top, 100 + margin))
