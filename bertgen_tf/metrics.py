@@ -156,7 +156,8 @@ def sari(
 
     Deletions count by their precision alone: who deletes nothing has all of it, so that copying the
     source scores high where little is to be deleted. `deletion_beta=1`, the metric "sari_f1" of
-    `compute`, takes their F1 instead, as LaserTagger (Malmi et al. 2019) and FELIX do.
+    `compute`, takes their F1 instead, as LaserTagger (Malmi et al. 2019) and FELIX do with the same
+    `sari_hook`. The paper does not tell its beta; 0 is the default there.
 
     Args:
         sources: what was generated from [n].
