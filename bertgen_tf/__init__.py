@@ -15,6 +15,7 @@ from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.training import bucketed_dataset, default_optimizer
 from bertgen_tf.vocabulary import trim_vocabulary
@@ -43,10 +44,14 @@ __all__ = [
     "ExportError",
     "GenerateOutput",
     "GenerationConfig",
+    "RECIPES",
     "Seq2SeqPreprocessor",
+    "WarmStartReport",
     "bucketed_dataset",
     "default_optimizer",
     "export_saved_model",
     "hub",
     "trim_vocabulary",
+    "warm_start",
+    "warm_start_report",
 ]
