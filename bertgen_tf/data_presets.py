@@ -353,7 +353,12 @@ def _read_files(preset: DataPreset, split: str, verbose: Any) -> Pairs:
     file = preset.files[split]
     folder = pathlib.Path(folders.users_cache("data")) / preset.name
     folder.mkdir(mode=0o700, exist_ok=True)
-    downloads.fetch(file.urls, folder / file.name, max_bytes=file.max_bytes, verbose=verbose)
+    try:
+        downloads.fetch(file.urls, folder / file.name, max_bytes=file.max_bytes, verbose=verbose)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}. Give a folder with the files of {preset.name} instead."
+        ) from error
     return _read_folder(preset, split, folder)
 
 
