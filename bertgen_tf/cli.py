@@ -1,4 +1,4 @@
-"""The command line: `bertgen-tf finetune | generate | export | convert | serve`, over the library.
+"""The command line: `bertgen-tf finetune | generate | evaluate | export | convert | serve`.
 
 Whatever its user can mend is one line on stderr and exit code 2; anything else is a bug and shows
 its traceback.
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import keras
 import tensorflow as tf
 
-from bertgen_tf import cli_batch, cli_output, presets, text_files
+from bertgen_tf import cli_batch, cli_evaluate, cli_output, presets, text_files
 from bertgen_tf.cli_arguments import PROGRAM, make_parser
 from bertgen_tf.cli_convert import convert, is_huggingface
 from bertgen_tf.cli_serve import find_serve
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "finetune": _finetune,
         "generate": _generate,
+        "evaluate": _evaluate,
         "export": _export,
         "convert": _convert,
         "serve": _serve,
@@ -350,6 +351,16 @@ def _describe_model(arguments: argparse.Namespace, config: GenerationConfig) -> 
         "quantize": arguments.quantize,
         **config.to_dict(),
     }
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    config = model = None
+    with _user_errors():
+        task = cli_evaluate.prepare(arguments)
+    if arguments.preset:
+        config = _read_settings(arguments).replace(num_return_sequences=1)
+        model = _load(arguments, config)
+    cli_evaluate.run(arguments, task, model, config)
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
-from bertgen_tf import cli_serve, cli_values
+from bertgen_tf import cli_evaluate, cli_serve, cli_values
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE
 
@@ -27,12 +27,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "
-        "texts,\ngenerate text with it, export it for TensorFlow Serving, convert it.",
+        "texts,\ngenerate text with it, score it, export it for TensorFlow Serving, convert it.",
         epilog=f"`{PROGRAM} COMMAND --help` explains a command and shows an example.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_finetune(commands)
     _add_generate(commands)
+    _add_evaluate(commands)
     _add_export(commands)
     _add_convert(commands)
     _add_serve(commands)
@@ -215,6 +216,20 @@ examples:
         "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
     )
     _add_generation_config(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score outputs, or a model, against references",
+        description=cli_evaluate.DESCRIPTION,
+        epilog=cli_evaluate.EPILOG,
+    )
+    outputs = parser.add_mutually_exclusive_group(required=True)
+    cli_evaluate.add_arguments(parser, outputs)
+    _add_preset(parser, outputs)
+    # One output of each text is scored.
+    _add_generation_config(parser, leave_out="num_return_sequences")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
