@@ -2,7 +2,7 @@
 
     tools/study/study.py run MODULE DATA OUTPUT     trains every recipe on every task, and goes on
                                                     where it was stopped
-    tools/study/study.py report OUTPUT              tables in Markdown on standard output, curves.png
+    tools/study/study.py report OUTPUT              Markdown tables on standard output, curves.png
 
 MODULE is the folder of a TF Hub BERT module (English, uncased), DATA a folder with
 wikisplit/tune.tsv and validation.tsv (sentence, tab, its two sentences joined by " <::::> ") and
@@ -30,6 +30,7 @@ import sentencepiece
 import tensorflow as tf
 
 import bertgen_tf as bg
+from bertgen_tf import metrics
 
 SCORED = 500
 LENGTHS = {"wikisplit": 80, "fusion": 80, "multi30k": 48}
@@ -112,14 +113,20 @@ def splitting_task(name: str, module: str, data: pathlib.Path) -> Task:
     def encode(pairs: list[tuple[str, str]]) -> tuple:
         return tf.nest.map_structure(np.asarray, preprocessor(*map(list, zip(*pairs, strict=True))))
 
+    def normalise(texts: tuple[str, ...]) -> list[str]:
+        """As the vocabulary, which is in lower case, can say it."""
+        ids = preprocessor.tokenizer(list(texts))
+        return [text.decode() for text in preprocessor.tokenizer.detokenize(ids).numpy()]
+
     # The file is sorted: every tenth pair is a sample of all of it.
     scored = read("validation")[::10][:SCORED]
+    sources, references = map(normalise, zip(*scored, strict=True))
     return Task(
         name,
         encode(read("tune")),
         encode(scored),
-        [source for source, _ in scored],
-        [target for _, target in scored],
+        sources,
+        references,
         STARTS,
         build,
         lambda ids: [text.decode() for text in preprocessor.generate_postprocess(ids).numpy()],
@@ -303,6 +310,10 @@ def run(options: argparse.Namespace) -> None:
             task = translation_task(options.module, options.data, options.output)
         else:
             task = splitting_task(name, options.module, options.data)
+        texts = {"sources": task.sources, "references": task.references}
+        (options.output / f"{name}.texts.json").write_text(
+            json.dumps(texts, ensure_ascii=False), encoding="utf-8"
+        )
         path = options.output / f"{name}.jsonl"
         done = {(record["start"], record["seed"]) for record in read_records(path)}
         runner = Runner(task, options)
@@ -320,16 +331,127 @@ def run(options: argparse.Namespace) -> None:
                     f"{records[-1]['validation_loss']:.3f}, {records[-1]['seconds']} s",
                     flush=True,
                 )
-        pairs = zip(task.sources, task.references, strict=True)
-        (options.output / f"{name}.references.json").write_text(
-            json.dumps(list(pairs), ensure_ascii=False), encoding="utf-8"
-        )
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------------------------------- report
+
+SCORES = {
+    "wikisplit": ("exact", "sari", "sari_f1", "bleu"),
+    "fusion": ("exact", "sari", "sari_f1", "bleu"),
+    "multi30k": ("exact", "bleu", "chrf"),
+}
+# Of one hue where the decoder is random, of another where it is not.
+COLORS = {
+    "RND2RND": "#9aa0a6",
+    "BERT2RND": "#e07b39",
+    "RND2BERT": "#b39ddb",
+    "BERT2BERT": "#3b7dd8",
+    "BERT2BERT (copied)": "#0b3d91",
+    "BERTSHARE": "#35a58a",
+    "BERTSHARE (copied)": "#0f5c4a",
+}
+
+
+def report(options: argparse.Namespace) -> None:
+    results: dict[str, list[dict[str, Any]]] = {}
+    for task, names in SCORES.items():
+        records = read_records(options.output / f"{task}.jsonl")
+        if not records:
+            continue
+        texts = json.loads((options.output / f"{task}.texts.json").read_text(encoding="utf-8"))
+        for record in records:
+            outputs = record.pop("outputs", None)
+            if outputs:
+                record["scores"] = score(names, texts, outputs)
+        copied = score(names, texts, texts["sources"])
+        results[task] = records
+        print(table(task, names, records, copied))
+    path = options.output / "results.json"
+    path.write_text(json.dumps(results, indent=0), encoding="utf-8")
+    plot(results, options.output / "curves.png")
+
+
+def score(names: tuple[str, ...], texts: dict[str, list[str]], outputs: list[str]) -> dict:
+    results = metrics.compute(names, texts["sources"], outputs, texts["references"])
+    return {name: round(result.value, 2) for name, result in results.items()}
+
+
+def table(task: str, names: tuple[str, ...], records: list[dict], copied: dict) -> str:
+    """A row for each start at the last step: the mean of its seeds, and each of them."""
+    last = max(record["step"] for record in records)
+    columns = ("loss", "validation loss", "lowest", *names)
+    lines = [
+        f"### {task}, {last:,} steps",
+        "",
+        "| start | " + " | ".join(columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    order = [start.name for start in STARTS]
+    for name in sorted({record["start"] for record in records}, key=order.index):
+        runs = [r for r in records if r["start"] == name and r["step"] == last]
+        lowest = [
+            min(r["validation_loss"] for r in records if (r["start"], r["seed"]) == (name, seed))
+            for seed in (run["seed"] for run in runs)
+        ]
+        cells = [
+            cell([run["loss"] for run in runs], 2),
+            cell([run["validation_loss"] for run in runs], 2),
+            cell(lowest, 2),
+            *(cell([run["scores"][n] for run in runs], 1) for n in names),
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    cells = ["", "", "", *(f"{copied[n]:.1f}" for n in names)]
+    lines.append("| the source itself | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(values: list[float], digits: int) -> str:
+    """The mean, and where there are several seeds, the values."""
+    mean = f"{np.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(5 * len(results), 4.2), squeeze=False)
+    for axis, (task, records) in zip(axes[0], results.items(), strict=True):
+        for start in STARTS:
+            seeds = sorted({r["seed"] for r in records if r["start"] == start.name})
+            for seed in seeds:
+                points = [r for r in records if (r["start"], r["seed"]) == (start.name, seed)]
+                axis.plot(
+                    [point["step"] for point in points],
+                    [point["validation_loss"] for point in points],
+                    color=COLORS[start.name],
+                    linestyle="-" if seed == seeds[0] else ":",
+                    label=start.name if seed == seeds[0] else None,
+                )
+        axis.set_title(task)
+        axis.set_xlabel("step")
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(matplotlib.ticker.FixedLocator([1, 1.5, 2, 3, 4, 6, 8]))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+        axis.grid(alpha=0.3)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0][0].set_ylabel("validation loss a token (dotted: the second seed)")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -348,7 +470,12 @@ def main() -> None:
     runs.add_argument("--learning-rate", type=float, default=5e-4)
     runs.add_argument("--generate-batch", type=int, default=64)
     runs.add_argument("--steps-per-execution", type=int, default=1)
+    reports = commands.add_parser("report", help="tables and curves of what was run")
+    reports.add_argument("output", type=pathlib.Path)
     options = parser.parse_args()
+    if options.command == "report":
+        report(options)
+        return
     if options.points % 4 or options.steps % options.points:
         parser.error("--steps must be a multiple of --points, and --points of 4")
     run(options)
