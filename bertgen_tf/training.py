@@ -91,9 +91,35 @@ def default_loss() -> keras.losses.Loss:
     )
 
 
+def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
+    """A replica's loss, so that those of all add up to the mean over the tokens of all.
+
+    Keras gives each replica's mean the same weight, whatever tokens it has.
+
+    Args:
+        loss: of Keras's `compute_loss`: the mean of a replica, divided by their number.
+        of: the loss function. Only those whose `reduction` is "mean_with_sample_weight" change.
+        sample_weight: [B, T] of the replica's rows.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    mean = getattr(of, "reduction", None) == "mean_with_sample_weight"
+    if replicas == 1 or sample_weight is None or not mean:
+        return loss
+    own = tf.reduce_sum(sample_weight)
+    context = tf.distribute.get_replica_context()
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+    return loss * replicas * tf.math.divide_no_nan(own, total)
+
+
 def default_metrics() -> list[keras.metrics.Metric]:
     """The share of real target tokens that are predicted right from the true ones before them."""
     return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+
+
+def bucket_lengths(preprocessor: Seq2SeqPreprocessor) -> list[int]:
+    """Lengths that batches are padded to: the powers of two from 16 on, and the longest."""
+    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
+    return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
 
 
 def bucketed_dataset(
@@ -127,8 +153,7 @@ def bucketed_dataset(
         )
     if shuffle:
         pairs = pairs.shuffle(shuffle, seed=seed)
-    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
-    buckets = tf.constant([2**i for i in range(4, 16) if 2**i < longest] + [longest], tf.int64)
+    buckets = tf.constant(bucket_lengths(preprocessor), tf.int64)
 
     def encode(source: Any, target: Any) -> tuple[Any, Any]:
         return preprocessor.encode_source(source), preprocessor.encode_target(target)
