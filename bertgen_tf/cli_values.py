@@ -46,6 +46,22 @@ def positive_number(text: str) -> float:
     return value
 
 
+def interval(text: str) -> tuple[int | None, float | None]:
+    """Steps, such as 500, or a time, such as 90s, 10m or 1h: (steps, None) or (None, seconds)."""
+    match = re.fullmatch("([0-9]{1,9})([smh]?)", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(
+            f"expected steps, such as 500, or a time, such as 10m, received {text!r}"
+        )
+    number = int(match[1])
+    return (None, number * {"s": 1, "m": 60, "h": 3600}[match[2]]) if match[2] else (number, None)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them, such as bleu,sari."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def ids(text: str) -> tuple[int, ...]:
     """Integers with commas between them, such as 5,17."""
     if not re.fullmatch("([0-9]{1,9}(,|$))*", text):

@@ -21,6 +21,8 @@ from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training_data import Batch, TrainingData
 from bertgen_tf.training_state import RunFolder, State, assign_variables, read_variables
 
+STRATEGIES = ("auto", "none", "mirrored", "tpu")
+_SOON = 30.0  # seconds of training that are not to be lost while an epoch is measured
 _SAVE, _STOP, _INTERRUPT = range(3)  # what a worker asks all for
 # What TensorFlow raises when a worker does not answer.
 _LOST = (
@@ -146,8 +148,7 @@ def train(
             if not loop.replicas.many_workers:
                 raise
             raise WorkerLost(
-                "another worker of TF_CONFIG is gone, or cannot be reached: start all of them "
-                "again"
+                "another worker of TF_CONFIG is gone, or cannot be reached: start all of them again"
             ) from error
 
 
@@ -280,8 +281,7 @@ class _Loop:
             callbacks.on_train_batch_end(self.step - start - 1, self._logs)
             self._attend()
         stopped = model.stop_training
-        if self.save_every.is_over(1, math.inf):
-            self._save()  # what follows takes long
+        self._save_if_due(_SOON)  # what follows can take long
         logs = {**self._logs, **clock.logs()}
         with self._averaged_weights():
             if self.validation is not None:
@@ -291,14 +291,15 @@ class _Loop:
         # What one worker decides holds for all.
         model.stop_training = stopped or bool(self.replicas.add([int(model.stop_training)])[0])
         self.epoch += 1
-        self._save()
+        ended = model.stop_training or self.step == self.steps
+        self._save_if_due(0.0 if ended else _SOON)
 
     def _make_step(self, next_batch: Callable[[], Any], clock: Clock) -> dict[str, float]:
         began = time.perf_counter()
         parts = next_batch()
         arrived = time.perf_counter()
         self.may_finish_step = True
-        rate = float(self.model.optimizer.learning_rate)
+        rate = float(tf.convert_to_tensor(self.model.optimizer.learning_rate))
         shape = tuple(tuple(t.shape) for t in tf.nest.flatten(parts[0]))
         results = self._step_function(self.replicas.distribute(parts))
         logs = {name: float(value) for name, value in results.items()}
@@ -318,9 +319,8 @@ class _Loop:
 
     def _attend(self) -> None:
         """After a step: saves, or stops, if that is asked for by anybody or by the time."""
-        steps, seconds = self.step - self._saved[0], time.monotonic() - self._saved_at
         asked = [0, 0, 0]
-        asked[_SAVE] = int(self.replicas.is_chief and self.save_every.is_over(steps, seconds))
+        asked[_SAVE] = int(self._is_due())
         asked[_STOP] = int(self.model.stop_training)
         asked[_INTERRUPT] = int(self.interrupted)
         asked = self.replicas.add(asked)
@@ -330,6 +330,16 @@ class _Loop:
         self.may_finish_step = False
         if asked[_INTERRUPT]:
             raise Interrupted(self.step)
+
+    def _is_due(self, most: float = math.inf) -> bool:
+        """Whether the chief wants a state, `most` seconds after the last one in any case."""
+        steps, seconds = self.step - self._saved[0], time.monotonic() - self._saved_at
+        due = self.save_every.is_over(steps, seconds) or seconds >= most
+        return due and self.replicas.is_chief
+
+    def _save_if_due(self, most: float) -> None:
+        if self.replicas.add([int(self._is_due(most))])[0]:
+            self._save()
 
     # ------------------------------------------------------------------ graphs
 
@@ -406,17 +416,22 @@ class _Loop:
             # A gradient can be infinite where the loss is not yet.
             if name.startswith("model/") and not np.isfinite(tensor).all():
                 raise Diverged(f"a weight is no number after step {self.step:,}")
-        states = {
-            f"{i} {type(callback).__name__}": callback.get_state()
-            for i, callback in enumerate(self._callbacks)
-            if hasattr(callback, "get_state")
-        }
+        states = {name: callback.get_state() for name, callback in self._with_state().items()}
         history = self.model.history
         states["history"] = {"epoch": history.epoch, "history": history.history}
         states["logs"] = self._logs
         if self.replicas.is_chief:
             self.folder.save(State(self.step, self.epoch, tensors, states))
         self._saved, self._saved_at = (self.step, self.epoch), time.monotonic()
+
+    def _with_state(self) -> dict[str, Any]:
+        """The callbacks that have one, by name: others may come and go."""
+        found: dict[str, Any] = {}
+        for callback in self._callbacks:
+            if hasattr(callback, "get_state"):
+                kind = type(callback).__name__
+                found[f"{kind} {sum(name.startswith(kind) for name in found)}"] = callback
+        return found
 
     def _find_state(self) -> State | None:
         """The chief's last state, for all workers."""
@@ -442,9 +457,8 @@ class _Loop:
             self.folder.cut_log(state.step)
 
     def _restore_callbacks(self, states: dict[str, Any]) -> None:
-        for i, callback in enumerate(self._callbacks):
-            name = f"{i} {type(callback).__name__}"
-            if name in states and hasattr(callback, "set_state"):
+        for name, callback in self._with_state().items():
+            if name in states:
                 callback.set_state(states[name])
         self._logs = states["logs"]
         self.model.history.epoch = list(states["history"]["epoch"])
@@ -472,14 +486,20 @@ def _signals(loop: _Loop) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def make_strategy(distribute: str, task: dict[str, Any] | None) -> tf.distribute.Strategy:
-    """The `tf.distribute` strategy for what there is.
+def make_strategy(distribute: str = "auto", workers: bool = False) -> tf.distribute.Strategy:
+    """The `tf.distribute` strategy for what there is, to make a model in.
 
     Args:
-        distribute: "auto", "none", "mirrored" or "tpu".
-        task: TF_CONFIG of several workers, if there is one.
+        distribute: of `STRATEGIES`. "auto" takes all GPUs of this machine, "mirrored" all GPUs or
+            else all logical CPUs, "tpu" a TPU (never tried), "none" one device.
+        workers: whether TF_CONFIG names several, who then share each batch, unless "none" is asked
+            for. TensorFlow must not have done anything before.
     """
-    if task is not None and distribute != "none":
+    if distribute not in STRATEGIES:
+        raise ValueError(
+            f"distribute must be one of {', '.join(STRATEGIES)}, received {distribute!r}."
+        )
+    if workers and distribute != "none":
         return tf.distribute.MultiWorkerMirroredStrategy()
     if distribute == "tpu":
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver()

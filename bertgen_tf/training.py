@@ -103,10 +103,11 @@ def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     mean = getattr(of, "reduction", None) == "mean_with_sample_weight"
-    if replicas == 1 or sample_weight is None or not mean:
+    context = tf.distribute.get_replica_context()
+    # Without a context Keras only traces what there is to build.
+    if replicas == 1 or context is None or sample_weight is None or not mean:
         return loss
     own = tf.reduce_sum(sample_weight)
-    context = tf.distribute.get_replica_context()
     total = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
     return loss * replicas * tf.math.divide_no_nan(own, total)
 

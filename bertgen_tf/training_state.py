@@ -58,6 +58,7 @@ class RunFolder:
     """
 
     def __init__(self, output: str | os.PathLike):
+        self.output = pathlib.Path(output)
         self.path = pathlib.Path(f"{str(output).rstrip('/')}.training")
 
     def __truediv__(self, name: str) -> pathlib.Path:
@@ -89,12 +90,18 @@ class RunFolder:
         run = self._read_run()
         return run is not None and not run["complete"]
 
-    def check_same(self, settings: dict[str, Any]) -> None:
-        """Raises a ValueError that names what another run had, if one with `settings` goes on."""
+    def check_same(self, settings: dict[str, Any], but: str | None = None) -> None:
+        """Raises a ValueError that names what another run had, if one with `settings` goes on.
+
+        Args:
+            settings: as `begin` got them.
+            but: a name that is not compared.
+        """
         run = self._read_run()
         earlier = {} if run is None else run["settings"]
         settings = json.loads(json.dumps(settings))  # tuples are lists there
-        other = [k for k in {**earlier, **settings} if earlier.get(k) != settings.get(k)]
+        names = [name for name in {**earlier, **settings} if name != but]
+        other = [name for name in names if earlier.get(name) != settings.get(name)]
         if other:
             raise ValueError(
                 f"--resume needs the training that began {self.path}, but that had another "

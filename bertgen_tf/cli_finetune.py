@@ -1,0 +1,542 @@
+"""`bertgen-tf finetune`: its arguments, and the command."""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from bertgen_tf import cli_output, cli_values, finetuning, presets, text_files, training_callbacks
+from bertgen_tf import metrics as scores
+from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
+from bertgen_tf.cli_convert import is_huggingface
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.training import default_optimizer
+from bertgen_tf.training_data import LONG_TARGETS, TrainingData
+from bertgen_tf.training_state import BEST_FILE, RunFolder, digest_weights
+from bertgen_tf.vocabulary import trim_vocabulary
+
+HUB_FLAGS = ("decoder", "share", "cross_attention", "num_layers")
+# What decides the weights, besides the data and the model to start from.
+SETTINGS = (
+    "epochs",
+    "steps",
+    "validate_every",
+    "batch_size",
+    "learning_rate",
+    "warmup_steps",
+    "seed",
+    "mixed_precision",
+    "deterministic",
+    "max_source_length",
+    "max_target_length",
+    "long_targets",
+    "trim_vocabulary",
+    "monitor",
+    "patience",
+)
+
+START = "model to start from"
+
+Pairs = list[tuple[str, str]]
+
+
+def add_finetune(commands: Any, add_warm_start: Callable[[Any], None]) -> None:
+    """Adds the command.
+
+    Args:
+        commands: argparse's.
+        add_warm_start: adds how an encoder becomes an encoder-decoder to a group.
+    """
+    parser = commands.add_parser(
+        "finetune",
+        help="train a model on pairs of texts",
+        description="Trains an encoder-decoder on pairs of texts, and saves it as a preset folder.",
+        epilog="""\
+files of pairs, in UTF-8, one pair a line:
+  .tsv, .txt     source<TAB>target
+  .jsonl, .json  {"source": "...", "target": "..."}
+
+While it runs, OUTPUT.training holds what --resume goes on with: after Ctrl-C (or SIGTERM) from the
+last step, after kill -9 from the last state of --checkpoint-every. Both end with the same weights,
+bit for bit, as a run that was not stopped. At the end log.jsonl, samples and tensorboard stay.
+
+several workers: start the same command on each, with TF_CONFIG set as TensorFlow has it and
+--output in a folder that all of them see. A worker that is lost ends the others; started again
+with --resume, they go on together.
+
+example:
+  bertgen-tf finetune --encoder path/to/bert_module --share --cross-attention self_attention \\
+      --train train.tsv --validation validation.tsv --epochs 3 --output my_model""",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--train", required=True, metavar="FILE", help="pairs to train on")
+    data.add_argument("--validation", metavar="FILE", help="pairs that only measure")
+    data.add_argument(
+        "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
+    )
+
+    start = parser.add_argument_group("the model to start from")
+    source = start.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--encoder",
+        metavar="HANDLE",
+        help="BERT: a TF Hub module (a folder or a URL) or a HuggingFace checkpoint (a folder or "
+        "org/name)",
+    )
+    source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
+    start.add_argument(
+        "--decoder", metavar="HANDLE", help="another one for the decoder (default: --encoder's)"
+    )
+    add_warm_start(start)
+    start.add_argument(
+        "--trim-vocabulary",
+        action="store_true",
+        help="keep only the word pieces that the texts of --train and --validation need: a smaller "
+        "and faster model, which knows no other words",
+    )
+    _add_texts(parser)
+    _add_training(parser)
+    _add_watching(parser)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "texts",
+        "By default as the preset has it; with --encoder 128 tokens, or what the model allows if "
+        "that is less.",
+    )
+    lengths = {"type": cli_values.at_least(1), "metavar": "TOKENS"}
+    group.add_argument("--max-source-length", **lengths, help="longer sources are cut")
+    group.add_argument(
+        "--max-target-length",
+        **lengths,
+        help="longer targets are cut; also the default length of what is generated",
+    )
+    group.add_argument(
+        "--long-targets",
+        choices=LONG_TARGETS,
+        default="cut",
+        help="what to do with pairs whose target is longer; a target that is cut teaches to end "
+        "early (default: %(default)s)",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    count, count_or_zero = ({"type": cli_values.at_least(n), "metavar": "N"} for n in (1, 0))
+    group.add_argument(
+        "--epochs", **count, default=3, help="passes over the pairs (default: %(default)s)"
+    )
+    group.add_argument(
+        "--steps", **count, help="batches, instead of --epochs; then validates once, at the end"
+    )
+    group.add_argument(
+        "--batch-size",
+        **count,
+        default=32,
+        help="pairs of a batch, over all devices (default: %(default)s); fewer need less memory",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=cli_values.positive_number,
+        default=1e-4,
+        metavar="X",
+        help="its highest value, from which it falls to 0 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--warmup-steps",
+        **count_or_zero,
+        help="steps in which the learning rate rises (default: a tenth of all)",
+    )
+    group.add_argument(
+        "--seed",
+        **count_or_zero,
+        default=0,
+        help="of new weights, shuffling and dropout (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mixed-precision",
+        action="store_true",
+        help="compute in bfloat16 while training: faster on GPUs, slower on most CPUs",
+    )
+    group.add_argument(
+        "--distribute",
+        choices=finetuning.STRATEGIES,
+        default="auto",
+        help="auto: all GPUs of this machine, and the workers of TF_CONFIG if it is set; mirrored: "
+        "all devices; tpu: never tried; none: one device (default: %(default)s)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on GPUs, too, as they are on CPUs; slower",
+    )
+
+
+def _add_watching(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("while it runs")
+    count = {"type": cli_values.at_least(1), "metavar": "N"}
+    again = group.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with OUTPUT.training, which an earlier run with the same data, start and "
+        "settings left, if there is one",
+    )
+    again.add_argument(
+        "--overwrite", action="store_true", help="throw OUTPUT.training away, if it exists"
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=cli_values.interval,
+        default=(None, 600),
+        metavar="N|TIME",
+        help="steps, such as 500, or a time, such as 90s or 1h: what kill -9 loses at most "
+        "(default: 10m)",
+    )
+    group.add_argument(
+        "--validate-every",
+        **count,
+        help="steps between two validations (default: an epoch, or all --steps)",
+    )
+    group.add_argument(
+        "--metrics",
+        type=cli_values.names,
+        metavar="NAME,NAME",
+        help="generate from --validation when it validates, and score the outputs: "
+        f"{', '.join((*scores.METRICS, *scores.GROUPS))}",
+    )
+    group.add_argument(
+        "--metrics-pairs",
+        **count,
+        default=200,
+        help="of so many pairs of --validation, the first ones (default: %(default)s)",
+    )
+    group.add_argument(
+        "--monitor",
+        metavar="NAME",
+        help="save the weights that are best on --validation, not the last ones: by loss, accuracy "
+        "or one of the metrics",
+    )
+    group.add_argument(
+        "--patience",
+        **count,
+        help="end after so many validations without a better --monitor (default: never)",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write curves and samples: tensorboard --logdir OUTPUT.training/tensorboard",
+    )
+
+
+# -------------------------------------------------------------------------------- the command
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        OSError, UserError: what the user can mend.
+    """
+    # First what would otherwise fail after hours of training.
+    folder = RunFolder(arguments.output)
+    _check_flags(arguments)
+    # Before TensorFlow does anything: workers meet here.
+    strategy = _make_strategy(arguments)
+    replicas = finetuning.Replicas(strategy)
+    if arguments.batch_size % replicas.count:
+        raise UserError(
+            f"--batch-size must be a multiple of the {replicas.count} devices, received "
+            f"{arguments.batch_size}"
+        )
+    if replicas.is_chief:
+        presets.check_writable(arguments.output)
+        with user_errors():
+            folder.check(arguments.resume, arguments.overwrite)
+    with user_errors():
+        training = text_files.read_pairs(arguments.train)
+        validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
+    settings = _settings(arguments, replicas.count)
+    if arguments.resume and folder.is_complete() and presets.is_preset(folder.output):
+        with user_errors():
+            folder.check_same(settings, but=START)
+        complain(f"{arguments.output} is complete")
+        return
+    with strategy.scope():
+        model, saved_config = _make_model(arguments, training + validation)
+    settings[START] = digest_weights(model)
+    begun = arguments.resume and folder.is_begun()
+    if begun:
+        with user_errors():
+            folder.check_same(settings)
+    run = _Run(arguments, replicas, folder, model, begun, training, validation)
+    with folder.lock() if replicas.is_chief else contextlib.nullcontext():
+        if replicas.is_chief and not begun:
+            folder.begin(settings)
+        replicas.add([0])  # the folder is there for all
+        run.train()
+        if replicas.is_chief:
+            run.save(saved_config)
+            folder.end()
+        replicas.add([0])  # none leaves before the model is saved
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if arguments.preset:
+        given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
+        if given:
+            raise UserError(f"{_flags(given)} applies to --encoder only, not to --preset")
+        read_preset_config(arguments.preset)
+    names = ("metrics", "monitor", "patience", "validate_every")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given and not arguments.validation:
+        raise UserError(f"{_flags(given)} needs --validation")
+    with user_errors():
+        if arguments.metrics is not None:
+            arguments.metrics = scores.expand(arguments.metrics)
+    if arguments.patience is not None and arguments.monitor is None:
+        arguments.monitor = "loss"
+    if arguments.monitor not in (None, "loss", "accuracy", *(arguments.metrics or ())):
+        if arguments.monitor not in scores.METRICS:
+            raise UserError(
+                f"--monitor must be loss, accuracy or one of {', '.join(scores.METRICS)}, "
+                f"received {arguments.monitor!r}"
+            )
+        arguments.metrics = (*(arguments.metrics or ()), arguments.monitor)
+
+
+def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
+    try:
+        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"TF_CONFIG must be a JSON object, but is none: {error}") from error
+    with user_errors():
+        strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
+    if arguments.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    return strategy
+
+
+def _settings(arguments: argparse.Namespace, replicas: int) -> dict[str, Any]:
+    """What decides the result, by names that the user knows."""
+    settings = {
+        "--train": cli_output.digest(arguments.train),
+        "--validation": arguments.validation and cli_output.digest(arguments.validation),
+        "number of devices": replicas,
+    }
+    return settings | {_flags([name]): getattr(arguments, name) for name in SETTINGS}
+
+
+def _make_model(
+    arguments: argparse.Namespace, pairs: Pairs
+) -> tuple[EncoderDecoderModel, dict[str, Any]]:
+    """The model to train, and the config to save it with."""
+    with user_errors():
+        keras.utils.set_random_seed(arguments.seed)
+        model = _start_model(arguments)
+        if arguments.trim_vocabulary:
+            model = trim_vocabulary(model, [text for pair in pairs for text in pair])
+    saved_config = model.get_config()
+    if arguments.mixed_precision:
+        policy = {"dtype": "mixed_bfloat16"}
+        stacks = {name: {**saved_config[name], **policy} for name in ("encoder", "decoder")}
+        model = _rebuild(model, {**saved_config, **stacks, **policy})
+    return model, saved_config
+
+
+def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
+    """The model to train: of a preset, or warm-started; with the lengths of the flags."""
+    names = ("max_source_length", "max_target_length")
+    values = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    if arguments.preset:
+        model = EncoderDecoderModel.from_preset(arguments.preset)
+        if model.is_quantized:
+            raise UserError(f"{arguments.preset} is int8: train the float32 preset it was made of")
+        if given:
+            model = _rebuild(model, {**model.get_config(), **given})
+    else:
+        read = EncoderDecoderModel.from_hub
+        if is_huggingface(arguments.encoder):
+            read = EncoderDecoderModel.from_huggingface
+        model = read(
+            encoder=arguments.encoder,
+            decoder=arguments.decoder,
+            share=bool(arguments.share),
+            cross_attention=arguments.cross_attention or "random",
+            num_layers=arguments.num_layers,
+            **given,
+        )
+        if model.tokenizer is None:
+            raise UserError(f"{arguments.encoder} has no tokenizer, without which there is no text")
+    if arguments.encoder or arguments.max_target_length:
+        model.generation_config = model.generation_config.replace(
+            max_new_tokens=model.preprocessor.max_target_length
+        )
+    return model
+
+
+def _rebuild(model: EncoderDecoderModel, config: dict[str, Any]) -> EncoderDecoderModel:
+    """A model of another config with the same weights."""
+    other = EncoderDecoderModel.from_config(config)
+    other.set_weights(model.get_weights())
+    return other
+
+
+class _Run:
+    """The model, its data and its callbacks."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        replicas: finetuning.Replicas,
+        folder: RunFolder,
+        model: EncoderDecoderModel,
+        begun: bool,
+        training: Pairs,
+        validation: Pairs,
+    ):
+        self.arguments, self.replicas, self.folder = arguments, replicas, folder
+        self.model, self.begun = model, begun
+        with user_errors():
+            self.data = TrainingData(
+                training,
+                model.preprocessor,
+                arguments.batch_size,
+                seed=arguments.seed,
+                long_targets=arguments.long_targets,
+            )
+            self.held_out = None
+            if validation:
+                self.held_out = TrainingData(
+                    validation, model.preprocessor, arguments.batch_size, shuffle=False
+                )
+        per_epoch = self.data.steps_per_epoch
+        self.steps = arguments.steps or per_epoch * arguments.epochs
+        every = arguments.validate_every or (self.steps if arguments.steps else per_epoch)
+        self.steps_per_epoch = min(every, self.steps)
+        self._compile()
+        self.best: training_callbacks.KeepBest | None = None
+        self.callbacks: list[keras.callbacks.Callback] = []
+        if replicas.is_chief:
+            self._describe()
+            with user_errors():
+                self._make_callbacks(validation)
+
+    def _compile(self) -> None:
+        arguments, steps = self.arguments, self.steps
+        warmup = steps // 10 if arguments.warmup_steps is None else arguments.warmup_steps
+        if warmup >= steps:
+            raise UserError(f"--warmup-steps must be below all {steps} steps, received {warmup}")
+        with self.replicas.strategy.scope():
+            self.model.compile(
+                optimizer=default_optimizer(
+                    arguments.learning_rate, warmup_steps=warmup, total_steps=steps
+                )
+            )
+
+    def _describe(self) -> None:
+        for path, data in (
+            (self.arguments.train, self.data),
+            (self.arguments.validation, self.held_out),
+        ):
+            for note in data.notes() if data else ():
+                complain(f"{path}: {note}")
+        model, devices = self.model, self.replicas.count
+        print(
+            f"{len(self.data):,} pairs to train on, {len(self.held_out or ()):,} to validate on; "
+            f"{model.count_params():,} weights, {model.encoder.config.vocab_size:,} word pieces; "
+            f"{self.steps:,} steps of up to {self.arguments.batch_size:,} pairs"
+            + (f" on {devices} devices" if devices > 1 else ""),
+            flush=True,
+        )
+
+    def _make_callbacks(self, validation: Pairs) -> None:
+        arguments, folder = self.arguments, self.folder
+        samples = None
+        if arguments.metrics:
+            sources, references = zip(*validation[: arguments.metrics_pairs], strict=True)
+            samples = training_callbacks.GenerateCallback(
+                sources, references, arguments.metrics, folder=folder / "samples"
+            )
+            self.callbacks.append(samples)
+        if arguments.monitor:
+            self.best = training_callbacks.KeepBest(
+                folder / BEST_FILE, f"val_{arguments.monitor}", arguments.patience
+            )
+            self.callbacks.append(self.best)
+        self.callbacks.append(training_callbacks.Log(self.steps, folder))
+        if arguments.tensorboard:
+            self.callbacks.append(
+                training_callbacks.TensorBoardCurves(folder / "tensorboard", samples)
+            )
+
+    def train(self) -> None:
+        """Until the end.
+
+        Raises:
+            OSError, UserError: what the user can mend.
+            KeyboardInterrupt: with a message how to go on.
+        """
+        steps, seconds = self.arguments.checkpoint_every
+        with self._errors():
+            history = finetuning.train(
+                self.model,
+                self.data,
+                steps=self.steps,
+                steps_per_epoch=self.steps_per_epoch,
+                validation=self.held_out,
+                callbacks=self.callbacks,
+                folder=self.folder,
+                save_every=finetuning.Interval(steps, seconds),
+                resume=self.begun,
+                complain=complain,
+            )
+        if self.held_out is not None and self.replicas.is_chief:
+            place = -1 if self.best is None else self.best.best_epoch - 1
+            loss, accuracy = (history[f"val_{name}"][place] for name in ("loss", "accuracy"))
+            which = "" if self.best is None else f" (best: epoch {self.best.best_epoch})"
+            print(f"validation{which}: loss {loss:.4f} a token, {accuracy:.1%} of the tokens right")
+
+    def save(self, config: dict[str, Any]) -> None:
+        """Writes the preset.
+
+        Args:
+            config: of the model, as it is saved.
+        """
+        model, output = self.model, self.arguments.output
+        if self.best is not None:
+            self.best.load(model)
+        if self.arguments.mixed_precision:
+            model = _rebuild(model, config)
+        model.save_to_preset(output)
+        print(
+            f"saved to {output}; try it:\n  {PROGRAM} generate --preset {shlex.quote(str(output))}"
+        )
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except finetuning.Diverged as error:
+            raise UserError(
+                f"training diverged, nothing was saved: {error}; lower --learning-rate"
+            ) from error
+        except finetuning.WorkerLost as error:
+            raise UserError(f"{error}, with --resume") from error
+        except finetuning.Interrupted as error:
+            raise KeyboardInterrupt(
+                f"interrupted after step {error.step:,}, which is saved: the same command with "
+                "--resume goes on"
+            ) from error
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
