@@ -205,6 +205,8 @@ class Replicas:
 
 
 def _sum(value: Any) -> Any:
+    # On the replica's device, as arguments are not.
+    value = tf.identity(value)
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 

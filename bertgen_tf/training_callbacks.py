@@ -246,7 +246,7 @@ class TensorBoardCurves(keras.callbacks.Callback):
             raise ImportError(
                 "TensorBoard needs tensorboard: pip install 'bertgen_tf[tensorboard]'"
             ) from error
-        self.writer = tf.summary.create_file_writer(str(folder))
+        self.folder = str(folder)
         self.samples, self.every, self.step = samples, every, 0
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -256,6 +256,9 @@ class TensorBoardCurves(keras.callbacks.Callback):
     def get_state(self) -> dict[str, Any]:
         """For `bertgen_tf.finetuning.train`."""
         return {"step": self.step}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.writer = tf.summary.create_file_writer(self.folder)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self.step += 1
@@ -296,6 +299,7 @@ def _describe(logs: dict[str, Any]) -> str:
     for prefix, words in (("", ""), ("val_", "; validation: ")):
         names = [n for n in logs if n.startswith("val_") == bool(prefix)]
         names = [n for n in names if n not in ("tokens_per_second", "waited_for_data")]
+        names.sort(key=lambda n: not n.endswith("loss"))
         if names:
             parts.append(words + ", ".join(_number(n.removeprefix(prefix), logs[n]) for n in names))
     if "tokens_per_second" in logs:

@@ -117,15 +117,10 @@ class TrainingData:
         """
         notes = []
         if self._long_targets:
-            done = "skipped" if self._skips else "cut"
-            notes.append(f"{self._too_long(unit, f' and were {done}')}")
+            notes.append(self._too_long(unit, "skipped" if self._skips else "cut"))
         if self._long_sources:
             limit = self.preprocessor.max_source_length
-            places = _places(self._long_sources, unit)
-            notes.append(
-                f"{_count(self._long_sources, 'source')} longer than {limit} tokens and were cut, "
-                f"{places}"
-            )
+            notes.append(_describe_long("source", self._long_sources, limit, unit, "cut"))
         if self._empty:
             notes.append(
                 f"{len(self._empty):,} of the pairs have an empty side, "
@@ -224,10 +219,9 @@ class TrainingData:
             batches, buckets = batches[order], buckets[order]
         return batches, buckets
 
-    def _too_long(self, unit: str = "lines", more: str = "") -> str:
+    def _too_long(self, unit: str = "lines", done: str = "") -> str:
         limit = self.preprocessor.max_target_length
-        places = _places(self._long_targets, unit)
-        return f"{_count(self._long_targets, 'target')} longer than {limit} tokens{more}, {places}"
+        return _describe_long("target", self._long_targets, limit, unit, done)
 
 
 def _encode(
@@ -279,8 +273,11 @@ def _gather(texts: Texts, rows: np.ndarray, length: int, pad: int) -> np.ndarray
     return np.where(mask, texts.ids[np.where(mask, places, -1)], pad)
 
 
-def _count(rows: list[int], noun: str) -> str:
-    return f"{len(rows):,} {noun}s are" if len(rows) > 1 else f"1 {noun} is"
+def _describe_long(noun: str, rows: list[int], limit: int, unit: str, done: str) -> str:
+    one = len(rows) == 1
+    count = f"1 {noun} is" if one else f"{len(rows):,} {noun}s are"
+    done = done and f" and {'was' if one else 'were'} {done}"
+    return f"{count} longer than {limit} tokens{done}, {_places(rows, unit)}"
 
 
 def _places(rows: list[int], unit: str) -> str:
