@@ -29,7 +29,8 @@ from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, check_version_path, export_saved_model
 from bertgen_tf.generation_settings import check_config
 from bertgen_tf.generator import WINDOW, Generator
-from bertgen_tf.training import bucketed_dataset, default_optimizer
+from bertgen_tf.optimizers import default_optimizer
+from bertgen_tf.training import bucketed_dataset
 from bertgen_tf.vocabulary import trim_vocabulary
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
