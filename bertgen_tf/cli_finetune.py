@@ -16,7 +16,7 @@ from bertgen_tf import metrics as scores
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
 from bertgen_tf.cli_convert import is_huggingface
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.training import default_optimizer
+from bertgen_tf.optimizers import default_optimizer
 from bertgen_tf.training_data import LONG_TARGETS, TrainingData
 from bertgen_tf.training_state import BEST_FILE, RunFolder, digest_weights
 from bertgen_tf.vocabulary import trim_vocabulary

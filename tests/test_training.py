@@ -7,7 +7,6 @@ import tensorflow as tf
 from conftest import PIECES, make_model
 
 import bertgen_tf as bg
-from bertgen_tf import training
 
 PAIRS = [
     ("the man saw a bird", "a bird saw the man"),
@@ -172,12 +171,12 @@ def test_default_optimizer_decays_kernels_and_embeddings_only():
 
 
 def test_linear_warmup():
-    schedule = training.LinearWarmup(0.5, warmup_steps=4, total_steps=10)
+    schedule = bg.optimizers.LinearWarmup(0.5, warmup_steps=4, total_steps=10)
     rates = [float(schedule(step)) for step in range(12)]
     np.testing.assert_allclose(rates[:5], [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
     np.testing.assert_allclose(np.diff(rates[4:11]), -0.5 / 6, rtol=1e-5)
     assert rates[10] == rates[11] == 0
-    constant = training.LinearWarmup(0.5, warmup_steps=1)
+    constant = bg.optimizers.LinearWarmup(0.5, warmup_steps=1)
     assert float(constant(1)) == float(constant(10**6)) == 0.5
     for arguments, message in (
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
@@ -185,7 +184,7 @@ def test_linear_warmup():
         ({"learning_rate": 1.0, "warmup_steps": 5, "total_steps": 5}, "total_steps must be above"),
     ):
         with pytest.raises(ValueError, match=message):
-            training.LinearWarmup(**arguments)
+            bg.optimizers.LinearWarmup(**arguments)
 
 
 def test_bucketed_dataset_loses_no_pair_and_has_few_shapes(model):
