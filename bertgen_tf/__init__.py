@@ -16,8 +16,10 @@ from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.training import bucketed_dataset
+from bertgen_tf.training_callbacks import GenerateCallback
 from bertgen_tf.vocabulary import trim_vocabulary
 
 __version__ = "0.1.0"
@@ -42,13 +44,18 @@ __all__ = [
     "BertTokenizer",
     "EncoderDecoderModel",
     "ExportError",
+    "GenerateCallback",
     "GenerateOutput",
     "GenerationConfig",
+    "RECIPES",
     "Seq2SeqPreprocessor",
+    "WarmStartReport",
     "bucketed_dataset",
     "default_optimizer",
     "export_saved_model",
     "hub",
     "paper_optimizer",
     "trim_vocabulary",
+    "warm_start",
+    "warm_start_report",
 ]

@@ -11,25 +11,44 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf import cli_output, cli_values, finetuning, presets, text_files, training_callbacks
+from bertgen_tf import (
+    cli_output,
+    cli_values,
+    finetuning,
+    freezing,
+    presets,
+    text_files,
+    training_callbacks,
+)
 from bertgen_tf import metrics as scores
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
 from bertgen_tf.cli_convert import is_huggingface
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.optimizers import default_optimizer
+from bertgen_tf.optimizers import default_optimizer, paper_optimizer
+from bertgen_tf.recipes import RECIPES, warm_start
+from bertgen_tf.training import default_loss
 from bertgen_tf.training_data import LONG_TARGETS, TrainingData
-from bertgen_tf.training_state import BEST_FILE, RunFolder, digest_weights
+from bertgen_tf.training_state import ADAPTER_FILE, BEST_FILE, RunFolder, digest_weights
 from bertgen_tf.vocabulary import trim_vocabulary
 
-HUB_FLAGS = ("decoder", "share", "cross_attention", "num_layers")
+HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 # What decides the weights, besides the data and the model to start from.
 SETTINGS = (
     "epochs",
     "steps",
     "validate_every",
     "batch_size",
+    "gradient_accumulation",
+    "schedule",
     "learning_rate",
+    "new_weights_learning_rate",
     "warmup_steps",
+    "clip_norm",
+    "label_smoothing",
+    "ema",
+    "freeze",
+    "unfreeze_every",
+    "lora_rank",
     "seed",
     "mixed_precision",
     "deterministic",
@@ -82,7 +101,7 @@ example:
     )
 
     start = parser.add_argument_group("the model to start from")
-    source = start.add_mutually_exclusive_group(required=True)
+    source = start.add_mutually_exclusive_group()
     source.add_argument(
         "--encoder",
         metavar="HANDLE",
@@ -92,6 +111,12 @@ example:
     source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
     start.add_argument(
         "--decoder", metavar="HANDLE", help="another one for the decoder (default: --encoder's)"
+    )
+    start.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="which side starts from a checkpoint, by the paper's names: "
+        f"{', '.join(RECIPES)}; takes --encoder, --decoder or both",
     )
     add_warm_start(start)
     start.add_argument(
@@ -143,16 +168,78 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="pairs of a batch, over all devices (default: %(default)s); fewer need less memory",
     )
     group.add_argument(
+        "--gradient-accumulation",
+        **count,
+        default=1,
+        help="batches for one update of the weights; all other numbers of steps are still of "
+        "batches (default: %(default)s)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("linear", "paper"),
+        default="linear",
+        help="of the learning rate: linear falls to 0 at the end; paper is 0.05 / sqrt(hidden "
+        "size), falling with the square root of the steps, without weight decay and clipping "
+        "(default: %(default)s)",
+    )
+    rate = {"type": cli_values.positive_number, "metavar": "X"}
+    group.add_argument(
         "--learning-rate",
-        type=cli_values.positive_number,
-        default=1e-4,
-        metavar="X",
-        help="its highest value, from which it falls to 0 (default: %(default)s)",
+        **rate,
+        help="its highest value; of the paper's schedule the number above the root (default: 1e-4, "
+        "or 0.05)",
+    )
+    group.add_argument(
+        "--new-weights-learning-rate",
+        **rate,
+        help="the same for weights that no checkpoint gave (default: the same value)",
     )
     group.add_argument(
         "--warmup-steps",
         **count_or_zero,
-        help="steps in which the learning rate rises (default: a tenth of all)",
+        help="steps in which the learning rate rises (default: a tenth of all, or the paper's "
+        "40000)",
+    )
+    group.add_argument(
+        "--clip-norm",
+        type=cli_values.none_or(cli_values.positive_number),
+        default="auto",
+        metavar="X|none",
+        help="gradients of a greater norm are scaled to it (default: 1, or the paper's none)",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=cli_values.share,
+        default=0.0,
+        metavar="X",
+        help="share of each label that goes to all other tokens, such as 0.1 (default: 0)",
+    )
+    group.add_argument(
+        "--ema",
+        type=cli_values.share,
+        metavar="X",
+        help="validate and save an exponential moving average of the weights, with this share of "
+        "the old ones at each update, such as 0.999 (default: the weights themselves)",
+    )
+    group.add_argument(
+        "--freeze",
+        type=cli_values.frozen,
+        default={},
+        metavar="PART,PART",
+        help="what does not train: embeddings, encoder, decoder, or their lowest layers, such as "
+        "embeddings,encoder:6; cross-attention always trains",
+    )
+    group.add_argument(
+        "--unfreeze-every",
+        **count,
+        help="begin with all pre-trained layers frozen, and thaw the highest after so many "
+        "updates, then the next",
+    )
+    group.add_argument(
+        "--lora-rank",
+        **count,
+        help="train small matrices of this rank beside frozen ones, and what is new; the model is "
+        "saved with them added, and they in OUTPUT.training/adapter.safetensors",
     )
     group.add_argument(
         "--seed",
@@ -289,6 +376,10 @@ def finetune(arguments: argparse.Namespace) -> None:
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
+    if not (arguments.preset or arguments.encoder or (arguments.recipe and arguments.decoder)):
+        raise UserError("one of the arguments --encoder --preset is required")
+    if arguments.lora_rank and (arguments.freeze or arguments.unfreeze_every):
+        raise UserError("--lora-rank freezes all that is pre-trained: leave --freeze out")
     if arguments.preset:
         given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
         if given:
@@ -348,6 +439,10 @@ def _make_model(
         policy = {"dtype": "mixed_bfloat16"}
         stacks = {name: {**saved_config[name], **policy} for name in ("encoder", "decoder")}
         model = _rebuild(model, {**saved_config, **stacks, **policy})
+    with user_errors():
+        if arguments.lora_rank:
+            model.enable_lora(arguments.lora_rank)
+        freezing.freeze(model, **arguments.freeze)
     return model, saved_config
 
 
@@ -363,20 +458,22 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
         if given:
             model = _rebuild(model, {**model.get_config(), **given})
     else:
-        read = EncoderDecoderModel.from_hub
-        if is_huggingface(arguments.encoder):
-            read = EncoderDecoderModel.from_huggingface
-        model = read(
-            encoder=arguments.encoder,
-            decoder=arguments.decoder,
-            share=bool(arguments.share),
-            cross_attention=arguments.cross_attention or "random",
-            num_layers=arguments.num_layers,
-            **given,
-        )
+        given["cross_attention"] = arguments.cross_attention or "random"
+        given["num_layers"] = arguments.num_layers
+        handles = {"encoder": arguments.encoder, "decoder": arguments.decoder}
+        if arguments.recipe:
+            if arguments.share:
+                raise UserError("--recipe tells whether the sides share: leave --share out")
+            model = warm_start(arguments.recipe, **handles, **given)
+        else:
+            read = EncoderDecoderModel.from_hub
+            if is_huggingface(arguments.encoder):
+                read = EncoderDecoderModel.from_huggingface
+            model = read(**handles, share=bool(arguments.share), **given)
         if model.tokenizer is None:
-            raise UserError(f"{arguments.encoder} has no tokenizer, without which there is no text")
-    if arguments.encoder or arguments.max_target_length:
+            handle = arguments.encoder or arguments.decoder
+            raise UserError(f"{handle} has no tokenizer, without which there is no text")
+    if not arguments.preset or arguments.max_target_length:
         model.generation_config = model.generation_config.replace(
             max_new_tokens=model.preprocessor.max_target_length
         )
@@ -388,6 +485,33 @@ def _rebuild(model: EncoderDecoderModel, config: dict[str, Any]) -> EncoderDecod
     other = EncoderDecoderModel.from_config(config)
     other.set_weights(model.get_weights())
     return other
+
+
+def _make_optimizer(
+    arguments: argparse.Namespace, model: EncoderDecoderModel, steps: int, updates: int
+) -> keras.optimizers.Optimizer:
+    if not updates:
+        raise UserError(
+            f"--gradient-accumulation must be at most all {steps} steps, received "
+            f"{arguments.gradient_accumulation}"
+        )
+    options: dict[str, Any] = {
+        "new_weights_learning_rate": arguments.new_weights_learning_rate,
+        "gradient_accumulation_steps": arguments.gradient_accumulation,
+        "ema_momentum": arguments.ema,
+    }
+    warmup = arguments.warmup_steps
+    if warmup is not None:
+        options["warmup_steps"] = warmup // arguments.gradient_accumulation
+    if arguments.learning_rate is not None:
+        options["learning_rate"] = arguments.learning_rate
+    if arguments.clip_norm != "auto":
+        options["global_clipnorm"] = arguments.clip_norm
+    if arguments.schedule == "paper":
+        return paper_optimizer(model.decoder.config.hidden_size, **options)
+    if warmup is not None and warmup >= steps:
+        raise UserError(f"--warmup-steps must be below all {steps} steps, received {warmup}")
+    return default_optimizer(**{"warmup_steps": updates // 10, **options}, total_steps=updates)
 
 
 class _Run:
@@ -427,20 +551,16 @@ class _Run:
         self.callbacks: list[keras.callbacks.Callback] = []
         if replicas.is_chief:
             self._describe()
-            with user_errors():
-                self._make_callbacks(validation)
+        with user_errors():
+            self._make_callbacks(validation)
 
     def _compile(self) -> None:
-        arguments, steps = self.arguments, self.steps
-        warmup = steps // 10 if arguments.warmup_steps is None else arguments.warmup_steps
-        if warmup >= steps:
-            raise UserError(f"--warmup-steps must be below all {steps} steps, received {warmup}")
+        arguments = self.arguments
+        updates = self.steps // arguments.gradient_accumulation
         with self.replicas.strategy.scope():
-            self.model.compile(
-                optimizer=default_optimizer(
-                    arguments.learning_rate, warmup_steps=warmup, total_steps=steps
-                )
-            )
+            with user_errors():
+                optimizer = _make_optimizer(arguments, self.model, self.steps, updates)
+            self.model.compile(optimizer=optimizer, loss=default_loss(arguments.label_smoothing))
 
     def _describe(self) -> None:
         for path, data in (
@@ -461,6 +581,12 @@ class _Run:
     def _make_callbacks(self, validation: Pairs) -> None:
         arguments, folder = self.arguments, self.folder
         samples = None
+        if arguments.unfreeze_every:
+            self.callbacks.append(
+                freezing.GradualUnfreezing(steps_per_layer=arguments.unfreeze_every)
+            )
+        if not self.replicas.is_chief:
+            return  # one worker measures for all
         if arguments.metrics:
             sources, references = zip(*validation[: arguments.metrics_pairs], strict=True)
             samples = training_callbacks.GenerateCallback(
@@ -514,6 +640,10 @@ class _Run:
         model, output = self.model, self.arguments.output
         if self.best is not None:
             self.best.load(model)
+        if self.arguments.lora_rank:
+            model.save_adapter(self.folder / ADAPTER_FILE)
+            model.merge_lora()
+        model.trainable = True  # for those who go on with it
         if self.arguments.mixed_precision:
             model = _rebuild(model, config)
         model.save_to_preset(output)

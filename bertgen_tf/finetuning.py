@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.optimizers import averaged_weights
 from bertgen_tf.training_data import Batch, TrainingData
 from bertgen_tf.training_state import RunFolder, State, assign_variables, read_variables
 
@@ -243,7 +244,7 @@ class _Loop:
         model = self.model
         with self.replicas.strategy.scope():
             model.optimizer.build(model.trainable_variables)
-        self._step_function, self._test_function = self._make_functions()
+        self._make_functions()
         epochs = -(-self.steps // self.steps_per_epoch)
         listed = keras.callbacks.CallbackList(
             callbacks, add_history=True, model=model, epochs=epochs, steps=self.steps_per_epoch
@@ -257,14 +258,16 @@ class _Loop:
         if state is not None:
             self._restore(state)
         listed.on_train_begin()
-        if state is not None:
-            self._restore_callbacks(state.callbacks)
+        if state is not None:  # Keras has emptied it
+            history = state.callbacks["history"]
+            model.history.epoch, model.history.history = history["epoch"], history["history"]
         self._saved, self._saved_at = (self.step, self.epoch), time.monotonic()
         while self.step < self.steps or self.epoch < epochs:
             if model.stop_training:
                 break
             self._run_epoch(batches, listed)
         model.optimizer.finalize_variable_values(model.trainable_variables)
+        model.train_function = None  # `fit` makes its own
         listed.on_train_end(self._logs)
         return model.history.history
 
@@ -285,7 +288,7 @@ class _Loop:
         stopped = model.stop_training
         self._save_if_due(_SOON)  # what follows can take long
         logs = {**self._logs, **clock.logs()}
-        with self._averaged_weights():
+        with averaged_weights(model):
             if self.validation is not None:
                 results = self._evaluate(callbacks)
                 logs.update({f"val_{name}": value for name, value in results.items()})
@@ -303,6 +306,9 @@ class _Loop:
         self.may_finish_step = True
         rate = float(tf.convert_to_tensor(self.model.optimizer.learning_rate))
         shape = tuple(tuple(t.shape) for t in tf.nest.flatten(parts[0]))
+        if self.model.train_function is not self._step_function:
+            # A callback has changed what trains, and asked for another as `fit` would need it.
+            self._make_functions()
         results = self._step_function(self.replicas.distribute(parts))
         logs = {name: float(value) for name, value in results.items()}
         ended = time.perf_counter()
@@ -345,7 +351,7 @@ class _Loop:
 
     # ------------------------------------------------------------------ graphs
 
-    def _make_functions(self) -> tuple[Callable, Callable]:
+    def _make_functions(self) -> None:
         model, strategy = self.model, self.replicas.strategy
 
         def train_step(batch: Batch) -> None:
@@ -372,7 +378,8 @@ class _Loop:
         def test(batch: Any) -> Any:
             return strategy.experimental_local_results(strategy.run(test_step, (batch,)))[0]
 
-        return step, test
+        self._step_function, self._test_function = step, test
+        model.train_function = step
 
     def _metrics(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.model.get_metrics_result().items()}
@@ -391,22 +398,6 @@ class _Loop:
         logs = {**self._metrics(), "loss": float(np.average(losses, weights=counts))}
         callbacks.on_test_end(logs)
         return logs
-
-    @contextlib.contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """Has the weights that the model will have at last, in place of those that are trained."""
-        optimizer = self.model.optimizer
-        if not optimizer.use_ema:
-            yield
-            return
-        variables = self.model.weights
-        kept = [np.array(variable.numpy()) for variable in variables]
-        optimizer.finalize_variable_values(self.model.trainable_variables)
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, kept, strict=True):
-                variable.assign(value)
 
     # ------------------------------------------------------------------ states
 
@@ -457,14 +448,10 @@ class _Loop:
         assign_variables(self.model, state.tensors)
         if self.folder is not None and self.replicas.is_chief:
             self.folder.cut_log(state.step)
-
-    def _restore_callbacks(self, states: dict[str, Any]) -> None:
         for name, callback in self._with_state().items():
-            if name in states:
-                callback.set_state(states[name])
-        self._logs = states["logs"]
-        self.model.history.epoch = list(states["history"]["epoch"])
-        self.model.history.history = dict(states["history"]["history"])
+            if name in state.callbacks:
+                callback.set_state(state.callbacks[name])
+        self._logs = state.callbacks["logs"]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
 | run.json | what decides the result: settings, digests of the data and of the start |
 | state-STEP.safetensors | weights, random seeds, optimizer, metrics and callbacks after that step |
 | best.safetensors | the best weights so far, if some are chosen |
+| adapter.safetensors | what LoRA trained, when the model is saved |
 | log.jsonl | numbers of each interval and of each epoch, one JSON object a line |
 | samples/ | what was generated after each epoch |
 | tensorboard/ | the same for TensorBoard, if asked for |
@@ -28,6 +29,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
 FORMAT = "bertgen_tf training"
 KEPT = 2
