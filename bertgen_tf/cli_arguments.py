@@ -4,8 +4,9 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
-from bertgen_tf import cli_finetune, cli_serve, cli_values
+from bertgen_tf import cli_serve, cli_values
 from bertgen_tf.cli_common import PROGRAM
+from bertgen_tf.cli_finetune_arguments import add_finetune
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE
 
@@ -30,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"`{PROGRAM} COMMAND --help` explains a command and shows an example.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    cli_finetune.add_finetune(commands, _add_warm_start)
+    add_finetune(commands, _add_warm_start)
     _add_generate(commands)
     _add_export(commands)
     _add_convert(commands)

@@ -1,4 +1,4 @@
-"""`bertgen-tf`, killed like by kill -9 in the step that KILL_AT names, if it does not end before."""
+"""`bertgen-tf`, killed as by kill -9 in the step that KILL_AT names, or not at all."""
 
 import os
 import signal
