@@ -379,6 +379,7 @@ class _Loop:
             return strategy.experimental_local_results(strategy.run(test_step, (batch,)))[0]
 
         self._step_function, self._test_function = step, test
+        self._shapes.clear()
         model.train_function = step
 
     def _metrics(self) -> dict[str, float]:
