@@ -139,7 +139,10 @@ class BertAdamW(keras.optimizers.AdamW):
 
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Any) -> None:
         variables = [getattr(variable, "value", variable) for variable in trainable_variables]
-        grads = [tf.convert_to_tensor(grad) for grad in grads]
+        grads = [
+            tf.cast(tf.convert_to_tensor(grad), variable.dtype)  # the looked-up rows made a matrix
+            for grad, variable in zip(grads, variables, strict=True)
+        ]
         # In a replica the sum of all; outside of one, what came.
         grads = [
             grad for grad, _ in self._all_reduce_sum_gradients(zip(grads, variables, strict=True))
@@ -195,7 +198,11 @@ class BertAdamW(keras.optimizers.AdamW):
         rate = tf.cast(learning_rate * self._factors[index], variable.dtype)
         if self._decays[index]:
             variable.assign_sub(variable * self.weight_decay * rate)
-        count = tf.cast(count, variable.dtype)
+        # In float32 the first differences from 1 would have four digits.
+        corrections = [
+            tf.cast(1 - tf.constant(beta, tf.float64) ** tf.cast(count, tf.float64), variable.dtype)
+            for beta in (self.beta_1, self.beta_2)
+        ]
         momentum, velocity = (list_[index].value for list_ in (self._momentums, self._velocities))
         momentum.assign_add((grad - momentum) * (1 - self.beta_1))
         velocity.assign_add((tf.square(grad) - velocity) * (1 - self.beta_2))
@@ -203,7 +210,7 @@ class BertAdamW(keras.optimizers.AdamW):
             largest = self._velocity_hats[index].value
             largest.assign(tf.maximum(largest, velocity))
             velocity = largest
-        rate *= tf.sqrt(1 - self.beta_2**count) / (1 - self.beta_1**count)
+        rate *= tf.sqrt(corrections[1]) / corrections[0]
         variable.assign_sub(momentum * rate / (tf.sqrt(velocity) + self.epsilon))
 
     def _average(self, each: Any) -> None:
@@ -347,12 +354,12 @@ def averaged_weights(model: keras.Model) -> Iterator[None]:
         yield
         return
     variables = optimizer._trainable_variables
-    own = [np.array(variable) for variable in variables]
+    own = [np.array(variable.numpy()) for variable in variables]
     try:
         for variable, mean in zip(
             variables, optimizer._model_variables_moving_average, strict=True
         ):
-            variable.assign(np.array(mean))
+            variable.assign(mean.numpy())
         yield
     finally:
         for variable, value in zip(variables, own, strict=True):
