@@ -80,9 +80,24 @@ def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
     return loss * replicas * tf.math.divide_no_nan(own, total)
 
 
+@keras.saving.register_keras_serializable("bertgen_tf", "TokenAccuracy")
+class TokenAccuracy(keras.metrics.SparseCategoricalAccuracy):
+    """The share of tokens that are right, each of the same weight.
+
+    Keras's own has a token of a longer batch count less.
+    """
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Labels [B, T], logits [B, T, V] and weights [B, T]."""
+        if sample_weight is not None:
+            sample_weight = tf.reshape(sample_weight, [-1])
+        y_pred = tf.reshape(y_pred, [-1, y_pred.shape[-1]])
+        super().update_state(tf.reshape(y_true, [-1]), y_pred, sample_weight)
+
+
 def default_metrics() -> list[keras.metrics.Metric]:
     """The share of real target tokens that are predicted right from the true ones before them."""
-    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    return [TokenAccuracy(name="accuracy")]
 
 
 def bucket_lengths(preprocessor: Seq2SeqPreprocessor) -> list[int]:
