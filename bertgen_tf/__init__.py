@@ -14,10 +14,12 @@ from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
-from bertgen_tf.training import bucketed_dataset, default_optimizer
+from bertgen_tf.training import bucketed_dataset
+from bertgen_tf.training_callbacks import GenerateCallback
 from bertgen_tf.vocabulary import trim_vocabulary
 
 __version__ = "0.1.0"
@@ -42,6 +44,7 @@ __all__ = [
     "BertTokenizer",
     "EncoderDecoderModel",
     "ExportError",
+    "GenerateCallback",
     "GenerateOutput",
     "GenerationConfig",
     "RECIPES",
@@ -51,6 +54,7 @@ __all__ = [
     "default_optimizer",
     "export_saved_model",
     "hub",
+    "paper_optimizer",
     "trim_vocabulary",
     "warm_start",
     "warm_start_report",

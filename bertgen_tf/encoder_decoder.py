@@ -9,13 +9,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf import streaming, training
+from bertgen_tf import freezing, lora, optimizers, streaming, training
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE, Generator
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.quantization import check_quantization
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.training import share_of_replica
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
@@ -82,6 +83,7 @@ class EncoderDecoderModel(keras.Model):
         self.generation_config = generation_config or GenerationConfig(
             max_new_tokens=min(64, decoder.config.max_position_embeddings)
         )
+        self.lora: dict[str, Any] | None = None
         self._generator = Generator(self)
         self.build()
 
@@ -200,19 +202,66 @@ class EncoderDecoderModel(keras.Model):
             config: Keras passes one; quantizers of its own are not supported.
 
         Raises:
-            ValueError: another mode, or a config with quantizers.
+            ValueError: another mode, a config with quantizers, or adapters that are not merged.
         """
         check_quantization(mode, config)
+        lora.check_merged(self, "an int8 model")
         if None not in (self.encoder.config.quantization, self.decoder.config.quantization):
             return
         self.encoder.to_int8()
         self.decoder.to_int8()
-        # Compiled functions and the optimizer hold on to the float32 matrices.
+        self.forget_compiled()
+
+    def forget_compiled(self) -> None:
+        """For other variables: compiled functions and the optimizer hold on to the old ones."""
         self._generator = Generator(self)
         self.train_function = self.test_function = self.predict_function = None
         if self.compiled:
             del self.optimizer
             self._compile_config, self.compiled = None, False
+
+    def enable_lora(
+        self,
+        rank: int,
+        *,
+        alpha: float | None = None,
+        targets: Sequence[str] = ("query", "value"),
+        train_new_weights: bool = True,
+    ) -> None:
+        """Freezes the model and puts small matrices beside its projections; see `bertgen_tf.lora`.
+
+        Presets and `.keras` files keep them as they are. Compile afterwards.
+
+        Args:
+            rank: of the matrices, 4 to 64 as a rule.
+            alpha: their product counts `alpha / rank`; by default as it is.
+            targets: projections by name: "query", "key", "value", "output_dense", "intermediate",
+                or the end of a path, such as "cross_attention/query".
+            train_new_weights: also train, as a whole, what no checkpoint gave, see
+                `freezing.new_variables`. False for a model that is fine-tuned already.
+
+        Raises:
+            ValueError: a value is out of its range, a target matches nothing, or the model is int8
+                or has adapters already.
+        """
+        lora.enable(self, rank, alpha, targets, train_new_weights)
+
+    def merge_lora(self) -> None:
+        """Adds the adapters to the matrices: the same model, without them. Compile afterwards."""
+        lora.merge(self)
+
+    def save_adapter(self, path: str) -> None:
+        """Writes what trains with LoRA as one safetensors file; see `bertgen_tf.lora`."""
+        lora.save(self, path)
+
+    def load_adapter(self, path: str) -> None:
+        """Reads what `save_adapter` wrote, with its settings; the model must be the same.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no adapter, or not one of such a model; nothing was changed.
+        """
+        lora.load(self, path)
 
     def build(self, input_shape: Any = None) -> None:
         self.built = True  # encoder and decoder build themselves
@@ -241,17 +290,19 @@ class EncoderDecoderModel(keras.Model):
         weighted_metrics: Any = "auto",
         **kwargs: Any,
     ) -> None:
-        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.training`.
+        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.optimizers`.
 
         Args:
-            optimizer: by default AdamW of `training.default_optimizer()`.
+            optimizer: by default AdamW of `optimizers.default_optimizer()`.
             loss: by default cross-entropy per real target token.
             weighted_metrics: by default the share of target tokens predicted right.
             **kwargs: among them `jit_compile`, "auto" by default: XLA where there is an
                 accelerator. On a CPU alone Keras trains without, which is faster there.
         """
+        if isinstance(optimizer, optimizers.BertAdamW) and optimizer.needs_new_weights:
+            optimizer.new_weights = tuple(v.path for v in freezing.new_variables(self))
         super().compile(
-            optimizer=training.default_optimizer() if optimizer == "auto" else optimizer,
+            optimizer=optimizers.default_optimizer() if optimizer == "auto" else optimizer,
             loss=training.default_loss() if loss == "auto" else loss,
             weighted_metrics=(
                 training.default_metrics() if weighted_metrics == "auto" else weighted_metrics
@@ -259,10 +310,18 @@ class EncoderDecoderModel(keras.Model):
             **kwargs,
         )
 
+    def get_compile_config(self) -> dict[str, Any]:
+        config = super().get_compile_config()
+        if config and self.optimizer.built:
+            config["frozen_slots"] = freezing.frozen_slots(self)
+        return config
+
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras leaves this to models with a `compile` of their own.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        config = keras.saving.deserialize_keras_object(config)
+        frozen = config.pop("frozen_slots", ())  # older versions have none
+        self.compile(**config)
+        self.optimizer.build([v for v in self.variables if v.trainable or v.path in frozen])
 
     def fit(
         self,
@@ -294,6 +353,17 @@ class EncoderDecoderModel(keras.Model):
             # Keras warns of its own default, because datasets are shuffled before.
             kwargs.setdefault("shuffle", False)
         return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        return share_of_replica(loss, self.loss, sample_weight)
 
     def make_train_function(self, force: bool = False) -> Any:
         if self.is_quantized:
@@ -418,8 +488,13 @@ class EncoderDecoderModel(keras.Model):
                 "config": self.tokenizer.get_config(),
             }
             config.update(self.preprocessor.get_config())
-        if self.source_checkpoint:  # older versions do not know it
+        # Only if they say something: older versions do not know them.
+        if self.source_checkpoint:
             config["source_checkpoint"] = dict(self.source_checkpoint)
+        if frozen := freezing.frozen_layers(self):
+            config["frozen_layers"] = frozen
+        if self.lora is not None:
+            config["lora"] = {**self.lora, "targets": list(self.lora["targets"])}
         return config
 
     @classmethod
@@ -435,7 +510,12 @@ class EncoderDecoderModel(keras.Model):
         if tokenizer is not None:
             tokenizer = TOKENIZERS[tokenizer["class_name"]].from_config(tokenizer["config"])
         generation_config = GenerationConfig.from_dict(config.pop("generation_config"))
-        return cls(encoder, decoder, tokenizer, generation_config=generation_config, **config)
+        frozen, adapters = config.pop("frozen_layers", ()), config.pop("lora", None)
+        model = cls(encoder, decoder, tokenizer, generation_config=generation_config, **config)
+        freezing.set_frozen_layers(model, frozen)
+        if adapters:
+            model.enable_lora(**adapters)
+        return model
 
 
 def _length_or_default(length: int | None, config: BertGenerationConfig) -> int:

@@ -46,7 +46,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import export_files
+from bertgen_tf import export_files, lora
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export_check import ExportError, check_export
@@ -104,6 +104,7 @@ def export_saved_model(
             "to EncoderDecoderModel."
         )
     check_version_path(path)
+    lora.check_merged(model, "an export")
     path = pathlib.Path(path)
     config = generation_config or model.generation_config
     config = config.replace(**options) if options else config

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import folders, pretrained
+from bertgen_tf import folders, lora, pretrained
 from bertgen_tf import huggingface_config as configs
 from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_tokenizers as tokenizers
@@ -219,9 +219,10 @@ def save(
 
     Raises:
         OSError: the folder holds other files, or cannot be written.
-        ValueError: `max_shard_size` is no size, or the model is quantized.
+        ValueError: `max_shard_size` is no size, or the model is quantized or has adapters.
     """
     size = files.parse_size(max_shard_size)
+    lora.check_merged(model, "a HuggingFace checkpoint")
     stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoderModel) else [model]
     if any(stack.config.quantization for stack in stacks):
         raise ValueError(

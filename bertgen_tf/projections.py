@@ -1,5 +1,7 @@
 """Projections, laid out for generation: their kernels, what is fused in one, int8 in its place."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -52,15 +54,23 @@ def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
 def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
     """New variables of a layer for what `quantize_matrix` gives; they do not train."""
     options = {"initializer": "zeros", "trainable": False, "autocast": False}
-    was_locked = layer._tracker.locked  # as layers are that are built
+    with _unlocked(layer):
+        return [
+            layer.add_weight(shape, dtype="int8", name=name, **options),
+            layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
+        ]
+
+
+@contextlib.contextmanager
+def _unlocked(layer: keras.layers.Layer) -> Iterator[None]:
+    """Layers that are built take no new variables otherwise."""
+    was_locked = layer._tracker.locked
     layer._tracker.unlock()
-    weights = [
-        layer.add_weight(shape, dtype="int8", name=name, **options),
-        layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
-    ]
-    if was_locked:
-        layer._tracker.lock()
-    return weights
+    try:
+        yield
+    finally:
+        if was_locked:
+            layer._tracker.lock()
 
 
 class Dense(keras.layers.Layer):
@@ -75,6 +85,10 @@ class Dense(keras.layers.Layer):
             several, files and rule tables know each as a `Projection`, and not this layer.
         quantization: "int8" for an int8 kernel with a `kernel_scale` [units]; see
             `bertgen_tf.quantization`.
+
+    Attributes:
+        adapters: LoRA's matrices (A [r, inputs], B [units / parts, r]) of each part, or None; see
+            `bertgen_tf.lora`.
     """
 
     def __init__(
@@ -90,6 +104,8 @@ class Dense(keras.layers.Layer):
         self.kernel_initializer = kernel_initializer
         self.parts = parts
         self.quantization = quantization
+        self.adapters: tuple[tuple[Any, Any] | None, ...] = (None,) * parts
+        self.adapter_scale = 1.0
 
     def build(self, input_shape: Any) -> None:
         shape = (self.units, input_shape[-1])
@@ -123,22 +139,74 @@ class Dense(keras.layers.Layer):
     def call(self, inputs: Any) -> Any:
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
         if self.quantization is None:
-            return linear(inputs, kernel, bias)
+            outputs = linear(inputs, kernel, bias)
+            return outputs + self._adapted(inputs) if any(self.adapters) else outputs
         outputs = quantized_linear(inputs, kernel, tf.convert_to_tensor(self.kernel_scale), bias)
         return ops.cast(outputs, self.compute_dtype)
 
+    def _adapted(self, inputs: Any) -> Any:
+        """What the adapters add to the outputs; 0 for parts without."""
+        outputs = []
+        for adapter in self.adapters:
+            if adapter is None:
+                shape = (*ops.shape(inputs)[:-1], self.units // self.parts)
+                outputs.append(ops.zeros(shape, inputs.dtype))
+                continue
+            first, second = map(tf.convert_to_tensor, adapter)
+            rows = tf.matmul(tf.reshape(inputs, [-1, first.shape[1]]), first, transpose_b=True)
+            rows = tf.matmul(rows * self.adapter_scale, second, transpose_b=True)
+            outputs.append(ops.reshape(rows, (*ops.shape(inputs)[:-1], second.shape[0])))
+        return ops.concatenate(outputs, axis=-1)
+
+    def add_adapter(self, part: int, rank: int, scale: float) -> None:
+        """Gives a part a product of two small matrices beside its kernel, which is 0 at first.
+
+        Initialised as in Hu et al. 2021 and HuggingFace's `peft`.
+        """
+        inputs = self.kernel.shape[1]
+        limit = inputs**-0.5  # Kaiming's uniform with a = sqrt(5), as of peft
+        with _unlocked(self):
+            adapter = (
+                self.add_weight(
+                    (rank, inputs),
+                    initializer=keras.initializers.RandomUniform(-limit, limit),
+                    name="lora_a",
+                ),
+                self.add_weight(
+                    (self.units // self.parts, rank), initializer="zeros", name="lora_b"
+                ),
+            )
+            self.adapter_scale = scale
+            self.adapters = (*self.adapters[:part], adapter, *self.adapters[part + 1 :])
+
+    def remove_adapters(self) -> None:
+        for variable in (variable for adapter in self.adapters if adapter for variable in adapter):
+            self._untrack_variable(variable)
+        with _unlocked(self):
+            self.adapters = (None,) * self.parts
+
+    def merge_adapters(self) -> None:
+        """Adds the adapters to the kernel, and removes them."""
+        size = self.units // self.parts
+        for part, adapter in enumerate(self.adapters):
+            if adapter is not None:
+                first, second = (np.array(matrix, np.float64) for matrix in adapter)
+                rows = VariablePart(self.kernel, part * size, (part + 1) * size)
+                rows.assign(rows.numpy() + self.adapter_scale * second @ first)
+        self.remove_adapters()
+
     def stored_variables(self) -> list[Any]:
-        """In the order of Keras's `Dense`."""
+        """In the order of Keras's `Dense`, without adapters."""
         scale = [] if self.quantization is None else [self.kernel_scale]
         return [self.kernel, self.bias, *scale]
 
     def save_own_variables(self, store: Any) -> None:
         if self.parts == 1:
-            _save(store, self.stored_variables())
+            _save(store, [*self.stored_variables(), *(self.adapters[0] or ())])
 
     def load_own_variables(self, store: Any) -> None:
         if self.parts == 1:
-            _load(store, self.stored_variables(), self.path)
+            _load(store, [*self.stored_variables(), *(self.adapters[0] or ())], self.path)
 
 
 class Projection(keras.layers.Layer):
@@ -159,11 +227,17 @@ class Projection(keras.layers.Layer):
         self.built = True
 
     @property
-    def variable_parts(self) -> list[VariablePart]:
-        """The rows of each variable that are this projection's."""
-        dense, size = self._dense(), self._dense().units // self._dense().parts
+    def variable_parts(self) -> list[Any]:
+        """The rows of each variable that are this projection's, and its adapter."""
+        dense, size = self.dense, self.dense.units // self.dense.parts
         rows = (self.number * size, (self.number + 1) * size)
-        return [VariablePart(variable, *rows) for variable in dense.stored_variables()]
+        parts = [VariablePart(variable, *rows) for variable in dense.stored_variables()]
+        return [*parts, *(dense.adapters[self.number] or ())]
+
+    @property
+    def dense(self) -> Dense:
+        """The layer that holds this projection's rows."""
+        return self._dense()
 
     def save_own_variables(self, store: Any) -> None:
         _save(store, self.variable_parts)
@@ -180,8 +254,8 @@ def _save(store: Any, variables: list[Any]) -> None:
 def _load(store: Any, variables: list[Any], path: str) -> None:
     if len(store.keys()) != len(variables):
         raise ValueError(
-            f"{path} should be stored as {len(variables)} tensors (kernel and bias, and of int8 a "
-            f"scale), found {len(store.keys())}."
+            f"{path} should be stored as {len(variables)} tensors (kernel and bias, of int8 a "
+            f"scale, of LoRA two matrices), found {len(store.keys())}."
         )
     for number, variable in enumerate(variables):
         variable.assign(np.transpose(store[str(number)]))

@@ -1,4 +1,4 @@
-"""Defaults of `compile` (optimizer, loss, metrics) and bucketed datasets for `fit`."""
+"""Defaults of `compile` (loss and metrics) and bucketed datasets for `fit`."""
 
 from typing import Any
 
@@ -8,92 +8,102 @@ import tensorflow as tf
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 
 
-@keras.saving.register_keras_serializable("bertgen_tf", "LinearWarmup")
-class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
-    """Rises linearly over `warmup_steps`, then stays, or falls linearly to 0 at `total_steps`.
+@keras.saving.register_keras_serializable("bertgen_tf", "SmoothedCrossEntropy")
+class SmoothedCrossEntropy(keras.losses.Loss):
+    """Cross-entropy of logits with smoothed labels, averaged over the weights.
 
-    BERT's fine-tuning schedule (`google-research/bert` `optimization.py`).
-    """
-
-    def __init__(self, learning_rate: float, warmup_steps: int = 0, total_steps: int | None = None):
-        if learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, received {learning_rate!r}.")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, received {warmup_steps!r}.")
-        if total_steps is not None and total_steps <= warmup_steps:
-            raise ValueError(
-                f"total_steps must be above warmup_steps ({warmup_steps}), "
-                f"received {total_steps!r}."
-            )
-        self.learning_rate = learning_rate
-        self.warmup_steps = warmup_steps
-        self.total_steps = total_steps
-
-    def __call__(self, step: Any) -> Any:
-        step = tf.cast(step, tf.float32)
-        # Step 0 already learns.
-        rate = tf.minimum(1.0, (step + 1) / (self.warmup_steps + 1))
-        if self.total_steps is not None:
-            left = (self.total_steps - step) / (self.total_steps - self.warmup_steps)
-            rate = tf.minimum(rate, tf.maximum(left, 0.0))
-        return self.learning_rate * rate
-
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "learning_rate": self.learning_rate,
-            "warmup_steps": self.warmup_steps,
-            "total_steps": self.total_steps,
-        }
-
-
-@keras.saving.register_keras_serializable("bertgen_tf", "BertAdamW")
-class BertAdamW(keras.optimizers.AdamW):
-    """AdamW without weight decay of biases and layer normalisation, also after it was reloaded.
-
-    Keras's own AdamW forgets in a file what it excludes.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-
-
-def default_optimizer(
-    learning_rate: float = 1e-4,
-    *,
-    warmup_steps: int = 0,
-    total_steps: int | None = None,
-    weight_decay: float = 0.01,
-) -> keras.optimizers.Optimizer:
-    """AdamW as BERT is fine-tuned with: no decay on biases and norms, clipped to norm 1.
+    A share of each label, `label_smoothing`, is spread evenly over the vocabulary, itself included,
+    as in `keras.losses.CategoricalCrossentropy` and PyTorch's `cross_entropy`. Labels stay ids:
+    there is no tensor of one-hot labels [B, T, V].
 
     Args:
-        learning_rate: its highest value.
-        warmup_steps: steps of linear rise.
-        total_steps: where the rate has fallen to 0; by default it stays at its highest value.
-            Callbacks that set the rate, such as `ReduceLROnPlateau`, need it constant: without
-            warm-up and fall.
-        weight_decay: decoupled, for kernels and embeddings only.
+        label_smoothing: from 0 to below 1.
     """
-    # Built in any case, because it checks the values.
-    schedule = LinearWarmup(learning_rate, warmup_steps, total_steps)
-    return BertAdamW(
-        schedule if warmup_steps or total_steps else learning_rate,
-        weight_decay=weight_decay,
-        global_clipnorm=1.0,
-    )
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.1,
+        name: str = "smoothed_cross_entropy",
+        reduction: str = "mean_with_sample_weight",
+        **kwargs: Any,
+    ):
+        super().__init__(name=name, reduction=reduction, **kwargs)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 1, received {label_smoothing!r}."
+            )
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        """Labels int [..., T] and float32 logits [..., T, V]: losses, float32 [..., T]."""
+        labels = tf.cast(y_true, tf.int32)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=y_pred)
+        even = tf.reduce_logsumexp(y_pred, axis=-1) - tf.reduce_mean(y_pred, axis=-1)
+        return (1 - self.label_smoothing) * losses + self.label_smoothing * even
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
 
 
-def default_loss() -> keras.losses.Loss:
-    """Cross-entropy of logits, averaged over the real target tokens (`sample_weight` 1)."""
+def default_loss(label_smoothing: float = 0.0) -> keras.losses.Loss:
+    """Cross-entropy of logits, averaged over the real target tokens (`sample_weight` 1).
+
+    Args:
+        label_smoothing: the share of each label that is spread over the vocabulary, such as 0.1.
+            `evaluate` and validation give the smoothed loss, too, which then does not go to 0.
+    """
+    if label_smoothing:
+        return SmoothedCrossEntropy(label_smoothing)
     return keras.losses.SparseCategoricalCrossentropy(
         from_logits=True, reduction="mean_with_sample_weight"
     )
 
 
+def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
+    """A replica's loss, so that those of all add up to the mean over the tokens of all.
+
+    Keras gives each replica's mean the same weight, whatever tokens it has.
+
+    Args:
+        loss: of Keras's `compute_loss`: the mean of a replica, divided by their number.
+        of: the loss function. Only those whose `reduction` is "mean_with_sample_weight" change.
+        sample_weight: [B, T] of the replica's rows.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    mean = getattr(of, "reduction", None) == "mean_with_sample_weight"
+    context = tf.distribute.get_replica_context()
+    # Without a context Keras only traces what there is to build.
+    if replicas == 1 or context is None or sample_weight is None or not mean:
+        return loss
+    own = tf.reduce_sum(sample_weight)
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+    return loss * replicas * tf.math.divide_no_nan(own, total)
+
+
+@keras.saving.register_keras_serializable("bertgen_tf", "TokenAccuracy")
+class TokenAccuracy(keras.metrics.SparseCategoricalAccuracy):
+    """The share of tokens that are right, each of the same weight.
+
+    Keras's own has a token of a longer batch count less.
+    """
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Labels [B, T], logits [B, T, V] and weights [B, T]."""
+        if sample_weight is not None:
+            sample_weight = tf.reshape(sample_weight, [-1])
+        y_pred = tf.reshape(y_pred, [-1, y_pred.shape[-1]])
+        super().update_state(tf.reshape(y_true, [-1]), y_pred, sample_weight)
+
+
 def default_metrics() -> list[keras.metrics.Metric]:
     """The share of real target tokens that are predicted right from the true ones before them."""
-    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    return [TokenAccuracy(name="accuracy")]
+
+
+def bucket_lengths(preprocessor: Seq2SeqPreprocessor) -> list[int]:
+    """Lengths that batches are padded to: the powers of two from 16 on, and the longest."""
+    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
+    return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
 
 
 def bucketed_dataset(
@@ -127,8 +137,7 @@ def bucketed_dataset(
         )
     if shuffle:
         pairs = pairs.shuffle(shuffle, seed=seed)
-    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
-    buckets = tf.constant([2**i for i in range(4, 16) if 2**i < longest] + [longest], tf.int64)
+    buckets = tf.constant(bucket_lengths(preprocessor), tf.int64)
 
     def encode(source: Any, target: Any) -> tuple[Any, Any]:
         return preprocessor.encode_source(source), preprocessor.encode_target(target)

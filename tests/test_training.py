@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import torch
 from conftest import PIECES, make_model
 
 import bertgen_tf as bg
@@ -89,7 +90,11 @@ def test_compiled_and_plain_training_agree():
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.Dropout):
                 layer.rate = 0
-        model.compile(optimizer=keras.optimizers.SGD(0.1), jit_compile=jit_compile)
+        optimizer = bg.default_optimizer(
+            1e-3, gradient_accumulation_steps=2, ema_momentum=0.9, new_weights_learning_rate=1e-2
+        )
+        loss = training.default_loss(label_smoothing=0.1)
+        model.compile(optimizer=optimizer, loss=loss, jit_compile=jit_compile)
         losses.append(model.fit(dataset().batch(5), epochs=4, verbose=0).history["loss"])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
@@ -108,7 +113,7 @@ def test_mixed_bfloat16():
     full = make_model("word_embeddings", max_source_length=14, max_target_length=12)
     difference = np.abs(model(x) - full(x))
     assert 0 < difference.mean() < 0.2
-    model.compile(optimizer=keras.optimizers.AdamW(1e-2))
+    model.compile(optimizer=bg.default_optimizer(1e-2))
     losses = model.fit(dataset().batch(5), epochs=10, verbose=0).history["loss"]
     assert losses[-1] < 0.8 * losses[0]
     output = model.generate(SOURCES[:2], max_new_tokens=5, num_beams=2)
@@ -171,21 +176,32 @@ def test_default_optimizer_decays_kernels_and_embeddings_only():
         assert decays == (variable.name in ("kernel", "embeddings")), variable.path
 
 
-def test_linear_warmup():
-    schedule = training.LinearWarmup(0.5, warmup_steps=4, total_steps=10)
-    rates = [float(schedule(step)) for step in range(12)]
-    np.testing.assert_allclose(rates[:5], [0.1, 0.2, 0.3, 0.4, 0.5], rtol=1e-6)
-    np.testing.assert_allclose(np.diff(rates[4:11]), -0.5 / 6, rtol=1e-5)
-    assert rates[10] == rates[11] == 0
-    constant = training.LinearWarmup(0.5, warmup_steps=1)
-    assert float(constant(1)) == float(constant(10**6)) == 0.5
-    for arguments, message in (
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"learning_rate": 1.0, "warmup_steps": -1}, "warmup_steps must be at least 0"),
-        ({"learning_rate": 1.0, "warmup_steps": 5, "total_steps": 5}, "total_steps must be above"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            training.LinearWarmup(**arguments)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_label_smoothing(smoothing):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 3, (3, 5, 7)).astype(np.float32)
+    labels = rng.integers(0, 7, (3, 5))
+    weight = (rng.random((3, 5)) < 0.6).astype(np.float32)
+    loss = training.default_loss(smoothing)
+    value = float(loss(labels, logits, sample_weight=weight))
+    each = torch.nn.functional.cross_entropy(
+        torch.tensor(logits).reshape(-1, 7),
+        torch.tensor(labels).reshape(-1),
+        label_smoothing=smoothing,
+        reduction="none",
+    ).numpy()
+    assert value == pytest.approx((each * weight.reshape(-1)).sum() / weight.sum(), rel=1e-6)
+    reference = keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=smoothing, reduction="mean_with_sample_weight"
+    )
+    expected = float(reference(np.eye(7)[labels], logits, sample_weight=weight))
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert loss.get_config() == type(loss).from_config(loss.get_config()).get_config()
+
+
+def test_label_smoothing_out_of_range():
+    with pytest.raises(ValueError, match="label_smoothing must be at least 0 and below 1"):
+        training.default_loss(1.0)
 
 
 def test_bucketed_dataset_loses_no_pair_and_has_few_shapes(model):

@@ -1,0 +1,231 @@
+"""LoRA: small matrices beside frozen projections, which train in their place.
+
+Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A projection `x W^T`
+becomes `x W^T + (alpha / rank) x A^T B^T`, A [rank, inputs] random and B [units, rank] zero at
+first: shapes, scale and start are those of HuggingFace's `peft`. A warm-started model also has
+weights that no checkpoint gave, such as cross-attention, see `bertgen_tf.freezing.new_variables`.
+Beside them adapters make no sense: they train as a whole, unless told otherwise.
+
+An adapter file is a safetensors file with what trained: `PROJECTION/lora_a` and `PROJECTION/lora_b`
+for each adapted projection, named as in `decoder/layer_0/self_attention/query`, and the new weights
+under names of the same kind, matrices as [units, inputs]. Its metadata has the settings as JSON.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from bertgen_tf.freezing import new_variables
+from bertgen_tf.projections import Dense, Projection
+from bertgen_tf.weights import Rule, assign, first_line, named_variables
+
+FORMAT = "bertgen_tf adapter"
+_SETTINGS = {"rank": int, "alpha": (int, float), "targets": list, "train_new_weights": bool}
+
+
+def enable(
+    model: Any,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = ("query", "value"),
+    train_new_weights: bool = True,
+) -> None:
+    """See `EncoderDecoderModel.enable_lora`."""
+    if model.lora is not None:
+        raise ValueError(
+            f"model has LoRA adapters already, of rank {model.lora['rank']}. Call merge_lora() "
+            "first."
+        )
+    if model.is_quantized:
+        raise ValueError(
+            "model must have float32 matrices for LoRA, and those of this one are int8. Enable it "
+            "on the model that was quantized."
+        )
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    alpha = rank if alpha is None else alpha
+    chosen = _choose(model, targets, train_new_weights)
+    largest = min(min(dense.units // dense.parts, dense.kernel.shape[1]) for dense, _ in chosen)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
+        raise ValueError(
+            f"rank must be a whole number from 1 to {largest}, the least side of the matrices, "
+            f"received {rank!r}."
+        )
+    if alpha <= 0:
+        raise ValueError(f"alpha must be above 0, received {alpha!r}.")
+    new = {id(variable) for variable in new_variables(model)} if train_new_weights else set()
+    for variable in model.weights:
+        variable.trainable = variable.trainable and id(variable) in new
+    with model.distribute_strategy.scope():
+        for dense, part in chosen:
+            dense.add_adapter(part, rank, alpha / rank)
+    model.lora = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": targets,
+        "train_new_weights": train_new_weights,
+    }
+    model.forget_compiled()
+
+
+def merge(model: Any) -> None:
+    """See `EncoderDecoderModel.merge_lora`."""
+    _check_enabled(model)
+    _leave(model, Dense.merge_adapters)
+
+
+def save(model: Any, path: str | os.PathLike) -> None:
+    """See `EncoderDecoderModel.save_adapter`."""
+    _check_enabled(model)
+    path = pathlib.Path(path)
+    tensors = {name: variable.numpy() for name, variable in _trained(model).items()}
+    metadata = {"format": FORMAT, "settings": json.dumps({n: model.lora[n] for n in _SETTINGS})}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except SafetensorError as error:  # among them a full disk
+        raise OSError(f"{path} could not be written: {first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(model: Any, path: str | os.PathLike) -> None:
+    """See `EncoderDecoderModel.load_adapter`."""
+    settings, tensors = _read(pathlib.Path(path))
+    was_enabled = model.lora is not None
+    if was_enabled and {name: model.lora[name] for name in _SETTINGS} != settings:
+        raise ValueError(
+            f"{path} was saved with the settings {settings}, but the model has adapters with "
+            f"{dict(model.lora)}. Load it into a model without adapters."
+        )
+    if not was_enabled:
+        enable(model, **settings)
+    try:
+        assign(_trained(model), tensors, [Rule("(.*)", r"\1")], source=f"The adapter {path}")
+    except ValueError:
+        if not was_enabled:
+            _leave(model, Dense.remove_adapters)
+        raise
+
+
+def check_merged(model: keras.Model, purpose: str) -> None:
+    """Raises a ValueError for a model or stack with adapters.
+
+    Args:
+        purpose: what the model is to become, for the message.
+    """
+    if any(any(dense.adapters) for dense in _denses(model)):
+        raise ValueError(
+            f"model has LoRA adapters, and {purpose} has no place for them. Call merge_lora() "
+            "first; save_adapter(path) keeps them in a file of their own."
+        )
+
+
+def _denses(model: keras.Model) -> list[Dense]:
+    layers = (layer for layer in model._flatten_layers() if isinstance(layer, Dense))
+    return list({id(layer): layer for layer in layers}.values())
+
+
+def _projections(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, Dense, int]]:
+    """Name, layer and part of every projection; what is shared comes under each of its names."""
+    for child in layer._flatten_layers(include_self=False, recursive=False):
+        name = prefix + child.name
+        if isinstance(child, Projection):
+            yield name, child.dense, child.number
+        elif isinstance(child, Dense):
+            if child.parts == 1:
+                yield name, child, 0
+        else:
+            yield from _projections(child, f"{name}/")
+
+
+def _choose(model: Any, targets: Sequence[str], train_new_weights: bool) -> list[tuple[Dense, int]]:
+    """The projections that get an adapter, each once."""
+    projections = list(_projections(model))
+    unknown = [t for t in targets if not any(_matches(name, t) for name, _, _ in projections)]
+    if unknown or not targets:
+        known = dict.fromkeys(name.split("/")[-1] for name, _, _ in projections)
+        raise ValueError(
+            f"targets must be names of projections, of {', '.join(known)}, or the last parts of "
+            f"their paths, such as 'cross_attention/query', received {list(targets)!r}."
+        )
+    new = {id(variable) for variable in new_variables(model)} if train_new_weights else set()
+    chosen = {}
+    for name, dense, part in projections:
+        if any(_matches(name, t) for t in targets) and id(dense.kernel) not in new:
+            chosen[id(dense), part] = dense, part
+    if not chosen:
+        raise ValueError(
+            f"targets={list(targets)!r} are new weights in this model, which train as a whole. "
+            "Choose others, or pass train_new_weights=False."
+        )
+    return list(chosen.values())
+
+
+def _matches(name: str, target: str) -> bool:
+    return f"/{name}".endswith(f"/{target}")
+
+
+def _trained(model: Any) -> dict[str, Any]:
+    """What belongs to an adapter file: each variable or part of one, under its first name."""
+    new = set()
+    if model.lora["train_new_weights"]:
+        new = {id(variable) for variable in new_variables(model)}
+    trained, seen = {}, set()
+    for name, variable in named_variables(model).items():
+        whole = getattr(variable, "variable", variable)
+        key = id(whole), getattr(variable, "rows", slice(0)).start
+        if key not in seen and (id(whole) in new or "/lora_" in name):
+            seen.add(key)
+            trained[name] = variable
+    return trained
+
+
+def _leave(model: Any, each: Any) -> None:
+    """Ends LoRA: `each` takes the adapters off a layer. What trains is again as layers say."""
+    for dense in _denses(model):
+        each(dense)
+    for layer in model._flatten_layers():
+        for variable in layer._trainable_variables:
+            variable.trainable = layer.trainable
+    model.lora = None
+    model.forget_compiled()
+
+
+def _check_enabled(model: Any) -> None:
+    if model.lora is None:
+        raise ValueError("model has no LoRA adapters. Call enable_lora or load_adapter first.")
+
+
+def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} should be an adapter, but there is no such file.")
+    try:
+        with safe_open(path, "np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        settings = json.loads(metadata.get("settings", "null"))
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} should be a safetensors file that save_adapter wrote, but reading it failed: "
+            f"{first_line(error)}"
+        ) from error
+    valid = (
+        metadata.get("format") == FORMAT
+        and isinstance(settings, dict)
+        and set(settings) == set(_SETTINGS)
+        and all(isinstance(settings[name], type_) for name, type_ in _SETTINGS.items())
+        and all(isinstance(target, str) for target in settings["targets"])
+    )
+    if not valid:
+        raise ValueError(
+            f"{path} should be an adapter that save_adapter wrote, but its metadata is not that of "
+            f"one: {metadata}."
+        )
+    return settings, tensors
