@@ -16,6 +16,7 @@ from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.training import bucketed_dataset
 from bertgen_tf.vocabulary import trim_vocabulary
@@ -44,11 +45,15 @@ __all__ = [
     "ExportError",
     "GenerateOutput",
     "GenerationConfig",
+    "RECIPES",
     "Seq2SeqPreprocessor",
+    "WarmStartReport",
     "bucketed_dataset",
     "default_optimizer",
     "export_saved_model",
     "hub",
     "paper_optimizer",
     "trim_vocabulary",
+    "warm_start",
+    "warm_start_report",
 ]

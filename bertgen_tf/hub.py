@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bertgen_tf import hub_encoders, hub_modules, hub_originals, warm_start
+from bertgen_tf import hub_encoders, hub_modules, hub_originals, pretrained
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
@@ -180,7 +180,7 @@ def load_encoder(
         ValueError: what is there is not a BERT encoder, or cannot be read; the message says what
             was expected and what was found.
     """
-    return _load(handle, num_layers, verify)[0]
+    return load_encoder_with_tokenizer(handle, num_layers, verify)[0]
 
 
 def load_decoder(
@@ -198,9 +198,9 @@ def load_decoder(
             or "self_attention" (a copy of each layer's self-attention, which learns to copy from
             the source much sooner).
     """
-    warm_start.check_cross_attention(cross_attention)
-    encoder, _ = _load(handle, num_layers, verify)
-    return warm_start.build_decoder(encoder, "none", cross_attention)
+    pretrained.check_cross_attention(cross_attention)
+    encoder, _ = load_encoder_with_tokenizer(handle, num_layers, verify)
+    return pretrained.build_decoder(encoder, "none", cross_attention)
 
 
 def load_encoder_decoder(
@@ -225,8 +225,8 @@ def load_encoder_decoder(
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
             unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """
-    return warm_start.load_encoder_decoder(
-        lambda handle: _load(handle, num_layers, verify),
+    return pretrained.load_encoder_decoder(
+        lambda handle: load_encoder_with_tokenizer(handle, num_layers, verify),
         encoder,
         decoder,
         share=share,
@@ -344,9 +344,10 @@ def check_options(form: str, options: Iterable[str], others: Iterable[str]) -> N
         )
 
 
-def _load(
-    handle: str, num_layers: int | list[int] | None, verify: bool
+def load_encoder_with_tokenizer(
+    handle: str, num_layers: int | list[int] | None = None, verify: bool = True
 ) -> tuple[BertGenerationEncoder, BertTokenizer]:
+    """What `load_encoder` gives, and the tokenizer of the module."""
     encoder, tokenizer = hub_encoders.read_encoder(handle, verify)
-    kept = warm_start.kept_layers(num_layers, encoder.config.num_hidden_layers)
-    return warm_start.finish_encoder(encoder, kept), tokenizer
+    kept = pretrained.kept_layers(num_layers, encoder.config.num_hidden_layers)
+    return pretrained.finish_encoder(encoder, kept), tokenizer

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import folders, lora, warm_start
+from bertgen_tf import folders, lora, pretrained
 from bertgen_tf import huggingface_config as configs
 from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_tokenizers as tokenizers
@@ -31,6 +31,16 @@ _OURS = (
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
     r"|model\.safetensors\.index\.json|spiece\.model|vocab\.txt|tokenizer_config\.json"
 )
+
+
+def model_type_of(folder: str | os.PathLike) -> str:
+    """The `model_type` of a checkpoint, such as "bert".
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
+    """
+    path = files.resolve(folder) / _CONFIG
+    return configs.model_type(files.read_json(path), os.fspath(path))
 
 
 def kind_of(folder: str | os.PathLike) -> str:
@@ -73,7 +83,7 @@ def load_encoder_decoder(
             as transformers 5 trains them; True needs equal stacks, False makes two. Of `encoder`,
             None is False.
         cross_attention: of `encoder` only: "random" (the default) or "self_attention", as for
-            `warm_start.build_decoder`.
+            `pretrained.build_decoder`.
         num_layers: of `encoder` only: keeps the first n layers, or those of a list.
         tokenizer: replaces the checkpoint's. For `encoder`, if its vocabulary is not the
             checkpoint's, the embeddings follow its pieces: a RoBERTa can so start a model with the
@@ -93,8 +103,8 @@ def load_encoder_decoder(
             f"folder={folder!r} and encoder={encoder!r}."
         )
     if folder is None:
-        return warm_start.load_encoder_decoder(
-            lambda name: _load_encoder(name, num_layers, tokenizer, need_ids=True),
+        return pretrained.load_encoder_decoder(
+            lambda name: load_encoder_with_tokenizer(name, num_layers, tokenizer),
             encoder,
             decoder,
             share=bool(share),
@@ -128,7 +138,7 @@ def load_encoder(
     Raises:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
     """
-    return _load_encoder(folder, num_layers, None, need_ids=False)[0]
+    return load_encoder_with_tokenizer(folder, num_layers, None, need_ids=False)[0]
 
 
 def load_decoder(
@@ -144,7 +154,7 @@ def load_decoder(
             without cross-attention; any other is a warm start: its heads are left out, and it
             becomes causal.
         cross_attention: how cross-attention begins where the checkpoint has none: "random" or
-            "self_attention", as for `warm_start.build_decoder`. None is "random" for a warm start,
+            "self_attention", as for `pretrained.build_decoder`. None is "random" for a warm start,
             and leaves a decoder without cross-attention as it is.
         num_layers: keeps the first n layers, or those of a list, counted from 0.
 
@@ -152,17 +162,17 @@ def load_decoder(
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
     """
     if cross_attention is not None:
-        warm_start.check_cross_attention(cross_attention)
+        pretrained.check_cross_attention(cross_attention)
     path = files.resolve(folder)
     stack = _read_stack(path)
     if not stack.is_decoder:
-        encoder, _ = _load_encoder(path, num_layers, None, need_ids=True)
-        return warm_start.build_decoder(encoder, "none", cross_attention or "random")
+        encoder, _ = load_encoder_with_tokenizer(path, num_layers)
+        return pretrained.build_decoder(encoder, "none", cross_attention or "random")
     source = os.fspath(folder)
     tensors = names.without_prefix(files.read_tensors(path), "bert.", source)
     names.untie_head(tensors, source)
     names.check_sizes(tensors, stack.config, source)
-    kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
+    kept = pretrained.kept_layers(num_layers, stack.config.num_hidden_layers)
     whole = BertGenerationDecoder(stack.config)
     assign(named_variables(whole), tensors, names.decoder_rules(), source=source)
     crossed = stack.config.add_cross_attention
@@ -182,7 +192,7 @@ def load_decoder(
             stored = getattr(whole.blocks[index], part)
             getattr(block, part).set_weights(stored.get_weights())
     if cross_attention == "self_attention" and not crossed:
-        warm_start.copy_self_attention(decoder)
+        pretrained.copy_self_attention(decoder)
     return decoder
 
 
@@ -328,12 +338,12 @@ def _load_pair(
     return model
 
 
-def _load_encoder(
+def load_encoder_with_tokenizer(
     name: str | os.PathLike,
-    num_layers: int | list[int] | None,
-    tokenizer: tokenizers.Tokenizer | None,
+    num_layers: int | list[int] | None = None,
+    tokenizer: tokenizers.Tokenizer | None = None,
     *,
-    need_ids: bool,
+    need_ids: bool = True,
 ) -> tuple[BertGenerationEncoder, tokenizers.Tokenizer | None]:
     """An encoder with its tokenizer; `need_ids` for what will be a decoder, too."""
     path = files.resolve(name)
@@ -370,7 +380,7 @@ def _load_encoder(
     else:
         names.fold_embeddings(tensors, stack.first_position, source)
     names.check_sizes(tensors, stack.config, source)
-    kept = warm_start.kept_layers(num_layers, stack.config.num_hidden_layers)
+    kept = pretrained.kept_layers(num_layers, stack.config.num_hidden_layers)
     if tokenizer is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
         rows = tokenizers.rows_by_piece(own, tokenizer)
         changes["vocab_size"] = tokenizer.vocab_size
@@ -382,7 +392,7 @@ def _load_encoder(
         raise ValueError(f"{source} does not fit the tokenizer: {error}") from error
     whole = BertGenerationEncoder(config)
     assign(named_variables(whole), tensors, [names.NOT_IN_ENCODER, *names.rules()], source=source)
-    return warm_start.finish_encoder(whole, kept), tokenizer or own
+    return pretrained.finish_encoder(whole, kept), tokenizer or own
 
 
 _ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")

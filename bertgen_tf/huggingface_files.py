@@ -52,6 +52,17 @@ def is_hub_name(name: str) -> bool:
     )
 
 
+def is_huggingface(source: str | os.PathLike) -> bool:
+    """Whether a source is a HuggingFace folder, or a name on its hub such as org/name."""
+    if not os.path.exists(source):
+        return is_hub_name(os.fspath(source))
+    try:
+        content = json.loads(pathlib.Path(source, "config.json").read_text(encoding="utf-8"))
+        return isinstance(content, dict) and "model_type" in content
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 def resolve(name: str | os.PathLike) -> pathlib.Path:
     """The folder of a checkpoint: a local one, or `org/name` of the hub, downloaded if need be.
 

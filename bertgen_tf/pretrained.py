@@ -11,13 +11,12 @@ import keras
 
 from bertgen_tf import weights
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.freezing import NEW_IN_DECODER
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.weights import Rule
 
 CROSS_ATTENTION = ("random", "self_attention")
-# Variables that only a decoder has: no encoder can fill them.
-NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
 
@@ -79,16 +78,21 @@ def build_decoder(
         sharing=sharing,
     )
     if sharing != "all":
-        weights.assign(
-            weights.named_variables(decoder),
-            weights.named_variables(encoder),
-            [Rule("(.*)", r"\1")],
-            source="The encoder",
-            new=NEW_IN_DECODER,
-        )
+        fill_decoder(decoder, encoder)
     if cross_attention == "self_attention":
         copy_self_attention(decoder)
     return decoder
+
+
+def fill_decoder(decoder: BertGenerationDecoder, encoder: BertGenerationEncoder) -> None:
+    """Assigns to a decoder all weights of an encoder of its sizes."""
+    weights.assign(
+        weights.named_variables(decoder),
+        weights.named_variables(encoder),
+        [Rule("(.*)", r"\1")],
+        source="The encoder",
+        new=NEW_IN_DECODER,
+    )
 
 
 def copy_self_attention(decoder: BertGenerationDecoder) -> None:
@@ -139,17 +143,24 @@ def load_encoder_decoder(
                 f"{encoder} and {decoder} differ. Choose checkpoints of one family."
             )
         decoder_stack = build_decoder(other, "none", cross_attention)
+    source = {"encoder": os.fspath(encoder), "decoder": os.fspath(decoder or encoder)}
+    return build_pair(encoder_stack, decoder_stack, tokenizer, source, kwargs)
+
+
+def build_pair(
+    encoder: BertGenerationEncoder,
+    decoder: BertGenerationDecoder,
+    tokenizer: Tokenizer | None,
+    source: dict[str, str],
+    options: dict[str, Any],
+) -> EncoderDecoderModel:
+    """The model of two stacks, with the special tokens that BERTs need; `options` go first."""
     special_tokens: dict[str, bool] = {}
     if tokenizer is not None:
         mask_first = tokenizer.mask_token_id is not None
         special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
-    source = {"encoder": os.fspath(encoder), "decoder": os.fspath(decoder or encoder)}
-    return EncoderDecoderModel(
-        encoder_stack,
-        decoder_stack,
-        tokenizer,
-        **{**special_tokens, "source_checkpoint": source, **kwargs},
-    )
+    settings = {**special_tokens, "source_checkpoint": source, **options}
+    return EncoderDecoderModel(encoder, decoder, tokenizer, **settings)
 
 
 def _is_same(first: str, second: str) -> bool:
