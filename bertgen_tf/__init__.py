@@ -19,6 +19,7 @@ from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.training import bucketed_dataset
+from bertgen_tf.training_callbacks import GenerateCallback
 from bertgen_tf.vocabulary import trim_vocabulary
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "BertTokenizer",
     "EncoderDecoderModel",
     "ExportError",
+    "GenerateCallback",
     "GenerateOutput",
     "GenerationConfig",
     "RECIPES",

@@ -4,11 +4,11 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
-from bertgen_tf import cli_serve, cli_values
+from bertgen_tf import cli_evaluate, cli_serve, cli_values
+from bertgen_tf.cli_common import PROGRAM
+from bertgen_tf.cli_finetune_arguments import add_finetune
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE
-
-PROGRAM = "bertgen-tf"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -27,109 +27,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog=PROGRAM,
         description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "
-        "texts,\ngenerate text with it, export it for TensorFlow Serving, convert it.",
+        "texts,\ngenerate text with it, score it, export it for TensorFlow Serving, convert it.",
         epilog=f"`{PROGRAM} COMMAND --help` explains a command and shows an example.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_finetune(commands)
+    add_finetune(commands, _add_warm_start)
     _add_generate(commands)
+    _add_evaluate(commands)
     _add_export(commands)
     _add_convert(commands)
     _add_serve(commands)
     return parser
-
-
-def _add_finetune(commands: Any) -> None:
-    parser = commands.add_parser(
-        "finetune",
-        help="train a model on pairs of texts",
-        description="Trains an encoder-decoder on pairs of texts, and saves it as a preset folder.",
-        epilog="""\
-files of pairs, in UTF-8, one pair a line:
-  .tsv, .txt     source<TAB>target
-  .jsonl, .json  {"source": "...", "target": "..."}
-
-example:
-  bertgen-tf finetune --encoder path/to/bert_module --share --cross-attention self_attention \\
-      --train train.tsv --validation validation.tsv --epochs 3 --output my_model""",
-    )
-    data = parser.add_argument_group("data")
-    data.add_argument("--train", required=True, metavar="FILE", help="pairs to train on")
-    data.add_argument("--validation", metavar="FILE", help="pairs that only measure")
-    data.add_argument(
-        "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
-    )
-
-    start = parser.add_argument_group("the model to start from")
-    source = start.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--encoder",
-        metavar="HANDLE",
-        help="BERT: a TF Hub module (a folder or a URL) or a HuggingFace checkpoint (a folder or "
-        "org/name)",
-    )
-    source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
-    start.add_argument(
-        "--decoder", metavar="HANDLE", help="another one for the decoder (default: --encoder's)"
-    )
-    _add_warm_start(start)
-    start.add_argument(
-        "--trim-vocabulary",
-        action="store_true",
-        help="keep only the word pieces that the texts of --train and --validation need: a smaller "
-        "and faster model, which knows no other words",
-    )
-
-    texts = parser.add_argument_group(
-        "texts",
-        "By default as the preset has it; with --encoder 128 tokens, or what the model allows if "
-        "that is less.",
-    )
-    lengths = {"type": cli_values.at_least(1), "metavar": "TOKENS"}
-    texts.add_argument("--max-source-length", **lengths, help="longer sources are cut")
-    texts.add_argument(
-        "--max-target-length",
-        **lengths,
-        help="longer targets are cut; also the default length of what is generated",
-    )
-
-    training = parser.add_argument_group("training")
-    count, count_or_zero = ({"type": cli_values.at_least(n), "metavar": "N"} for n in (1, 0))
-    training.add_argument(
-        "--epochs", **count, default=3, help="passes over the pairs (default: %(default)s)"
-    )
-    training.add_argument(
-        "--steps", **count, help="batches, instead of --epochs; then validates once, at the end"
-    )
-    training.add_argument(
-        "--batch-size",
-        **count,
-        default=32,
-        help="pairs of a batch (default: %(default)s); fewer need less memory",
-    )
-    training.add_argument(
-        "--learning-rate",
-        type=cli_values.positive_number,
-        default=1e-4,
-        metavar="X",
-        help="its highest value, from which it falls to 0 (default: %(default)s)",
-    )
-    training.add_argument(
-        "--warmup-steps",
-        **count_or_zero,
-        help="steps in which the learning rate rises (default: a tenth of all)",
-    )
-    training.add_argument(
-        "--seed",
-        **count_or_zero,
-        default=0,
-        help="of new weights, shuffling and dropout (default: %(default)s)",
-    )
-    training.add_argument(
-        "--mixed-precision",
-        action="store_true",
-        help="compute in bfloat16 while training: faster on GPUs, slower on most CPUs",
-    )
 
 
 def _add_warm_start(group: Any) -> None:
@@ -215,6 +123,20 @@ examples:
         "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
     )
     _add_generation_config(parser)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate",
+        help="score outputs, or a model, against references",
+        description=cli_evaluate.DESCRIPTION,
+        epilog=cli_evaluate.EPILOG,
+    )
+    outputs = parser.add_mutually_exclusive_group(required=True)
+    cli_evaluate.add_arguments(parser, outputs)
+    _add_preset(parser, outputs)
+    # One output of each text is scored.
+    _add_generation_config(parser, leave_out="num_return_sequences")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:

@@ -46,6 +46,48 @@ def positive_number(text: str) -> float:
     return value
 
 
+def interval(text: str) -> tuple[int | None, float | None]:
+    """Steps, such as 500, or a time, such as 90s, 10m or 1h: (steps, None) or (None, seconds)."""
+    match = re.fullmatch("([0-9]{1,9})([smh]?)", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(
+            f"expected steps, such as 500, or a time, such as 10m, received {text!r}"
+        )
+    number = int(match[1])
+    return (None, number * {"s": 1, "m": 60, "h": 3600}[match[2]]) if match[2] else (number, None)
+
+
+def share(text: str) -> float:
+    """A number from 0 to below 1."""
+    value = number(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of at least 0 and below 1, received {text!r}"
+        )
+    return value
+
+
+def frozen(text: str) -> dict[str, Any]:
+    """Parts of a model, such as embeddings,encoder:6: arguments of `freezing.freeze`."""
+    parts: dict[str, Any] = {}
+    for part in names(text):
+        match = re.fullmatch("(encoder|decoder)(?::([0-9]{1,4}))?|embeddings", part)
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"expected parts such as embeddings, encoder or encoder:6, received {part!r}"
+            )
+        if match[1] is None:
+            parts["embeddings"] = True
+        else:
+            parts[f"{match[1]}_layers"] = "all" if match[2] is None else int(match[2])
+    return parts
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between them, such as bleu,sari."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def ids(text: str) -> tuple[int, ...]:
     """Integers with commas between them, such as 5,17."""
     if not re.fullmatch("([0-9]{1,9}(,|$))*", text):

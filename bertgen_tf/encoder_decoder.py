@@ -16,6 +16,7 @@ from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.quantization import check_quantization
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.training import share_of_replica
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
@@ -352,6 +353,17 @@ class EncoderDecoderModel(keras.Model):
             # Keras warns of its own default, because datasets are shuffled before.
             kwargs.setdefault("shuffle", False)
         return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Any:
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        return share_of_replica(loss, self.loss, sample_weight)
 
     def make_train_function(self, force: bool = False) -> Any:
         if self.is_quantized:

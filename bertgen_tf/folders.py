@@ -1,8 +1,13 @@
-"""Folders that are written as a whole: they appear, or are replaced, only when complete."""
+"""Folders that are written as a whole, and the user's cache.
 
+The first appear, or are replaced, only when complete.
+"""
+
+import contextlib
 import os
 import pathlib
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
 
@@ -84,3 +89,31 @@ def check_writable(
         raise PermissionError(
             f"folder must lie in a folder that can be written, but {parent} cannot."
         )
+
+
+def users_cache(name: str) -> str:
+    """A folder that nobody else can put files in: `bertgen_tf/NAME` in the user's cache.
+
+    That is `XDG_CACHE_HOME`, or `~/.cache`.
+
+    Raises:
+        OSError: it cannot be made.
+        ValueError: others can write to it, or it is another's.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # as its specification asks
+        base = os.path.expanduser("~/.cache")
+    os.makedirs(base, exist_ok=True)
+    folder = base
+    for part in ("bertgen_tf", name):
+        folder = os.path.join(folder, part)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        status = os.lstat(folder)
+        open_to_others = status.st_uid != os.getuid() or status.st_mode & 0o022
+        if open_to_others or not stat.S_ISDIR(status.st_mode):
+            raise ValueError(
+                f"{folder} should be a folder of the user's own and writable for nobody else, but "
+                f"has owner {status.st_uid} and mode {stat.filemode(status.st_mode)}"
+            )
+    return folder

@@ -14,7 +14,6 @@ import hashlib
 import os
 import pathlib
 import re
-import stat
 import tarfile
 import urllib.parse
 import urllib.request
@@ -29,6 +28,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_hub import resolver
 
+from bertgen_tf import folders
 from bertgen_tf.graph import Graph
 from bertgen_tf.weights import first_line
 
@@ -374,31 +374,10 @@ def _check_cache(handle: str) -> None:
 def _cache_folder(name: str) -> str:
     folder = resolver.tfhub_cache_dir()
     if folder is None:
-        folder = _users_folder()
+        folder = folders.users_cache("hub")
     else:
         tf.io.gfile.makedirs(folder)
     return os.path.join(folder, name)
-
-
-def _users_folder() -> str:
-    """A folder that nobody else can put modules in, unlike tensorflow_hub's one under /tmp."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # as its specification asks
-        base = os.path.expanduser("~/.cache")
-    os.makedirs(base, exist_ok=True)
-    folder = base
-    for name in ("bertgen_tf", "hub"):
-        folder = os.path.join(folder, name)
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder, 0o700)
-        status = os.lstat(folder)
-        open_to_others = status.st_uid != os.getuid() or status.st_mode & 0o022
-        if open_to_others or not stat.S_ISDIR(status.st_mode):
-            raise ValueError(
-                f"{folder} should be a folder of the user's own and writable for nobody else, but "
-                f"has owner {status.st_uid} and mode {stat.filemode(status.st_mode)}"
-            )
-    return folder
 
 
 @contextlib.contextmanager
@@ -407,7 +386,7 @@ def _same_cache() -> Iterator[None]:
     if resolver.tfhub_cache_dir() is not None:
         yield
         return
-    os.environ[CACHE_VARIABLE] = _users_folder()
+    os.environ[CACHE_VARIABLE] = folders.users_cache("hub")
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def show_progress(
-    verbose: Any, total: int | None, batch_size: int, done: int = 0
+    verbose: Any, total: int | None, batch_size: int, done: int = 0, unit: str = "texts"
 ) -> Iterator[Callable[[int], None]]:
     """Gives what to call with the number of examples that were finished: shows them on stderr.
 
@@ -29,7 +29,7 @@ def show_progress(
 
     def show() -> None:
         speed = (done - first) / max(time.monotonic() - start, 1e-9)
-        text = f"{done:,}{of_all} texts, {speed:.1f} a second"
+        text = f"{done:,}{of_all} {unit}, {speed:.1f} a second"
         sys.stderr.write(f"\r{text}" if terminal else f"{text}\n")
         sys.stderr.flush()
 

@@ -8,6 +8,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 JSON_LINES = (".jsonl", ".json")
 TAB_SEPARATED = (".tsv", ".txt")
@@ -20,12 +21,7 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
         OSError: the file cannot be read.
         ValueError: it has another extension, no pairs or a malformed line.
     """
-    suffix = pathlib.Path(path).suffix.lower()
-    if suffix not in TAB_SEPARATED + JSON_LINES:
-        raise ValueError(
-            f"{path} should have one of the extensions {', '.join(TAB_SEPARATED)} (source<TAB>"
-            f"target) and {', '.join(JSON_LINES)} (JSON lines): they tell its format"
-        )
+    suffix = _pairs_suffix(path)
     pairs = []
     for place, line in _without_blank_end(_lines(path)):
         if suffix in JSON_LINES:
@@ -59,6 +55,54 @@ def read_texts(path: str) -> Iterator[str]:
             yield line.split("\t")[0] if suffix == ".tsv" else line
 
 
+def read_references(path: str) -> tuple[list[str], list[list[str]]]:
+    """The sources and the references, at least one of each, of a file to score against.
+
+    It is a file of pairs which may have more columns, or a list as "target": further references.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has another extension, no pairs or a malformed line.
+    """
+    suffix = _pairs_suffix(path)
+    sources, references = [], []
+    for place, line in _without_blank_end(_lines(path)):
+        if suffix in JSON_LINES:
+            source, targets = _json_source_and_targets(place, line)
+        else:
+            source, *targets = line.split("\t")
+            if not targets:
+                raise ValueError(
+                    f"{place}: expected source<TAB>reference, found no tab in {_cut(line)}"
+                )
+        sources.append(source)
+        references.append(targets)
+    if not sources:
+        raise ValueError(f"{path} should hold pairs of texts, but is empty")
+    return sources, references
+
+
+def read_outputs(path: str) -> tuple[list[str], list[str | None]]:
+    """What `generate` wrote: the best output of each text, and its source where the file tells.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is empty, or a line is malformed.
+    """
+    outputs, sources = [], []
+    if pathlib.Path(path).suffix.lower() in JSON_LINES:
+        for place, line in _without_blank_end(_lines(path)):
+            output, source = _json_output(place, line)
+            outputs.append(output)
+            sources.append(source)
+    else:
+        outputs = [line.split("\t")[0] for _, line in _lines(path)]
+        sources = [None] * len(outputs)
+    if not outputs:
+        raise ValueError(f"{path} should hold outputs, but is empty")
+    return outputs, sources
+
+
 def output_line(path: str, source: str, output: str | list[str]) -> str:
     """What was generated from one source, as a line for the file `path`."""
     if pathlib.Path(path).suffix.lower() in JSON_LINES:
@@ -68,22 +112,41 @@ def output_line(path: str, source: str, output: str | list[str]) -> str:
     return "\t".join(" ".join(h.replace("\t", " ").splitlines()) for h in hypotheses) + "\n"
 
 
+def _pairs_suffix(path: str) -> str:
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix not in TAB_SEPARATED + JSON_LINES:
+        raise ValueError(
+            f"{path} should have one of the extensions {', '.join(TAB_SEPARATED)} (source<TAB>"
+            f"target) and {', '.join(JSON_LINES)} (JSON lines): they tell its format"
+        )
+    return suffix
+
+
 def _lines(path: str) -> Iterator[tuple[str, str]]:
     """The lines without their ends, and where each stands, for messages."""
     name = "standard input" if path == "-" else path
     opened = contextlib.nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb")
     with opened as file:
-        # Not as text, where a lone \r would end lines too.
-        for number, line in enumerate(file, 1):
-            place = f"{name}, line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{place}: expected UTF-8, but byte {error.start + 1} of the line "
-                    f"({line[error.start]:#04x}) is none"
-                ) from error
-            yield place, text.removesuffix("\n").removesuffix("\r")
+        yield from decode_lines(file, name)
+
+
+def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]:
+    """The lines of a binary file without their ends, and where each stands, for messages.
+
+    Raises:
+        ValueError: a line is not UTF-8.
+    """
+    # Not as text, where a lone \r would end lines too.
+    for number, line in enumerate(lines, 1):
+        place = f"{name}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{place}: expected UTF-8, but byte {error.start + 1} of the line "
+                f"({line[error.start]:#04x}) is none"
+            ) from error
+        yield place, text.removesuffix("\n").removesuffix("\r")
 
 
 def _without_blank_end(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -97,15 +160,46 @@ def _without_blank_end(lines: Iterable[tuple[str, str]]) -> Iterator[tuple[str, 
 
 def _json_texts(place: str, line: str, *keys: str) -> list[str]:
     """The texts under `keys` of a line of JSON."""
-    try:
+    expected = ", ".join(f'"{key}": "..."' for key in keys)
+    with _expected(place, line, f"{{{expected}}}"):
         values = json.loads(line)
-        texts = [values[key] for key in keys]
-        for text in texts:
-            text.encode()  # JSON can spell half a character
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        expected = ", ".join(f'"{key}": "..."' for key in keys)
-        raise ValueError(f"{place}: expected {{{expected}}}, found {_cut(line)}") from error
-    return texts
+        return [_text(values[key]) for key in keys]
+
+
+def _json_source_and_targets(place: str, line: str) -> tuple[str, list[str]]:
+    with _expected(place, line, '{"source": "...", "target": "..." or ["...", ...]}'):
+        values = json.loads(line)
+        targets = values["target"]
+        targets = targets if isinstance(targets, list) else [targets]
+        return _text(values["source"]), [_text(targets[0]), *map(_text, targets[1:])]
+
+
+def _json_output(place: str, line: str) -> tuple[str, str | None]:
+    with _expected(place, line, '{"output": "..." or ["...", ...]}'):
+        values = json.loads(line)
+        output = values["output"]
+        source = values.get("source")
+        return _text(output[0] if isinstance(output, list) else output), source and _text(source)
+
+
+def _text(value: Any) -> str:
+    value.encode()  # JSON can spell half a character
+    return value
+
+
+@contextlib.contextmanager
+def _expected(place: str, line: str, form: str) -> Iterator[None]:
+    """Around reading a line of JSON: says what it should be."""
+    try:
+        yield
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{place}: expected {form}, found {_cut(line)}") from error
 
 
 def _cut(line: str) -> str:

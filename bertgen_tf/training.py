@@ -59,9 +59,51 @@ def default_loss(label_smoothing: float = 0.0) -> keras.losses.Loss:
     )
 
 
+def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
+    """A replica's loss, so that those of all add up to the mean over the tokens of all.
+
+    Keras gives each replica's mean the same weight, whatever tokens it has.
+
+    Args:
+        loss: of Keras's `compute_loss`: the mean of a replica, divided by their number.
+        of: the loss function. Only those whose `reduction` is "mean_with_sample_weight" change.
+        sample_weight: [B, T] of the replica's rows.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    mean = getattr(of, "reduction", None) == "mean_with_sample_weight"
+    context = tf.distribute.get_replica_context()
+    # Without a context Keras only traces what there is to build.
+    if replicas == 1 or context is None or sample_weight is None or not mean:
+        return loss
+    own = tf.reduce_sum(sample_weight)
+    total = context.all_reduce(tf.distribute.ReduceOp.SUM, own)
+    return loss * replicas * tf.math.divide_no_nan(own, total)
+
+
+@keras.saving.register_keras_serializable("bertgen_tf", "TokenAccuracy")
+class TokenAccuracy(keras.metrics.SparseCategoricalAccuracy):
+    """The share of tokens that are right, each of the same weight.
+
+    Keras's own has a token of a longer batch count less.
+    """
+
+    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
+        """Labels [B, T], logits [B, T, V] and weights [B, T]."""
+        if sample_weight is not None:
+            sample_weight = tf.reshape(sample_weight, [-1])
+        y_pred = tf.reshape(y_pred, [-1, y_pred.shape[-1]])
+        super().update_state(tf.reshape(y_true, [-1]), y_pred, sample_weight)
+
+
 def default_metrics() -> list[keras.metrics.Metric]:
     """The share of real target tokens that are predicted right from the true ones before them."""
-    return [keras.metrics.SparseCategoricalAccuracy(name="accuracy")]
+    return [TokenAccuracy(name="accuracy")]
+
+
+def bucket_lengths(preprocessor: Seq2SeqPreprocessor) -> list[int]:
+    """Lengths that batches are padded to: the powers of two from 16 on, and the longest."""
+    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
+    return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
 
 
 def bucketed_dataset(
@@ -95,8 +137,7 @@ def bucketed_dataset(
         )
     if shuffle:
         pairs = pairs.shuffle(shuffle, seed=seed)
-    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
-    buckets = tf.constant([2**i for i in range(4, 16) if 2**i < longest] + [longest], tf.int64)
+    buckets = tf.constant(bucket_lengths(preprocessor), tf.int64)
 
     def encode(source: Any, target: Any) -> tuple[Any, Any]:
         return preprocessor.encode_source(source), preprocessor.encode_target(target)

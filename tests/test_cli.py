@@ -15,7 +15,7 @@ import tensorflow as tf
 from conftest import fails, make_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import cli, text_files
+from bertgen_tf import cli, finetuning, text_files
 
 SOURCES = [
     "the old man sang",
@@ -136,7 +136,7 @@ def test_ctrl_c_is_no_traceback(preset, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bg.EncoderDecoderModel, "fit", interrupt)
+    monkeypatch.setattr(finetuning, "train", interrupt)
     train = write_pairs(tmp_path / "train.tsv")
     output = tmp_path / "new"
     code = cli.main(["finetune", "--preset", preset, "--train", train, "--output", str(output)])
@@ -144,7 +144,7 @@ def test_ctrl_c_is_no_traceback(preset, tmp_path, monkeypatch, capsys):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("command", ["finetune", "generate", "export"])
+@pytest.mark.parametrize("command", ["finetune", "generate", "evaluate", "export"])
 def test_help_names_every_option(command, capsys):
     assert cli.main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -152,7 +152,8 @@ def test_help_names_every_option(command, capsys):
     if command != "finetune":
         for field in dataclasses.fields(bg.GenerationConfig):
             flag = "--" + field.name.replace("_", "-")
-            assert (flag in text) == ((command, flag) != ("export", "--num-return-sequences"))
+            one_output = command != "generate"
+            assert (flag in text) == (not one_output or flag != "--num-return-sequences")
 
 
 # ------------------------------------------------------------------------------ finetune's input
@@ -312,10 +313,10 @@ def test_finetune_settings_that_the_module_refuses(hub_module, tmp_path, capsys)
 
 @pytest.mark.parametrize("error", [TypeError("x"), ValueError("x"), RuntimeError("x")])
 def test_bugs_in_training_are_not_hidden(error, preset, tmp_path, monkeypatch):
-    def fit(*args, **kwargs):
+    def train(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(bg.EncoderDecoderModel, "fit", fit)
+    monkeypatch.setattr(finetuning, "train", train)
     train = write_pairs(tmp_path / "train.tsv")
     with pytest.raises(type(error)):
         cli.main(
@@ -334,23 +335,19 @@ def test_bugs_in_training_are_not_hidden(error, preset, tmp_path, monkeypatch):
 def test_steps_and_schedule(flags, steps, epochs, warmup, preset, tmp_path, monkeypatch, capsys):
     seen = {}
 
-    def fit(self, x, **kwargs):
-        seen.update(kwargs, optimizer=self.optimizer)
-        seen["pairs"] = [len(y) for _ in range(2) for _, y, _ in x.take(steps)]
-        return type("History", (), {"history": {"loss": [float("nan")]}})
+    def train(model, data, **kwargs):
+        seen.update(kwargs, optimizer=model.optimizer, data=data)
+        raise finetuning.Diverged("the loss is nan at step 1")
 
-    monkeypatch.setattr(bg.EncoderDecoderModel, "fit", fit)
-    train = write_pairs(tmp_path / "train.tsv")
-    common = ["--preset", preset, "--train", train, "--output", str(tmp_path / "new")]
+    monkeypatch.setattr(finetuning, "train", train)
+    train_file = write_pairs(tmp_path / "train.tsv")
+    common = ["--preset", preset, "--train", train_file, "--output", str(tmp_path / "new")]
     assert cli.main(["finetune", *common, "--batch-size", "2", "--learning-rate", "3", *flags]) == 2
-    assert "training diverged, nothing was saved" in capsys.readouterr().err
+    assert "training diverged, nothing was saved: the loss is nan" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
-    assert (seen["steps_per_epoch"], seen["epochs"]) == (steps, epochs)
-    if "--steps" in flags:
-        assert set(seen["pairs"]) == {2}
-    else:  # every pair once in each epoch
-        assert sum(seen["pairs"][:steps]) == sum(seen["pairs"][steps:]) == len(PAIRS)
+    assert (seen["steps_per_epoch"], seen["steps"]) == (steps, steps * epochs)
+    assert (len(seen["data"]), seen["data"].steps_per_epoch) == (len(PAIRS), 4)
     schedule = seen["optimizer"]._learning_rate.get_config()
     assert schedule == {
         "learning_rate": 3.0,

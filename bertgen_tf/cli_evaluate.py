@@ -1,0 +1,457 @@
+"""`bertgen-tf evaluate`: scores of outputs, or of a model, against references."""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from bertgen_tf import (
+    batch,
+    cli_output,
+    cli_values,
+    data_presets,
+    metrics,
+    presets,
+    significance,
+    text_files,
+)
+from bertgen_tf.config import GenerationConfig
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.generator import BATCH_SIZE, Generator
+
+DESCRIPTION = """\
+Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
+chrF and ROUGE, in percent, with bootstrap confidence intervals."""
+EPILOG = """\
+files, in UTF-8, one example a line:
+  --references   .tsv, .txt     source<TAB>reference<TAB>further references
+                 .jsonl, .json  {"source": "...", "target": "..." or ["...", ...]}
+  --predictions  what generate wrote: .jsonl, .json with "output", others one text a line; of
+                 several outputs of a text the first counts
+
+examples:
+  bertgen-tf evaluate --predictions outputs.txt --references test.tsv
+  bertgen-tf evaluate --predictions new.txt --baseline old.txt --references test.tsv --plot new.png
+  bertgen-tf evaluate --preset my_model --references test.tsv --num-beams 4 --json scores.json
+  bertgen-tf evaluate --preset my_model --data wikisplit --split test"""
+# The order of the table; ROUGE-Lsum only where it is asked for.
+DEFAULT_METRICS = ("exact", "sari", "bleu", "chrf", "rouge")
+CONFIDENCE, SEED = 0.95, 0
+
+
+@dataclasses.dataclass
+class Task:
+    """What is to be scored, when flags and files are found right.
+
+    Attributes:
+        metrics: names of `metrics.METRICS`.
+        options: of `metrics.compute`.
+        sources: [n].
+        references: [n], of each at least one.
+        predictions: [n], or None if a model is to generate them.
+        baseline: [n], or None.
+        normaliser: a model whose tokenizer tells what texts are compared as, or None.
+    """
+
+    metrics: tuple[str, ...]
+    options: dict[str, Any]
+    sources: list[str]
+    references: list[list[str]]
+    predictions: list[str] | None
+    baseline: list[str] | None
+    normaliser: EncoderDecoderModel | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
+    """Adds all but the preset and its settings.
+
+    Args:
+        parser: of the command.
+        outputs: a group of it, for what the outputs come from.
+    """
+    outputs.add_argument("--predictions", metavar="FILE", help="outputs that were generated before")
+    outputs.add_argument(
+        "--export", metavar="NAME/VERSION", help="generate with what export wrote, as it is"
+    )
+    references = parser.add_mutually_exclusive_group(required=True)
+    references.add_argument("--references", metavar="FILE", help="see below")
+    references.add_argument(
+        "--data",
+        choices=data_presets.PRESETS,
+        metavar="NAME",
+        help=f"a data set of the paper, with its metrics: {', '.join(data_presets.PRESETS)}",
+    )
+    parser.add_argument("--data-folder", metavar="DIR", help="where it is (default: download it)")
+    parser.add_argument(
+        "--split", metavar="NAME", help="of --data: train, validation or test (default: test)"
+    )
+    parser.add_argument("--reverse", action="store_true", help="swap sources and targets of --data")
+    parser.add_argument(
+        "--baseline",
+        metavar="FILE",
+        help="outputs of another system for the same sources: the differences to them, their "
+        "intervals, and p-values of paired bootstrap resampling",
+    )
+    scores = parser.add_argument_group("scores")
+    scores.add_argument(
+        "--metrics",
+        type=_metrics,
+        metavar="NAME,NAME",
+        help=f"of {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
+        f"{','.join(DEFAULT_METRICS)}, or the paper's for --data)",
+    )
+    scores.add_argument(
+        "--lowercase", action="store_true", help="ignore case (ROUGE always ignores it)"
+    )
+    scores.add_argument(
+        "--tokenize",
+        choices=metrics.TOKENIZERS,
+        help="what the words of BLEU and SARI are, as sacrebleu calls it; none for texts with "
+        "spaces between all tokens, such as WikiSplit's (default: 13a, or the paper's for --data)",
+    )
+    scores.add_argument(
+        "--normalize-with",
+        metavar="FOLDER",
+        help="a preset: all texts are compared as its tokenizer gives them back, where it knows "
+        "neither case nor spacing",
+    )
+    scores.add_argument(
+        "--resamples",
+        type=cli_values.at_least(1),
+        default=1000,
+        metavar="N",
+        help="of the bootstrap (default: %(default)s)",
+    )
+    report = parser.add_argument_group("report")
+    report.add_argument("--json", metavar="FILE", help="write values, intervals and settings, too")
+    report.add_argument(
+        "--plot", metavar="FILE.png", help="draw the scores against the length of the source"
+    )
+    generate = parser.add_argument_group("generating, with --preset or --export")
+    generate.add_argument("--output", metavar="FILE", help="keep what was generated")
+    generate.add_argument(
+        "--batch-size",
+        type=cli_values.at_least(1),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="texts that are generated together (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
+    )
+
+
+def prepare(arguments: argparse.Namespace) -> Task:
+    """Reads the files, and finds what would fail after hours of generating.
+
+    Raises:
+        ImportError, OSError, ValueError: what the user can mend.
+    """
+    _check_flags(arguments)
+    names, options = _settings(arguments)
+    metrics.compute(names, ["a"], ["a"], ["a"])  # are the packages there?
+    if arguments.plot and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs the package matplotlib: pip install 'bertgen_tf[plot]'")
+    for flag in ("json", "plot"):
+        _check_report(f"--{flag}", getattr(arguments, flag))
+    if arguments.export:
+        batch.describe_export(arguments.export, _signature(arguments))
+    sources, references, place = _read_references(arguments)
+    predictions, baseline = (
+        path and _read_outputs(path, place, sources)
+        for path in (arguments.predictions, arguments.baseline)
+    )
+    task = Task(names, options, sources, references, predictions, baseline)
+    folder = arguments.normalize_with
+    if folder and not presets.read_config(folder).get("tokenizer"):
+        raise ValueError(f"{folder} has no tokenizer, which --normalize-with needs")
+    if folder and folder != arguments.preset:
+        task.normaliser = EncoderDecoderModel.from_preset(folder)
+    return task
+
+
+def run(
+    arguments: argparse.Namespace,
+    task: Task,
+    model: EncoderDecoderModel | None,
+    config: GenerationConfig | None,
+) -> None:
+    """Generates, if there are no predictions; scores; reports.
+
+    Args:
+        arguments: of the command.
+        task: of `prepare`.
+        model: of --preset, or None.
+        config: its settings, or None.
+    """
+    predictions = task.predictions
+    if predictions is None:
+        predictions = _generate(arguments, task, model, config)
+    normaliser = task.normaliser or (model if arguments.normalize_with else None)
+    sources, references, baseline = task.sources, task.references, task.baseline
+    if normaliser is not None:
+        sources, predictions = _normalise(normaliser, sources), _normalise(normaliser, predictions)
+        baseline = baseline and _normalise(normaliser, baseline)
+        flat = iter(_normalise(normaliser, [text for texts in references for text in texts]))
+        references = [[next(flat) for _ in texts] for texts in references]
+    results = metrics.compute(task.metrics, sources, predictions, references, **task.options)
+    resampling = {"resamples": arguments.resamples, "confidence": CONFIDENCE, "seed": SEED}
+    intervals = significance.bootstrap(results, **resampling)
+    comparisons, others = {}, None
+    if baseline:
+        others = metrics.compute(task.metrics, sources, baseline, references, **task.options)
+        comparisons = significance.paired_bootstrap(results, others, **resampling)
+    print(f"{len(sources):,} examples")
+    print(_table(results, intervals, comparisons))
+    if arguments.plot:
+        from bertgen_tf.metrics_plot import plot_by_length
+
+        names = [_name(arguments)] + ([os.path.basename(arguments.baseline)] if baseline else [])
+        with _replacing(arguments.plot) as path:
+            plot_by_length([results, *([others] if others else [])], names, task.sources, path)
+    if arguments.json:
+        settings = {**task.options, **resampling, "normalize_with": arguments.normalize_with}
+        content = _describe(arguments, len(sources), results, intervals, comparisons)
+        content |= {"settings": settings, "generation": config and config.to_dict()}
+        with _replacing(arguments.json) as path, open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+
+
+def _settings(arguments: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """The names of the metrics, and their options: of the flags, or else of the data set."""
+    names, tokenize, lowercase = DEFAULT_METRICS, "13a", False
+    if arguments.data:
+        preset = data_presets.find(arguments.data)
+        names, tokenize = preset.metrics, preset.tokenize
+        lowercase = preset.lowercase_metrics
+    options = {
+        "lowercase": arguments.lowercase or lowercase,
+        "tokenize": arguments.tokenize or tokenize,
+    }
+    return metrics.expand(arguments.metrics or names), options
+
+
+def _read_references(
+    arguments: argparse.Namespace,
+) -> tuple[list[str], list[list[str]], str]:
+    """Sources, their references, and what messages call the two."""
+    if arguments.references:
+        return *text_files.read_references(arguments.references), arguments.references
+    split = arguments.split or "test"
+    pairs = data_presets.read(
+        arguments.data,
+        split,
+        arguments.data_folder,
+        reverse=arguments.reverse,
+        verbose=int(sys.stderr.isatty()),
+    )
+    sources, references = [], []
+    for source, target in pairs:
+        sources.append(source)
+        references.append([target])
+    place = f"the split {split} of {arguments.data}"
+    if not sources:
+        raise ValueError(f"{place} should hold pairs of texts, but is empty")
+    return sources, references, place
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    given = []
+    if not arguments.preset:
+        fields = [field.name for field in dataclasses.fields(GenerationConfig)]
+        given = [name for name in fields if hasattr(arguments, name)]
+        given += ["quantize"] if arguments.quantize else []
+        needs = "--preset"
+    if arguments.predictions and not given:
+        given = [name for name in ("output", "no_xla") if getattr(arguments, name)]
+        needs = "--preset and --export"
+    if arguments.references and not given:
+        given = [n for n in ("data_folder", "split", "reverse") if getattr(arguments, n)]
+        needs = "--data"
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags} applies to {needs} only")
+    if arguments.output:
+        if arguments.output == "-":
+            raise ValueError("--output must be a file: standard output is for the scores")
+        cli_output.check_path(arguments.output, overwrite=False, resume=False)
+
+
+def _check_report(flag: str, path: str | None) -> None:
+    """Raises a ValueError if no file could be written there."""
+    if path is None:
+        return
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{flag} must be a file, but {path} is none")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} must lie in a folder that can be written, but {folder} is none")
+    if flag == "--plot" and Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot must end in .png, .pdf or .svg, received {path}")
+
+
+def _read_outputs(path: str, references: str, sources: Sequence[str]) -> list[str]:
+    """The outputs of a file, which must be those of the sources."""
+    outputs, own_sources = text_files.read_outputs(path)
+    while len(outputs) > len(sources) and not outputs[-1].strip():
+        outputs.pop()
+    if len(outputs) != len(sources):
+        raise ValueError(
+            f"{path} has {len(outputs):,} outputs, but {references} has {len(sources):,} examples"
+        )
+    for number, (own, source) in enumerate(zip(own_sources, sources, strict=False), 1):
+        if own is not None and own != source:
+            raise ValueError(
+                f"{path}, line {number}: the source is not that of line {number} of {references}"
+            )
+    return outputs
+
+
+def _generate(
+    arguments: argparse.Namespace,
+    task: Task,
+    model: EncoderDecoderModel | None,
+    config: GenerationConfig | None,
+) -> list[str]:
+    """What the model, or the export, makes of the sources; kept as a file if that is asked for."""
+    if model is None:
+        outputs = iter(_run_export(arguments, task.sources))
+    else:
+        outputs = Generator(model).iterate(
+            task.sources,
+            config,
+            batch_size=arguments.batch_size,
+            total=len(task.sources),
+            verbose=int(sys.stderr.isatty()),
+            jit_compile=not arguments.no_xla,
+        )
+    if not arguments.output:
+        return list(outputs)
+    predictions = []
+    complain = lambda message: print(message, file=sys.stderr)  # noqa: E731
+    with cli_output.open_output(arguments.output, None, cli_output.Begun(), complain) as file:
+        for source, output in zip(task.sources, outputs, strict=True):
+            file.write(text_files.output_line(arguments.output, source, output))
+            predictions.append(output)
+    return predictions
+
+
+def _run_export(arguments: argparse.Namespace, sources: list[str]) -> list[str]:
+    loaded = tf.saved_model.load(arguments.export)  # the signatures read its variables
+    answer = loaded.signatures[_signature(arguments)]
+    # Alike in length together: less padding.
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    outputs = [""] * len(sources)
+    for start in range(0, len(sources), arguments.batch_size):
+        numbers = order[start : start + arguments.batch_size]
+        texts = answer(text=tf.constant([sources[i] for i in numbers]))["text"].numpy()
+        for i, text in zip(numbers, texts.tolist(), strict=True):
+            outputs[i] = text.decode()
+    return outputs
+
+
+def _signature(arguments: argparse.Namespace) -> str:
+    return "serving_default" if arguments.no_xla else "generate_xla"
+
+
+def _normalise(model: EncoderDecoderModel, texts: list[str]) -> list[str]:
+    """The texts as the model would write them."""
+    ids = model.tokenizer(texts).to_tensor(model.tokenizer.pad_token_id)
+    return [text.decode() for text in model.preprocessor.generate_postprocess(ids).numpy()]
+
+
+def _table(
+    results: dict[str, metrics.MetricResult],
+    intervals: dict[str, significance.Interval],
+    comparisons: dict[str, significance.Comparison],
+) -> str:
+    percent = f"{CONFIDENCE:.0%} interval"
+    rows = [["metric", "value", percent]]
+    if comparisons:
+        rows[0] += ["baseline", "difference", percent, "p"]
+    for name, result in results.items():
+        row = [name, f"{result.value:.2f}", _span(intervals[name])]
+        if comparisons:
+            found = comparisons[name]
+            row += [
+                f"{found.baseline:.2f}",
+                f"{found.difference:+.2f}",
+                _span(found.interval, "+"),
+                f"{found.p_value:.3f}",
+            ]
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _span(interval: significance.Interval, sign: str = "") -> str:
+    return f"{interval.low:{sign}.2f} to {interval.high:{sign}.2f}"
+
+
+def _describe(
+    arguments: argparse.Namespace,
+    count: int,
+    results: dict[str, metrics.MetricResult],
+    intervals: dict[str, significance.Interval],
+    comparisons: dict[str, significance.Comparison],
+) -> dict[str, Any]:
+    scores = {}
+    for name, result in results.items():
+        scores[name] = {
+            "value": result.value,
+            "interval": dataclasses.asdict(intervals[name]),
+            "details": result.details,
+            "signature": result.signature,
+        }
+        if name in comparisons:
+            scores[name]["baseline"] = dataclasses.asdict(comparisons[name])
+    files = ("predictions", "preset", "export", "references", "data", "split", "baseline")
+    versions = {}
+    for package in ("bertgen_tf", "tensorflow", "keras", "sacrebleu", "rouge-score"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "examples": count,
+        "metrics": scores,
+        "files": {name: getattr(arguments, name) for name in files if getattr(arguments, name)},
+        "versions": versions,
+    }
+
+
+def _name(arguments: argparse.Namespace) -> str:
+    """What the plot calls the system."""
+    path = arguments.predictions or arguments.preset or arguments.export
+    return os.path.basename(os.path.normpath(path))
+
+
+@contextlib.contextmanager
+def _replacing(path: str) -> Iterator[str]:
+    """Gives a file to write beside `path`, which takes its place when it is complete."""
+    with tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(path) or ".") as folder:
+        new = os.path.join(folder, os.path.basename(path))
+        yield new
+        os.replace(new, path)
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    try:
+        return metrics.expand(part for part in text.split(",") if part)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,411 @@
+"""`bertgen-tf finetune`."""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from bertgen_tf import (
+    cli_output,
+    finetuning,
+    freezing,
+    presets,
+    text_files,
+    training_callbacks,
+)
+from bertgen_tf import metrics as scores
+from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
+from bertgen_tf.cli_convert import is_huggingface
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.optimizers import default_optimizer, paper_optimizer
+from bertgen_tf.recipes import warm_start
+from bertgen_tf.training import default_loss
+from bertgen_tf.training_data import TrainingData
+from bertgen_tf.training_state import ADAPTER_FILE, BEST_FILE, RunFolder, digest_weights
+from bertgen_tf.vocabulary import trim_vocabulary
+
+HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
+# What decides the weights, besides the data and the model to start from.
+SETTINGS = (
+    "epochs",
+    "steps",
+    "validate_every",
+    "batch_size",
+    "gradient_accumulation",
+    "schedule",
+    "learning_rate",
+    "new_weights_learning_rate",
+    "warmup_steps",
+    "clip_norm",
+    "label_smoothing",
+    "ema",
+    "freeze",
+    "unfreeze_every",
+    "lora_rank",
+    "seed",
+    "mixed_precision",
+    "deterministic",
+    "max_source_length",
+    "max_target_length",
+    "long_targets",
+    "trim_vocabulary",
+    "monitor",
+    "patience",
+)
+
+START = "model to start from"
+
+Pairs = list[tuple[str, str]]
+
+
+def finetune(arguments: argparse.Namespace) -> None:
+    """Runs the command.
+
+    Raises:
+        OSError, UserError: what the user can mend.
+    """
+    # First what would otherwise fail after hours of training.
+    folder = RunFolder(arguments.output)
+    _check_flags(arguments)
+    # Before TensorFlow does anything: workers meet here.
+    strategy = _make_strategy(arguments)
+    replicas = finetuning.Replicas(strategy)
+    if arguments.batch_size % replicas.count:
+        raise UserError(
+            f"--batch-size must be a multiple of the {replicas.count} devices, received "
+            f"{arguments.batch_size}"
+        )
+    if replicas.is_chief:
+        presets.check_writable(arguments.output)
+        with user_errors():
+            folder.check(arguments.resume, arguments.overwrite)
+    with user_errors():
+        training = text_files.read_pairs(arguments.train)
+        validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
+    settings = _settings(arguments, replicas.count)
+    if arguments.resume and folder.is_complete() and presets.is_preset(folder.output):
+        with user_errors():
+            folder.check_same(settings, but=START)
+        complain(f"{arguments.output} is complete")
+        return
+    with strategy.scope():
+        model, saved_config = _make_model(arguments, training + validation)
+    settings[START] = digest_weights(model)
+    begun = arguments.resume and folder.is_begun()
+    if begun:
+        with user_errors():
+            folder.check_same(settings)
+    run = _Run(arguments, replicas, folder, model, begun, training, validation)
+    with folder.lock() if replicas.is_chief else contextlib.nullcontext():
+        if replicas.is_chief and not begun:
+            folder.begin(settings)
+        replicas.add([0])  # the folder is there for all
+        run.train()
+        if replicas.is_chief:
+            run.save(saved_config)
+            folder.end()
+        replicas.add([0])  # none leaves before the model is saved
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if not (arguments.preset or arguments.encoder or (arguments.recipe and arguments.decoder)):
+        raise UserError("one of the arguments --encoder --preset is required")
+    if arguments.lora_rank and (arguments.freeze or arguments.unfreeze_every):
+        raise UserError("--lora-rank freezes all that is pre-trained: leave --freeze out")
+    if arguments.preset:
+        given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
+        if given:
+            raise UserError(f"{_flags(given)} applies to --encoder only, not to --preset")
+        read_preset_config(arguments.preset)
+    names = ("metrics", "monitor", "patience", "validate_every")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given and not arguments.validation:
+        raise UserError(f"{_flags(given)} needs --validation")
+    with user_errors():
+        if arguments.metrics is not None:
+            arguments.metrics = scores.expand(arguments.metrics)
+    if arguments.patience is not None and arguments.monitor is None:
+        arguments.monitor = "loss"
+    if arguments.monitor not in (None, "loss", "accuracy", *(arguments.metrics or ())):
+        if arguments.monitor not in scores.METRICS:
+            raise UserError(
+                f"--monitor must be loss, accuracy or one of {', '.join(scores.METRICS)}, "
+                f"received {arguments.monitor!r}"
+            )
+        arguments.metrics = (*(arguments.metrics or ()), arguments.monitor)
+
+
+def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
+    try:
+        cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"TF_CONFIG must be a JSON object, but is none: {error}") from error
+    with user_errors():
+        strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
+    if arguments.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    return strategy
+
+
+def _settings(arguments: argparse.Namespace, replicas: int) -> dict[str, Any]:
+    """What decides the result, by names that the user knows."""
+    settings = {
+        "--train": cli_output.digest(arguments.train),
+        "--validation": arguments.validation and cli_output.digest(arguments.validation),
+        "number of devices": replicas,
+    }
+    return settings | {_flags([name]): getattr(arguments, name) for name in SETTINGS}
+
+
+def _make_model(
+    arguments: argparse.Namespace, pairs: Pairs
+) -> tuple[EncoderDecoderModel, dict[str, Any]]:
+    """The model to train, and the config to save it with."""
+    with user_errors():
+        keras.utils.set_random_seed(arguments.seed)
+        model = _start_model(arguments)
+        if arguments.trim_vocabulary:
+            model = trim_vocabulary(model, [text for pair in pairs for text in pair])
+    saved_config = model.get_config()
+    if arguments.mixed_precision:
+        policy = {"dtype": "mixed_bfloat16"}
+        stacks = {name: {**saved_config[name], **policy} for name in ("encoder", "decoder")}
+        model = _rebuild(model, {**saved_config, **stacks, **policy})
+    with user_errors():
+        if arguments.lora_rank:
+            model.enable_lora(arguments.lora_rank)
+        if arguments.freeze:
+            freezing.freeze(model, **arguments.freeze)
+    return model, saved_config
+
+
+def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
+    """The model to train: of a preset, or warm-started; with the lengths of the flags."""
+    names = ("max_source_length", "max_target_length")
+    values = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in values.items() if value is not None}
+    if arguments.preset:
+        model = EncoderDecoderModel.from_preset(arguments.preset)
+        if model.is_quantized:
+            raise UserError(f"{arguments.preset} is int8: train the float32 preset it was made of")
+        if given:
+            model = _rebuild(model, {**model.get_config(), **given})
+    else:
+        given["cross_attention"] = arguments.cross_attention or "random"
+        given["num_layers"] = arguments.num_layers
+        handles = {"encoder": arguments.encoder, "decoder": arguments.decoder}
+        if arguments.recipe:
+            if arguments.share:
+                raise UserError("--recipe tells whether the sides share: leave --share out")
+            model = warm_start(arguments.recipe, **handles, **given)
+        else:
+            read = EncoderDecoderModel.from_hub
+            if is_huggingface(arguments.encoder):
+                read = EncoderDecoderModel.from_huggingface
+            model = read(**handles, share=bool(arguments.share), **given)
+        if model.tokenizer is None:
+            handle = arguments.encoder or arguments.decoder
+            raise UserError(f"{handle} has no tokenizer, without which there is no text")
+    if not arguments.preset or arguments.max_target_length:
+        model.generation_config = model.generation_config.replace(
+            max_new_tokens=model.preprocessor.max_target_length
+        )
+    return model
+
+
+def _rebuild(model: EncoderDecoderModel, config: dict[str, Any]) -> EncoderDecoderModel:
+    """A model of another config with the same weights."""
+    other = EncoderDecoderModel.from_config(config)
+    other.set_weights(model.get_weights())
+    return other
+
+
+def _make_optimizer(
+    arguments: argparse.Namespace, model: EncoderDecoderModel, steps: int, updates: int
+) -> keras.optimizers.Optimizer:
+    if not updates:
+        raise UserError(
+            f"--gradient-accumulation must be at most all {steps} steps, received "
+            f"{arguments.gradient_accumulation}"
+        )
+    options: dict[str, Any] = {
+        "new_weights_learning_rate": arguments.new_weights_learning_rate,
+        "gradient_accumulation_steps": arguments.gradient_accumulation,
+        "ema_momentum": arguments.ema,
+    }
+    warmup = arguments.warmup_steps
+    if warmup is not None:
+        options["warmup_steps"] = warmup // arguments.gradient_accumulation
+    if arguments.learning_rate is not None:
+        options["learning_rate"] = arguments.learning_rate
+    if arguments.clip_norm != 0:  # which it is if it is not given
+        options["global_clipnorm"] = arguments.clip_norm
+    if arguments.schedule == "paper":
+        return paper_optimizer(model.decoder.config.hidden_size, **options)
+    if warmup is not None and warmup >= steps:
+        raise UserError(f"--warmup-steps must be below all {steps} steps, received {warmup}")
+    return default_optimizer(**{"warmup_steps": updates // 10, **options}, total_steps=updates)
+
+
+class _Run:
+    """The model, its data and its callbacks."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        replicas: finetuning.Replicas,
+        folder: RunFolder,
+        model: EncoderDecoderModel,
+        begun: bool,
+        training: Pairs,
+        validation: Pairs,
+    ):
+        self.arguments, self.replicas, self.folder = arguments, replicas, folder
+        self.model, self.begun = model, begun
+        with user_errors():
+            self.data = TrainingData(
+                training,
+                model.preprocessor,
+                arguments.batch_size,
+                seed=arguments.seed,
+                long_targets=arguments.long_targets,
+            )
+            self.held_out = None
+            if validation:
+                self.held_out = TrainingData(
+                    validation, model.preprocessor, arguments.batch_size, shuffle=False
+                )
+        per_epoch = self.data.steps_per_epoch
+        self.steps = arguments.steps or per_epoch * arguments.epochs
+        every = arguments.validate_every or (self.steps if arguments.steps else per_epoch)
+        self.steps_per_epoch = min(every, self.steps)
+        self._compile()
+        self.best: training_callbacks.KeepBest | None = None
+        self.callbacks: list[keras.callbacks.Callback] = []
+        if replicas.is_chief:
+            self._describe()
+        with user_errors():
+            self._make_callbacks(validation)
+
+    def _compile(self) -> None:
+        arguments = self.arguments
+        updates = self.steps // arguments.gradient_accumulation
+        with self.replicas.strategy.scope():
+            with user_errors():
+                optimizer = _make_optimizer(arguments, self.model, self.steps, updates)
+            self.model.compile(optimizer=optimizer, loss=default_loss(arguments.label_smoothing))
+
+    def _describe(self) -> None:
+        for path, data in (
+            (self.arguments.train, self.data),
+            (self.arguments.validation, self.held_out),
+        ):
+            for note in data.notes() if data else ():
+                complain(f"{path}: {note}")
+        model, devices = self.model, self.replicas.count
+        print(
+            f"{len(self.data):,} pairs to train on, {len(self.held_out or ()):,} to validate on; "
+            f"{model.count_params():,} weights, {model.encoder.config.vocab_size:,} word pieces; "
+            f"{self.steps:,} steps of up to {self.arguments.batch_size:,} pairs"
+            + (f" on {devices} devices" if devices > 1 else ""),
+            flush=True,
+        )
+
+    def _make_callbacks(self, validation: Pairs) -> None:
+        arguments, folder = self.arguments, self.folder
+        samples = None
+        if arguments.unfreeze_every:
+            self.callbacks.append(
+                freezing.GradualUnfreezing(steps_per_layer=arguments.unfreeze_every)
+            )
+        if not self.replicas.is_chief:
+            return  # one worker measures for all
+        if arguments.metrics:
+            sources, references = zip(*validation[: arguments.metrics_pairs], strict=True)
+            samples = training_callbacks.GenerateCallback(
+                sources, references, arguments.metrics, folder=folder / "samples"
+            )
+            self.callbacks.append(samples)
+        if arguments.monitor:
+            self.best = training_callbacks.KeepBest(
+                folder / BEST_FILE, f"val_{arguments.monitor}", arguments.patience
+            )
+            self.callbacks.append(self.best)
+        self.callbacks.append(training_callbacks.Log(self.steps, folder))
+        if arguments.tensorboard:
+            self.callbacks.append(
+                training_callbacks.TensorBoardCurves(folder / "tensorboard", samples)
+            )
+
+    def train(self) -> None:
+        """Until the end.
+
+        Raises:
+            OSError, UserError: what the user can mend.
+            KeyboardInterrupt: with a message how to go on.
+        """
+        steps, seconds = self.arguments.checkpoint_every
+        with self._errors():
+            history = finetuning.train(
+                self.model,
+                self.data,
+                steps=self.steps,
+                steps_per_epoch=self.steps_per_epoch,
+                validation=self.held_out,
+                callbacks=self.callbacks,
+                folder=self.folder,
+                save_every=finetuning.Interval(steps, seconds),
+                resume=self.begun,
+                complain=complain,
+            )
+        if self.held_out is not None and self.replicas.is_chief:
+            place = -1 if self.best is None else self.best.best_epoch - 1
+            loss, accuracy = (history[f"val_{name}"][place] for name in ("loss", "accuracy"))
+            which = "" if self.best is None else f" (best: epoch {self.best.best_epoch})"
+            print(f"validation{which}: loss {loss:.4f} a token, {accuracy:.1%} of the tokens right")
+
+    def save(self, config: dict[str, Any]) -> None:
+        """Writes the preset.
+
+        Args:
+            config: of the model, as it is saved.
+        """
+        model, output = self.model, self.arguments.output
+        if self.best is not None:
+            self.best.load(model)
+        if self.arguments.lora_rank:
+            model.save_adapter(self.folder / ADAPTER_FILE)
+            model.merge_lora()
+        model.trainable = True  # for those who go on with it
+        if self.arguments.mixed_precision:
+            model = _rebuild(model, config)
+        model.save_to_preset(output)
+        print(
+            f"saved to {output}; try it:\n  {PROGRAM} generate --preset {shlex.quote(str(output))}"
+        )
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except finetuning.Diverged as error:
+            raise UserError(
+                f"training diverged, nothing was saved: {error}; lower --learning-rate"
+            ) from error
+        except finetuning.WorkerLost as error:
+            raise UserError(f"{error}, with --resume") from error
+        except finetuning.Interrupted as error:
+            raise KeyboardInterrupt(
+                f"interrupted after step {error.step:,}, which is saved: the same command with "
+                "--resume goes on"
+            ) from error
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)

@@ -1,0 +1,268 @@
+"""The arguments of `bertgen-tf finetune`."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from bertgen_tf import cli_values, finetuning
+from bertgen_tf import metrics as scores
+from bertgen_tf.recipes import RECIPES
+from bertgen_tf.training_data import LONG_TARGETS
+
+
+def add_finetune(commands: Any, add_warm_start: Callable[[Any], None]) -> None:
+    """Adds the command.
+
+    Args:
+        commands: argparse's.
+        add_warm_start: adds how an encoder becomes an encoder-decoder to a group.
+    """
+    parser = commands.add_parser(
+        "finetune",
+        help="train a model on pairs of texts",
+        description="Trains an encoder-decoder on pairs of texts, and saves it as a preset folder.",
+        epilog="""\
+files of pairs, in UTF-8, one pair a line:
+  .tsv, .txt     source<TAB>target
+  .jsonl, .json  {"source": "...", "target": "..."}
+
+While it runs, OUTPUT.training holds what --resume goes on with: after Ctrl-C (or SIGTERM) from the
+last step, after kill -9 from the last state of --checkpoint-every. Both end with the same weights,
+bit for bit, as a run that was not stopped. At the end log.jsonl, samples and tensorboard stay.
+
+several workers: start the same command on each, with TF_CONFIG set as TensorFlow has it and
+--output in a folder that all of them see. A worker that is lost ends the others; started again
+with --resume, they go on together.
+
+example:
+  bertgen-tf finetune --encoder path/to/bert_module --share --cross-attention self_attention \\
+      --train train.tsv --validation validation.tsv --epochs 3 --output my_model""",
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--train", required=True, metavar="FILE", help="pairs to train on")
+    data.add_argument("--validation", metavar="FILE", help="pairs that only measure")
+    data.add_argument(
+        "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
+    )
+
+    start = parser.add_argument_group("the model to start from")
+    source = start.add_mutually_exclusive_group()
+    source.add_argument(
+        "--encoder",
+        metavar="HANDLE",
+        help="BERT: a TF Hub module (a folder or a URL) or a HuggingFace checkpoint (a folder or "
+        "org/name)",
+    )
+    source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
+    start.add_argument(
+        "--decoder", metavar="HANDLE", help="another one for the decoder (default: --encoder's)"
+    )
+    start.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="which side starts from a checkpoint, by the paper's names: "
+        f"{', '.join(RECIPES)}; takes --encoder, --decoder or both",
+    )
+    add_warm_start(start)
+    start.add_argument(
+        "--trim-vocabulary",
+        action="store_true",
+        help="keep only the word pieces that the texts of --train and --validation need: a smaller "
+        "and faster model, which knows no other words",
+    )
+    _add_texts(parser)
+    _add_training(parser)
+    _add_watching(parser)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "texts",
+        "By default as the preset has it; with --encoder 128 tokens, or what the model allows if "
+        "that is less.",
+    )
+    lengths = {"type": cli_values.at_least(1), "metavar": "TOKENS"}
+    group.add_argument("--max-source-length", **lengths, help="longer sources are cut")
+    group.add_argument(
+        "--max-target-length",
+        **lengths,
+        help="longer targets are cut; also the default length of what is generated",
+    )
+    group.add_argument(
+        "--long-targets",
+        choices=LONG_TARGETS,
+        default="cut",
+        help="what to do with pairs whose target is longer; a target that is cut teaches to end "
+        "early (default: %(default)s)",
+    )
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    count, count_or_zero = ({"type": cli_values.at_least(n), "metavar": "N"} for n in (1, 0))
+    group.add_argument(
+        "--epochs", **count, default=3, help="passes over the pairs (default: %(default)s)"
+    )
+    group.add_argument(
+        "--steps", **count, help="batches, instead of --epochs; then validates once, at the end"
+    )
+    group.add_argument(
+        "--batch-size",
+        **count,
+        default=32,
+        help="pairs of a batch, over all devices (default: %(default)s); fewer need less memory",
+    )
+    group.add_argument(
+        "--gradient-accumulation",
+        **count,
+        default=1,
+        help="batches for one update of the weights; all other numbers of steps are still of "
+        "batches (default: %(default)s)",
+    )
+    group.add_argument(
+        "--schedule",
+        choices=("linear", "paper"),
+        default="linear",
+        help="of the learning rate: linear falls to 0 at the end; paper is 0.05 / sqrt(hidden "
+        "size), falling with the square root of the steps, without weight decay and clipping "
+        "(default: %(default)s)",
+    )
+    rate = {"type": cli_values.positive_number, "metavar": "X"}
+    group.add_argument(
+        "--learning-rate",
+        **rate,
+        help="its highest value; of the paper's schedule the number above the root (default: 1e-4, "
+        "or 0.05)",
+    )
+    group.add_argument(
+        "--new-weights-learning-rate",
+        **rate,
+        help="the same for weights that no checkpoint gave (default: the same value)",
+    )
+    group.add_argument(
+        "--warmup-steps",
+        **count_or_zero,
+        help="steps in which the learning rate rises (default: a tenth of all, or the paper's "
+        "40000)",
+    )
+    group.add_argument(
+        "--clip-norm",
+        type=cli_values.none_or(cli_values.positive_number),
+        default=0.0,
+        metavar="X|none",
+        help="gradients of a greater norm are scaled to it (default: 1, or the paper's none)",
+    )
+    group.add_argument(
+        "--label-smoothing",
+        type=cli_values.share,
+        default=0.0,
+        metavar="X",
+        help="share of each label that goes to all other tokens, such as 0.1 (default: 0)",
+    )
+    group.add_argument(
+        "--ema",
+        type=cli_values.share,
+        metavar="X",
+        help="validate and save an exponential moving average of the weights, with this share of "
+        "the old ones at each update, such as 0.999 (default: the weights themselves)",
+    )
+    group.add_argument(
+        "--freeze",
+        type=cli_values.frozen,
+        default={},
+        metavar="PART,PART",
+        help="what does not train: embeddings, encoder, decoder, or their lowest layers, such as "
+        "embeddings,encoder:6; cross-attention always trains",
+    )
+    group.add_argument(
+        "--unfreeze-every",
+        **count,
+        help="begin with all pre-trained layers frozen, and thaw the highest after so many "
+        "updates, then the next",
+    )
+    group.add_argument(
+        "--lora-rank",
+        **count,
+        help="train small matrices of this rank beside frozen ones, and what is new; the model is "
+        "saved with them added, and they in OUTPUT.training/adapter.safetensors",
+    )
+    group.add_argument(
+        "--seed",
+        **count_or_zero,
+        default=0,
+        help="of new weights, shuffling and dropout (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mixed-precision",
+        action="store_true",
+        help="compute in bfloat16 while training: faster on GPUs, slower on most CPUs",
+    )
+    group.add_argument(
+        "--distribute",
+        choices=finetuning.STRATEGIES,
+        default="auto",
+        help="auto: all GPUs of this machine, and the workers of TF_CONFIG if it is set; mirrored: "
+        "all devices; tpu: never tried; none: one device (default: %(default)s)",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits in every run on GPUs, too, as they are on CPUs; slower",
+    )
+
+
+def _add_watching(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("while it runs")
+    count = {"type": cli_values.at_least(1), "metavar": "N"}
+    again = group.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with OUTPUT.training, which an earlier run with the same data, start and "
+        "settings left, if there is one",
+    )
+    again.add_argument(
+        "--overwrite", action="store_true", help="throw OUTPUT.training away, if it exists"
+    )
+    group.add_argument(
+        "--checkpoint-every",
+        type=cli_values.interval,
+        default=(None, 600),
+        metavar="N|TIME",
+        help="steps, such as 500, or a time, such as 90s or 1h: what kill -9 loses at most "
+        "(default: 10m)",
+    )
+    group.add_argument(
+        "--validate-every",
+        **count,
+        help="steps between two validations (default: an epoch, or all --steps)",
+    )
+    group.add_argument(
+        "--metrics",
+        type=cli_values.names,
+        metavar="NAME,NAME",
+        help="generate from --validation when it validates, and score the outputs: "
+        f"{', '.join((*scores.METRICS, *scores.GROUPS))}",
+    )
+    group.add_argument(
+        "--metrics-pairs",
+        **count,
+        default=200,
+        help="of so many pairs of --validation, the first ones (default: %(default)s)",
+    )
+    group.add_argument(
+        "--monitor",
+        metavar="NAME",
+        help="save the weights that are best on --validation, not the last ones: by loss, accuracy "
+        "or one of the metrics",
+    )
+    group.add_argument(
+        "--patience",
+        **count,
+        help="end after so many validations without a better --monitor (default: never)",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write curves and samples: tensorboard --logdir OUTPUT.training/tensorboard",
+    )

@@ -1,0 +1,504 @@
+"""The loop that trains: to be stopped and gone on with at any step, on one device or many.
+
+Keras's `fit` has no place to begin in the midst of an epoch, and fails with several workers. What a
+step does is Keras's `train_step`, and callbacks are Keras's.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.optimizers import averaged_weights
+from bertgen_tf.training_data import Batch, TrainingData
+from bertgen_tf.training_state import RunFolder, State, assign_variables, read_variables
+
+STRATEGIES = ("auto", "none", "mirrored", "tpu")
+_SOON = 30.0  # seconds of training that are not to be lost while an epoch is measured
+_SAVE, _STOP, _INTERRUPT = range(3)  # what a worker asks all for
+# What TensorFlow raises when a worker does not answer.
+_LOST = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.FailedPreconditionError,
+    tf.errors.InternalError,
+    tf.errors.UnavailableError,
+)
+
+
+class Diverged(ArithmeticError):
+    """The loss or a weight is no number any more: the message tells where."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and did after a step.
+
+    Args:
+        step: how many steps are made.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+class WorkerLost(RuntimeError):
+    """Another worker is gone, without which there is no going on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """How often the state is saved: every so many steps, or after so many seconds."""
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def is_over(self, steps: int, seconds: float) -> bool:
+        """Whether so much since the last time is enough."""
+        over = self.steps is not None and steps >= self.steps
+        return over or (self.seconds is not None and seconds >= self.seconds)
+
+
+@dataclasses.dataclass
+class Clock:
+    """What steps took, in seconds, without the first ones of a shape, which compile."""
+
+    waited: float = 0.0
+    computed: float = 0.0
+    tokens: int = 0
+
+    def add(self, waited: float, computed: float, tokens: int) -> None:
+        """One more step."""
+        self.waited += waited
+        self.computed += computed
+        self.tokens += tokens
+
+    def logs(self) -> dict[str, float]:
+        """Tokens a second, and the share of the time in which a step waited for its batch."""
+        time_of_all = self.waited + self.computed
+        if not time_of_all:
+            return {}
+        return {
+            "tokens_per_second": self.tokens / time_of_all,
+            "waited_for_data": self.waited / time_of_all,
+        }
+
+
+def train(
+    model: EncoderDecoderModel,
+    data: TrainingData,
+    *,
+    steps: int,
+    steps_per_epoch: int | None = None,
+    validation: TrainingData | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    folder: RunFolder | None = None,
+    save_every: Interval = Interval(seconds=600),  # noqa: B008 it is frozen
+    resume: bool = False,
+    complain: Callable[[str], None] = lambda message: None,
+) -> dict[str, list[float]]:
+    """Trains a compiled model, under the `tf.distribute` strategy that it was made in.
+
+    A run that was killed and is gone on with ends with the same weights, bit for bit, as one that
+    was not, on a machine of the same kind: data order, random seeds, optimizer and metrics are
+    those of the step. On GPUs that needs `tf.config.experimental.enable_op_determinism()`.
+
+    Args:
+        model: compiled; with `optimizer.use_ema` it has averaged weights when epochs end, for
+            validation and callbacks, and at last.
+        data: of a batch size that the strategy's replicas divide; each takes its rows.
+        steps: all steps of the training.
+        steps_per_epoch: after so many come validation and `on_epoch_end`; by default a pass over
+            the data.
+        validation: its loss is averaged over all tokens.
+        callbacks: Keras's or others. Logs hold `learning_rate`, `tokens_per_second` and
+            `waited_for_data`, too. What `get_state()` of a callback gives, as JSON has it, is kept
+            and given to `set_state(state)`.
+        folder: where states are kept; its `begin` made it.
+        save_every: at most this is lost when the process is killed. Also each end of an epoch is
+            kept.
+        resume: goes on from the last state in `folder`, if there is one.
+        complain: gets messages about what went wrong but does no harm.
+
+    Returns:
+        the logs of the epochs, by name, as `History.history` of Keras.
+
+    Raises:
+        Diverged: the loss is no number; the states before stay.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a `folder`.
+        OSError: the state could not be written; earlier ones stay.
+        ValueError: the batch size, or a state that is of another model.
+        WorkerLost: see there.
+    """
+    loop = _Loop(model, data, steps, steps_per_epoch or data.steps_per_epoch, validation)
+    loop.folder, loop.save_every, loop.complain = folder, save_every, complain
+    with _signals(loop):
+        try:
+            return loop.run(list(callbacks), resume)
+        except _LOST as error:
+            if not loop.replicas.many_workers:
+                raise
+            raise WorkerLost(
+                "another worker of TF_CONFIG is gone, or cannot be reached: start all of them again"
+            ) from error
+
+
+class Replicas:
+    """Who takes which rows of a batch, under a strategy."""
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        self.strategy = strategy
+        self.count = strategy.num_replicas_in_sync
+        ids = self._values(lambda context: context.replica_id_in_sync_group)
+        local = [int(value) for value in strategy.experimental_local_results(ids)]
+        self.first, self.local = local[0], len(local)
+        self.many_workers = self.local < self.count
+        self.is_chief = self.first == 0
+
+    def dataset(self, data: TrainingData, first: int, last: int) -> tf.data.Dataset:
+        """Of each step a list of the batches of the replicas of this process."""
+        if data.batch_size % self.count:
+            raise ValueError(
+                f"batch_size must be a multiple of the {self.count} replicas that share a batch, "
+                f"received {data.batch_size}."
+            )
+        size = data.batch_size // self.count
+        part = slice(self.first * size, (self.first + self.local) * size)
+
+        def split(*batch: Any) -> tuple[Batch, ...]:
+            return tuple(
+                tf.nest.map_structure(lambda t, i=i: t[i * size : (i + 1) * size], batch)
+                for i in range(self.local)
+            )
+
+        return data.dataset(first, last, part).map(split).prefetch(2)
+
+    def distribute(self, parts: Sequence[Any]) -> Any:
+        """One part for each replica of this process -> an argument of `strategy.run`."""
+        if self.local == 1:
+            return parts[0]
+        return self._values(lambda context: parts[context.replica_id_in_sync_group - self.first])
+
+    def add(self, numbers: Sequence[int]) -> list[int]:
+        """Sums over all workers of their int32 numbers."""
+        if not self.many_workers:
+            return list(numbers)
+        zeros = tf.zeros([len(numbers)], tf.int32)
+        parts = [tf.constant(numbers, tf.int32)] + [zeros] * (self.local - 1)
+        return self._add(self.distribute(parts)).numpy().tolist()
+
+    @tf.function(autograph=False)
+    def _add(self, numbers: Any) -> Any:
+        return self.strategy.experimental_local_results(self.strategy.run(_sum, (numbers,)))[0]
+
+    def _values(self, function: Callable[[Any], Any]) -> Any:
+        return self.strategy.experimental_distribute_values_from_function(function)
+
+
+def _sum(value: Any) -> Any:
+    # On the replica's device, as arguments are not.
+    value = tf.identity(value)
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
+class _Loop:
+    """One training."""
+
+    folder: RunFolder | None
+    save_every: Interval
+    complain: Callable[[str], None]
+
+    def __init__(
+        self,
+        model: EncoderDecoderModel,
+        data: TrainingData,
+        steps: int,
+        steps_per_epoch: int,
+        validation: TrainingData | None,
+    ):
+        self.model, self.data, self.validation = model, data, validation
+        self.steps, self.steps_per_epoch = steps, min(steps_per_epoch, steps)
+        self.step = self.epoch = 0
+        self.replicas = Replicas(model.distribute_strategy)
+        self.interrupted = self.may_finish_step = False
+        self.clock = Clock()
+        self._logs: dict[str, float] = {}  # of the last step
+        self._shapes: set[tuple] = set()
+        self._saved = (-1, -1)
+
+    # ------------------------------------------------------------------ the run
+
+    def run(
+        self, callbacks: list[keras.callbacks.Callback], resume: bool
+    ) -> dict[str, list[float]]:
+        model = self.model
+        with self.replicas.strategy.scope():
+            model.optimizer.build(model.trainable_variables)
+        self._make_functions()
+        epochs = -(-self.steps // self.steps_per_epoch)
+        listed = keras.callbacks.CallbackList(
+            callbacks, add_history=True, model=model, epochs=epochs, steps=self.steps_per_epoch
+        )
+        self._callbacks = listed.callbacks
+        state = self._find_state() if resume and self.folder is not None else None
+        if state is not None:
+            self.step, self.epoch = state.step, state.epoch
+        batches = iter(self.replicas.dataset(self.data, self.step, self.steps))
+        model.stop_training = False
+        if state is not None:
+            self._restore(state)
+        listed.on_train_begin()
+        if state is not None:  # Keras has emptied it
+            history = state.callbacks["history"]
+            model.history.epoch, model.history.history = history["epoch"], history["history"]
+        self._saved, self._saved_at = (self.step, self.epoch), time.monotonic()
+        while self.step < self.steps or self.epoch < epochs:
+            if model.stop_training:
+                break
+            self._run_epoch(batches, listed)
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+        model.train_function = None  # `fit` makes its own
+        listed.on_train_end(self._logs)
+        return model.history.history
+
+    def _run_epoch(self, batches: Iterator, callbacks: keras.callbacks.CallbackList) -> None:
+        """The rest of an epoch, and what follows its last step."""
+        model = self.model
+        start = self.epoch * self.steps_per_epoch
+        end = min(start + self.steps_per_epoch, self.steps)
+        if self.step == start:
+            model.reset_metrics()
+        callbacks.on_epoch_begin(self.epoch)
+        clock = Clock()
+        while self.step < end and not model.stop_training:
+            callbacks.on_train_batch_begin(self.step - start)
+            self._logs = self._make_step(next_batch=lambda: next(batches), clock=clock)
+            callbacks.on_train_batch_end(self.step - start - 1, self._logs)
+            self._attend()
+        stopped = model.stop_training
+        self._save_if_due(_SOON)  # what follows can take long
+        logs = {**self._logs, **clock.logs()}
+        with averaged_weights(model):
+            if self.validation is not None:
+                results = self._evaluate(callbacks)
+                logs.update({f"val_{name}": value for name, value in results.items()})
+            callbacks.on_epoch_end(self.epoch, logs)
+        # What one worker decides holds for all.
+        model.stop_training = stopped or bool(self.replicas.add([int(model.stop_training)])[0])
+        self.epoch += 1
+        ended = model.stop_training or self.step == self.steps
+        self._save_if_due(0.0 if ended else _SOON)
+
+    def _make_step(self, next_batch: Callable[[], Any], clock: Clock) -> dict[str, float]:
+        began = time.perf_counter()
+        parts = next_batch()
+        arrived = time.perf_counter()
+        self.may_finish_step = True
+        rate = float(tf.convert_to_tensor(self.model.optimizer.learning_rate))
+        shape = tuple(tuple(t.shape) for t in tf.nest.flatten(parts[0]))
+        if self.model.train_function is not self._step_function:
+            # A callback has changed what trains, and asked for another as `fit` would need it.
+            self._make_functions()
+        results = self._step_function(self.replicas.distribute(parts))
+        logs = {name: float(value) for name, value in results.items()}
+        ended = time.perf_counter()
+        tokens = self.data.tokens(self.step)
+        if shape in self._shapes:
+            for one in (clock, self.clock):
+                one.add(arrived - began, ended - arrived, tokens)
+        self._shapes.add(shape)
+        self.step += 1
+        if not math.isfinite(logs["loss"]):
+            raise Diverged(
+                f"the loss is {logs['loss']} at step {self.step:,}, with the learning rate "
+                f"{rate:.3g}"
+            )
+        return {**logs, "learning_rate": rate, **clock.logs()}
+
+    def _attend(self) -> None:
+        """After a step: saves, or stops, if that is asked for by anybody or by the time."""
+        asked = [0, 0, 0]
+        asked[_SAVE] = int(self._is_due())
+        asked[_STOP] = int(self.model.stop_training)
+        asked[_INTERRUPT] = int(self.interrupted)
+        asked = self.replicas.add(asked)
+        self.model.stop_training = bool(asked[_STOP])
+        if asked[_SAVE] or asked[_INTERRUPT]:
+            self._save()
+        self.may_finish_step = False
+        if asked[_INTERRUPT]:
+            raise Interrupted(self.step)
+
+    def _is_due(self, most: float = math.inf) -> bool:
+        """Whether the chief wants a state, `most` seconds after the last one in any case."""
+        steps, seconds = self.step - self._saved[0], time.monotonic() - self._saved_at
+        due = self.save_every.is_over(steps, seconds) or seconds >= most
+        return due and self.replicas.is_chief
+
+    def _save_if_due(self, most: float) -> None:
+        if self.replicas.add([int(self._is_due(most))])[0]:
+            self._save()
+
+    # ------------------------------------------------------------------ graphs
+
+    def _make_functions(self) -> None:
+        model, strategy = self.model, self.replicas.strategy
+
+        def train_step(batch: Batch) -> None:
+            model.train_step(batch)
+
+        def test_step(batch: Batch) -> Any:
+            x, y, weight = batch
+            logits = model(x, training=False)
+            loss = model.compute_loss(x, y, logits, weight, training=False)
+            model.compute_metrics(x, y, logits, sample_weight=weight)
+            # Of all replicas: what Keras divides by their number adds up to the mean.
+            return _sum(loss) if self.replicas.count > 1 else loss
+
+        if model.jit_compile and self.replicas.count == 1:
+            train_step = tf.function(train_step, jit_compile=True, autograph=False)
+            test_step = tf.function(test_step, jit_compile=True, autograph=False)
+
+        @tf.function(autograph=False)
+        def step(batch: Any) -> dict[str, Any]:
+            strategy.run(train_step, (batch,))
+            return model.get_metrics_result()
+
+        @tf.function(autograph=False)
+        def test(batch: Any) -> Any:
+            return strategy.experimental_local_results(strategy.run(test_step, (batch,)))[0]
+
+        self._step_function, self._test_function = step, test
+        self._shapes.clear()
+        model.train_function = step
+
+    def _metrics(self) -> dict[str, float]:
+        return {name: float(value) for name, value in self.model.get_metrics_result().items()}
+
+    def _evaluate(self, callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
+        """The loss a token, and the metrics, of the validation data."""
+        data, model = self.validation, self.model
+        model.reset_metrics()
+        callbacks.on_test_begin()
+        losses, counts = [], []
+        for i, parts in enumerate(self.replicas.dataset(data, 0, data.steps_per_epoch)):
+            callbacks.on_test_batch_begin(i)
+            losses.append(float(self._test_function(self.replicas.distribute(parts))))
+            counts.append(data.target_tokens(i))
+            callbacks.on_test_batch_end(i)
+        logs = {**self._metrics(), "loss": float(np.average(losses, weights=counts))}
+        callbacks.on_test_end(logs)
+        return logs
+
+    # ------------------------------------------------------------------ states
+
+    def _save(self) -> None:
+        if self.folder is None or self._saved == (self.step, self.epoch):
+            return
+        tensors = read_variables(self.model)
+        for name, tensor in tensors.items():
+            # A gradient can be infinite where the loss is not yet.
+            if name.startswith("model/") and not np.isfinite(tensor).all():
+                raise Diverged(f"a weight is no number after step {self.step:,}")
+        states = {name: callback.get_state() for name, callback in self._with_state().items()}
+        history = self.model.history
+        states["history"] = {"epoch": history.epoch, "history": history.history}
+        states["logs"] = self._logs
+        if self.replicas.is_chief:
+            self.folder.save(State(self.step, self.epoch, tensors, states))
+        self._saved, self._saved_at = (self.step, self.epoch), time.monotonic()
+
+    def _with_state(self) -> dict[str, Any]:
+        """The callbacks that have one, by name: others may come and go."""
+        found: dict[str, Any] = {}
+        for callback in self._callbacks:
+            if hasattr(callback, "get_state"):
+                kind = type(callback).__name__
+                found[f"{kind} {sum(name.startswith(kind) for name in found)}"] = callback
+        return found
+
+    def _find_state(self) -> State | None:
+        """The chief's last state, for all workers."""
+        if not self.replicas.many_workers:
+            return self.folder.load(self.complain)
+        state = self.folder.load(self.complain) if self.replicas.is_chief else None
+        step = self.replicas.add([0 if state is None else state.step + 1])[0] - 1
+        if step >= 0 and not self.replicas.is_chief:
+            state = self.folder.load(self.complain, step)
+            if state is None:
+                raise OSError(
+                    f"{self.folder.path} must be the same folder for all workers, but the state of "
+                    f"step {step} is not in this worker's"
+                )
+        return state
+
+    def _restore(self, state: State) -> None:
+        # Metrics have no variables before a step was traced.
+        parts = next(iter(self.replicas.dataset(self.data, 0, 1)))
+        self._step_function.get_concrete_function(self.replicas.distribute(parts))
+        assign_variables(self.model, state.tensors)
+        if self.folder is not None and self.replicas.is_chief:
+            self.folder.cut_log(state.step)
+        for name, callback in self._with_state().items():
+            if name in state.callbacks:
+                callback.set_state(state.callbacks[name])
+        self._logs = state.callbacks["logs"]
+
+
+@contextlib.contextmanager
+def _signals(loop: _Loop) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end the training after the step that is under way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        # A second time it is meant at once. Workers have to agree in any case.
+        if loop.interrupted or not (loop.may_finish_step or loop.replicas.many_workers):
+            raise KeyboardInterrupt
+        loop.interrupted = True
+
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def make_strategy(distribute: str = "auto", workers: bool = False) -> tf.distribute.Strategy:
+    """The `tf.distribute` strategy for what there is, to make a model in.
+
+    Args:
+        distribute: of `STRATEGIES`. "auto" takes all GPUs of this machine, "mirrored" all GPUs or
+            else all logical CPUs, "tpu" a TPU (never tried), "none" one device.
+        workers: whether TF_CONFIG names several, who then share each batch, unless "none" is asked
+            for. TensorFlow must not have done anything before.
+    """
+    if distribute not in STRATEGIES:
+        raise ValueError(
+            f"distribute must be one of {', '.join(STRATEGIES)}, received {distribute!r}."
+        )
+    if workers and distribute != "none":
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    if distribute == "tpu":
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver()
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    if distribute == "mirrored" or (
+        distribute == "auto" and len(devices) > 1 and devices[0].device_type == "GPU"
+    ):
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return tf.distribute.get_strategy()

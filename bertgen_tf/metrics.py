@@ -1,0 +1,407 @@
+"""Scores of generated texts against references: exact match, SARI, BLEU, chrF and ROUGE.
+
+Every score is a percentage. That of a corpus comes from statistics of its examples, so that
+subsets, and the resamples of `bertgen_tf.significance`, cost sums, not strings.
+
+BLEU and chrF are sacrebleu's, ROUGE is rouge-score's: `pip install 'bertgen_tf[metrics]'`.
+"""
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertgen_tf.sari import sari_scores
+
+METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
+GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}
+# Sacrebleu's that need neither a download nor another package.
+TOKENIZERS = ("13a", "intl", "none", "char", "zh")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MetricResult:
+    """One metric over all examples.
+
+    Attributes:
+        name: of `METRICS`.
+        value: percent, of all examples.
+        signature: what decides the value: tokens, case, version.
+        details: its parts, by their names; empty for most metrics.
+        examples: percent of each example [n]; None for BLEU, which has no such thing.
+        statistics: of each example [n, k].
+        combine: their sums [k], and the number of examples -> percent.
+    """
+
+    name: str
+    value: float
+    signature: str
+    details: dict[str, float]
+    examples: np.ndarray | None
+    statistics: np.ndarray = dataclasses.field(repr=False)
+    combine: Callable[[np.ndarray, int], float] = dataclasses.field(repr=False)
+
+    def of(self, examples: Any) -> float:
+        """The value over some examples: their indices, or a mask [n]."""
+        chosen = self.statistics[examples]
+        if not len(chosen):
+            raise ValueError(f"{self.name} needs an example, received none")
+        return self.combine(chosen.sum(axis=0), len(chosen))
+
+
+References = Sequence[str] | Sequence[Sequence[str]]
+
+
+def compute(
+    metrics: str | Iterable[str],
+    sources: Sequence[str] | None,
+    predictions: Sequence[str],
+    references: References,
+    *,
+    lowercase: bool = False,
+    tokenize: str = "13a",
+) -> dict[str, MetricResult]:
+    """Several metrics at once.
+
+    Args:
+        metrics: names of `METRICS` or `GROUPS`, or one name.
+        sources: what was generated from [n]; None will do where no SARI is asked for.
+        predictions: what was generated [n].
+        references: what is right [n], one text or several for each prediction.
+        lowercase: whether case is ignored (ROUGE always ignores it).
+        tokenize: what the words of BLEU and SARI are: one of `TOKENIZERS`, sacrebleu's names;
+            "none" for texts whose tokens stand between spaces already.
+
+    Returns:
+        the results by their names, in the order asked for.
+
+    Raises:
+        ValueError: an unknown name, no examples, different numbers of them, no reference.
+        TypeError: something that is no text.
+        ImportError: a package is not installed.
+    """
+    names = expand(metrics)
+    if sources is None and not {"sari", "sari_f1"}.isdisjoint(names):
+        raise ValueError("sources must be given for SARI, received None")
+    options = {"lowercase": lowercase, "tokenize": tokenize}
+    functions = {
+        "exact": lambda: exact_match(predictions, references, lowercase=lowercase),
+        "sari": lambda: sari(sources, predictions, references, **options),
+        "sari_f1": lambda: sari(sources, predictions, references, deletion_beta=1, **options),
+        "bleu": lambda: bleu(predictions, references, **options),
+        "chrf": lambda: chrf(predictions, references, lowercase=lowercase),
+    }
+    kinds = [name for name in names if name.startswith("rouge")]
+    scores = rouge(predictions, references, kinds) if kinds else {}
+    return {name: scores[name] if name in scores else functions[name]() for name in names}
+
+
+def expand(metrics: str | Iterable[str]) -> tuple[str, ...]:
+    """The names of `METRICS` that names and groups stand for, each once.
+
+    Raises:
+        ValueError: an unknown name, or none.
+    """
+    given = [metrics] if isinstance(metrics, str) else list(metrics)
+    known = (*METRICS, *GROUPS)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"metrics must be of {', '.join(known)}, received {name!r}")
+    if not given:
+        raise ValueError(f"metrics must be some of {', '.join(known)}, received none")
+    return tuple(dict.fromkeys(kind for name in given for kind in GROUPS.get(name, (name,))))
+
+
+def exact_match(
+    predictions: Sequence[str], references: References, *, lowercase: bool = False
+) -> MetricResult:
+    """The share of predictions that are one of their references; white space may differ.
+
+    Args:
+        predictions: what was generated [n].
+        references: what is right [n], one text or several for each prediction.
+        lowercase: whether case is ignored.
+    """
+    lists = _check(predictions, references)
+
+    def normalise(text: str) -> str:
+        return " ".join(_lower(text, lowercase).split())
+
+    examples = [
+        100.0 * (normalise(prediction) in [normalise(text) for text in texts])
+        for prediction, texts in zip(predictions, lists, strict=True)
+    ]
+    return _mean("exact", f"case:{_case(lowercase)}", np.array(examples))
+
+
+def sari(
+    sources: Sequence[str],
+    predictions: Sequence[str],
+    references: References,
+    *,
+    lowercase: bool = False,
+    tokenize: str = "13a",
+    deletion_beta: float = 0.0,
+) -> MetricResult:
+    """SARI, as the BertGeneration paper has it: how well words are kept, added and deleted.
+
+    SARI is of Xu et al. 2016, "Optimizing Statistical Machine Translation for Text Simplification".
+    The paper (Rothe et al. 2020) takes the definition of tensor2tensor's `sari_hook`: the mean over
+    sentences of the mean of three F scores, each a mean over n-grams of 1 to 4 words. It differs
+    from the published code of Xu et al.: 0/0 is 1 (a perfect prediction has 100 percent), n-grams
+    count once however often a sentence has them, and precision and recall are ratios of sums. EASSE
+    adds up the counts of all sentences and takes F1 for deletions: its values are others.
+
+    Deletions count by their precision alone: who deletes nothing has all of it, so that copying the
+    source scores high where little is to be deleted. `deletion_beta=1`, the metric "sari_f1" of
+    `compute`, takes their F1 instead, as LaserTagger (Malmi et al. 2019) and FELIX do with the same
+    `sari_hook`. The paper does not tell its beta; 0 is the default there.
+
+    Args:
+        sources: what was generated from [n].
+        predictions: what was generated [n].
+        references: what is right [n], one text or several for each prediction.
+        lowercase: whether case is ignored.
+        tokenize: what words are, one of `TOKENIZERS`.
+        deletion_beta: of the F score of deletions: 0 for their precision, 1 for F1.
+
+    Returns:
+        the result, with "keep", "add" and "delete" as its details.
+    """
+    lists = _check(predictions, references, sources)
+    if not deletion_beta >= 0:
+        raise ValueError(f"deletion_beta must be at least 0, received {deletion_beta}")
+    words = _tokenizer(tokenize)
+
+    def split(text: str) -> list[str]:
+        return words(_lower(text, lowercase)).split()
+
+    parts = 100.0 * np.array(
+        [
+            sari_scores(split(source), split(prediction), [*map(split, texts)], deletion_beta)
+            for source, prediction, texts in zip(sources, predictions, lists, strict=True)
+        ]
+    )
+    result = _mean(
+        "sari_f1" if deletion_beta == 1 else "sari",
+        f"case:{_case(lowercase)}|tok:{tokenize}|beta_deletion:{deletion_beta:g}|zero_by_zero:1",
+        parts.mean(axis=1),
+    )
+    details = dict(zip(("keep", "add", "delete"), map(float, parts.mean(axis=0)), strict=True))
+    return dataclasses.replace(result, details=details)
+
+
+def bleu(
+    predictions: Sequence[str],
+    references: References,
+    *,
+    lowercase: bool = False,
+    tokenize: str = "13a",
+) -> MetricResult:
+    """BLEU of the corpus, sacrebleu's.
+
+    The paper's BLEU of WikiSplit (NLTK, cased, tokens between spaces) is `tokenize="none"`; that of
+    WMT (the script of tensorflow/models, uncased) `tokenize="intl", lowercase=True`.
+
+    Args:
+        predictions: what was generated [n].
+        references: what is right [n], one text or several for each prediction.
+        lowercase: whether case is ignored.
+        tokenize: what words are, one of `TOKENIZERS`.
+
+    Returns:
+        the result; its details are the precisions of 1 to 4 words, in percent, the brevity penalty
+        and the lengths, in words.
+    """
+    lists = _check(predictions, references)
+    _check_tokenizer(tokenize)
+    # `force` keeps it from warning of tokens that stand between spaces.
+    metric = _import("sacrebleu").BLEU(lowercase=lowercase, tokenize=tokenize, force=True)
+    statistics = _sacrebleu_statistics(metric, predictions, lists)
+
+    def score(sums: np.ndarray) -> Any:
+        return metric._compute_score_from_stats(sums.tolist())
+
+    total = score(statistics.sum(axis=0))
+    details = {f"precision{n}": float(p) for n, p in enumerate(total.precisions, 1)}
+    details |= {
+        "brevity_penalty": float(total.bp),
+        "length": float(total.sys_len),
+        "reference_length": float(total.ref_len),
+    }
+    return MetricResult(
+        "bleu",
+        float(total.score),
+        str(metric.get_signature()),
+        details,
+        None,
+        statistics,
+        lambda sums, count: float(score(sums).score),
+    )
+
+
+def chrf(
+    predictions: Sequence[str], references: References, *, lowercase: bool = False
+) -> MetricResult:
+    """ChrF of the corpus (character n-grams, Popović 2015), sacrebleu's.
+
+    Args:
+        predictions: what was generated [n].
+        references: what is right [n], one text or several for each prediction.
+        lowercase: whether case is ignored.
+    """
+    lists = _check(predictions, references)
+    metric = _import("sacrebleu").CHRF(lowercase=lowercase)
+    statistics = _sacrebleu_statistics(metric, predictions, lists)
+
+    def combine(sums: np.ndarray, count: int = 1) -> float:
+        return float(metric._compute_score_from_stats(sums.tolist()).score)
+
+    return MetricResult(
+        "chrf",
+        combine(statistics.sum(axis=0)),
+        str(metric.get_signature()),
+        {},
+        np.array([combine(row) for row in statistics]),
+        statistics,
+        combine,
+    )
+
+
+def _sacrebleu_statistics(
+    metric: Any, predictions: Sequence[str], references: list[list[str]]
+) -> np.ndarray:
+    """[n, k]; sacrebleu has them for its own significance tests only, under these names."""
+    streams = max(map(len, references))
+    # Its references stand by stream, None where an example has fewer.
+    by_stream = [[r[i] if i < len(r) else None for r in references] for i in range(streams)]
+    return np.array(metric._extract_corpus_statistics(list(predictions), by_stream), float)
+
+
+def rouge(
+    predictions: Sequence[str],
+    references: References,
+    kinds: Iterable[str] = GROUPS["rouge"],
+    *,
+    stemmer: bool = True,
+) -> dict[str, MetricResult]:
+    """ROUGE F1, rouge-score's; of several references the best.
+
+    Args:
+        predictions: what was generated [n].
+        references: what is right [n], one text or several for each prediction.
+        kinds: "rouge1", "rouge2", "rougeL" (longest common subsequence of the texts) and
+            "rougeLsum" (of their sentences, which stand in lines: the ROUGE-L of CNN/DailyMail).
+        stemmer: Porter's, as the published figures have it.
+
+    Returns:
+        the results by kind.
+    """
+    lists = _check(predictions, references)
+    scorer = _import("rouge_score.rouge_scorer").RougeScorer(list(kinds), use_stemmer=stemmer)
+    rows = [
+        scorer.score_multi(texts, prediction)
+        for prediction, texts in zip(predictions, lists, strict=True)
+    ]
+    version = importlib.metadata.version("rouge-score")
+    signature = f"stemmer:{'yes' if stemmer else 'no'}|version:{version}"
+    return {
+        kind: _mean(kind, signature, np.array([100.0 * row[kind].fmeasure for row in rows]))
+        for kind in kinds
+    }
+
+
+def subset(results: dict[str, MetricResult], examples: np.ndarray) -> dict[str, MetricResult]:
+    """The same metrics over some examples: their indices, or a mask [n].
+
+    The details are those of all examples no more, and left out.
+    """
+    return {
+        name: dataclasses.replace(
+            result,
+            value=result.of(examples),
+            details={},
+            examples=None if result.examples is None else result.examples[examples],
+            statistics=result.statistics[examples],
+        )
+        for name, result in results.items()
+    }
+
+
+def _mean(name: str, signature: str, examples: np.ndarray) -> MetricResult:
+    return MetricResult(
+        name,
+        float(examples.mean()),
+        signature,
+        {},
+        examples,
+        examples[:, None],
+        lambda sums, count: float(sums[0] / count),
+    )
+
+
+def _check(
+    predictions: Sequence[str], references: References, sources: Sequence[str] | None = None
+) -> list[list[str]]:
+    """The references of each prediction, when all is as it should be."""
+    for name, values in (
+        ("predictions", predictions),
+        ("references", references),
+        ("sources", sources),
+    ):
+        if values is None and name == "sources":
+            continue
+        if isinstance(values, str):
+            raise TypeError(f"{name} must be a list of texts, received one text: {values[:40]!r}")
+        if not len(values):
+            raise ValueError(f"{name} must have at least one text, received none")
+        if len(values) != len(predictions):
+            raise ValueError(
+                f"{name} must be as many as predictions, {len(predictions)}, received {len(values)}"
+            )
+    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    for index, texts in enumerate(lists):
+        if not texts:
+            raise ValueError(f"references must have a text for each prediction, [{index}] has none")
+    columns = {"predictions": [[text] for text in predictions], "references": lists}
+    if sources is not None:
+        columns["sources"] = [[text] for text in sources]
+    for name, rows in columns.items():
+        for index, row in enumerate(rows):
+            for text in row:
+                if not isinstance(text, str):
+                    raise TypeError(f"{name} must be texts, but [{index}] is {text!r}")
+    return lists
+
+
+def _tokenizer(name: str) -> Callable[[str], str]:
+    """Puts spaces between tokens."""
+    _check_tokenizer(name)
+    if name == "none":
+        return lambda text: text
+    return _import("sacrebleu").BLEU(tokenize=name).tokenizer
+
+
+def _check_tokenizer(name: str) -> None:
+    if name not in TOKENIZERS:
+        raise ValueError(f"tokenize must be one of {', '.join(TOKENIZERS)}, received {name!r}")
+
+
+def _lower(text: str, lowercase: bool) -> str:
+    return text.lower() if lowercase else text
+
+
+def _case(lowercase: bool) -> str:
+    return "lc" if lowercase else "mixed"
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0].replace("_", "-")
+        raise ImportError(
+            f"this metric needs the package {package}: pip install 'bertgen_tf[metrics]'"
+        ) from error

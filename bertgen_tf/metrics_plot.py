@@ -1,0 +1,129 @@
+"""Pictures of metrics; needs matplotlib, `pip install 'bertgen_tf[plot]'`."""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from bertgen_tf import metrics, significance
+
+MAX_BINS = 8
+MIN_EXAMPLES = 15  # of a bin
+_RESAMPLES = 300  # of each bin
+_COLOURS = ("#1f5fa8", "#8a8a8a")
+_TITLES = {
+    "exact": "exact match",
+    "sari": "SARI",
+    "sari_f1": "SARI, F1 of deletions",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+}
+
+
+def length_bins(lengths: Sequence[int]) -> list[np.ndarray]:
+    """Examples of about the same length, about as many in each bin.
+
+    Args:
+        lengths: of the examples [n].
+
+    Returns:
+        the indices of each bin, from short to long; examples of one length share a bin.
+    """
+    lengths = np.asarray(lengths)
+    count = max(1, min(MAX_BINS, len(lengths) // MIN_EXAMPLES))
+    edges = np.unique(np.sort(lengths)[np.arange(1, count) * len(lengths) // count])
+    places = np.searchsorted(edges, lengths, side="right")
+    return [np.flatnonzero(places == place) for place in np.unique(places)]
+
+
+def plot_by_length(
+    systems: Sequence[dict[str, metrics.MetricResult]],
+    names: Sequence[str],
+    sources: Sequence[str],
+    path: str | os.PathLike,
+) -> None:
+    """Draws each metric against the length of the source, with 95% bootstrap intervals.
+
+    Args:
+        systems: one or two results of `metrics.compute`, of the same metrics and examples.
+        names: what the legend calls the systems.
+        sources: the texts [n] whose lengths, in words, are meant.
+        path: the file to write; its extension tells the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        # Not pyplot, which would look for a screen.
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise ImportError(
+            "a plot needs the package matplotlib: pip install 'bertgen_tf[plot]'"
+        ) from error
+    lengths = np.array([len(source.split()) for source in sources])
+    bins = length_bins(lengths)
+    centres = np.array([lengths[examples].mean() for examples in bins])
+    kinds = list(systems[0])
+    columns = 2 if len(kinds) == 4 else min(3, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    figure = Figure(figsize=(0.6 + 3.2 * columns, 1.1 + 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
+    for system, (results, colour) in enumerate(zip(systems, _COLOURS, strict=False)):
+        parts = [metrics.subset(results, examples) for examples in bins]
+        intervals = [significance.bootstrap(part, resamples=_RESAMPLES) for part in parts]
+        # Side by side, so that neither hides the other's bars.
+        shift = 0.012 * np.ptp(lengths) * (system - (len(systems) - 1) / 2)
+        for kind, axis in zip(kinds, axes, strict=False):
+            values = np.array([part[kind].value for part in parts])
+            low = values - [interval[kind].low for interval in intervals]
+            high = [interval[kind].high for interval in intervals] - values
+            axis.errorbar(
+                centres + shift,
+                values,
+                yerr=np.maximum(0, [low, high]),
+                color=colour,
+                marker="o",
+                markersize=4,
+                linewidth=1.5,
+                elinewidth=1,
+                capsize=2.5,
+                label=names[system],
+            )
+            axis.axhline(results[kind].value, color=colour, linewidth=0.8, linestyle=":")
+    for kind, axis in zip(kinds, axes, strict=False):
+        axis.set_title(_TITLES[kind], fontsize=10, loc="left")
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        bottom, top = axis.get_ylim()
+        margin = 0.03 * (top - bottom)  # room for the points at 0 and 100
+        axis.set_ylim(max(bottom, -margin), min(top, 100 + margin))
+    for axis in axes[len(kinds) :]:
+        axis.set_visible(False)
+    for index in range(len(kinds)):
+        if index + columns >= len(kinds):
+            axes[index].tick_params(labelbottom=True)
+            axes[index].set_xlabel("words of the source", fontsize=9)
+        if index % columns == 0:
+            axes[index].set_ylabel("percent", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=len(labels), fontsize=9, frameon=False
+    )
+    sizes = [len(examples) for examples in bins]
+    size = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{sizes[0]}"
+    figure.supxlabel(
+        f"{len(lengths):,} examples, {size} a point; bars: 95% bootstrap intervals; dotted: all "
+        "examples",
+        fontsize=8,
+        color="#555555",
+    )
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,317 @@
+"""Keras callbacks for training: generated texts and their scores, the best weights, progress."""
+
+import datetime
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import keras
+import tensorflow as tf
+
+from bertgen_tf import metrics as scores
+from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generator import BATCH_SIZE
+from bertgen_tf.training_state import RunFolder, load_tensors, save_tensors
+
+_INTERVAL = 10.0  # seconds between lines, where there is no terminal
+_SHOWN = 8  # texts for TensorBoard
+
+
+class GenerateCallback(keras.callbacks.Callback):
+    """Generates from held-out sources when epochs end, writes the outputs and their scores.
+
+    The scores become logs, such as `val_bleu`, so that callbacks after this one can monitor them:
+
+        keras.callbacks.ModelCheckpoint("best.keras", "val_bleu", mode="max", save_best_only=True)
+
+    Args:
+        sources: texts to generate from.
+        references: what is right for each, a text or several.
+        metrics: names of `bertgen_tf.metrics`, such as ("exact", "sari", "bleu", "rouge").
+        every: epochs between two times.
+        folder: where the outputs of an epoch are written, as `epoch-0001.jsonl`; None for nowhere.
+        generation_config: settings; by default the model's own.
+        batch_size: how many are generated together, at most.
+        jit_compile: see `EncoderDecoderModel.generate`.
+
+    Raises:
+        ImportError: a metric needs a package that is not installed.
+        ValueError: an unknown metric, or not one reference for each source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        references: Sequence[str] | Sequence[Sequence[str]],
+        metrics: Sequence[str] = ("exact",),
+        *,
+        every: int = 1,
+        folder: str | os.PathLike | None = None,
+        generation_config: GenerationConfig | None = None,
+        batch_size: int = BATCH_SIZE,
+        jit_compile: bool = True,
+    ):
+        super().__init__()
+        if every < 1:
+            raise ValueError(f"every must be at least 1, received {every!r}.")
+        self.sources, self.references = list(sources), list(references)
+        self.metrics = scores.expand(metrics)
+        # Sources for outputs: what would go wrong after an epoch goes wrong now.
+        scores.compute(self.metrics, self.sources, self.sources, self.references)
+        self.every = every
+        self.folder = None if folder is None else pathlib.Path(folder)
+        self.generation_config = generation_config
+        self.batch_size, self.jit_compile = batch_size, jit_compile
+        self.outputs: list[str] = []
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if (epoch + 1) % self.every:
+            return
+        self.outputs = self.model.generate(
+            self.sources,
+            self.generation_config,
+            num_return_sequences=1,
+            batch_size=self.batch_size,
+            jit_compile=self.jit_compile,
+            verbose=0,
+        )
+        results = scores.compute(self.metrics, self.sources, self.outputs, self.references)
+        if logs is not None:
+            logs.update({f"val_{name}": result.value for name, result in results.items()})
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / f"epoch-{epoch + 1:04d}.jsonl", "w", encoding="utf-8") as file:
+            for row in zip(self.sources, self.outputs, self.references, strict=True):
+                values = dict(zip(("source", "output", "reference"), row, strict=True))
+                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+
+class KeepBest(keras.callbacks.Callback):
+    """Keeps the best weights in a file, and ends the training when they do not get better.
+
+    With a moving average of the weights it is the average that is kept.
+
+    Args:
+        path: of the file, for `load`.
+        monitor: the name of a log, such as "val_loss" or "val_bleu".
+        patience: end after so many epochs without a better value; None for never.
+    """
+
+    def __init__(self, path: str | os.PathLike, monitor: str, patience: int | None = None):
+        super().__init__()
+        self.path, self.monitor, self.patience = pathlib.Path(path), monitor, patience
+        self.sign = -1 if monitor.endswith("loss") else 1
+        self.best: float | None = None
+        self.best_epoch = self.waited = 0
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        value = (logs or {}).get(self.monitor)
+        if value is None:  # not measured after this epoch
+            return
+        if self.best is None or self.sign * value > self.sign * self.best:
+            weights = self.model.get_weights()
+            save_tensors(self.path, {f"{i:05d}": w for i, w in enumerate(weights)})
+            self.best, self.best_epoch, self.waited = float(value), epoch + 1, 0
+        else:
+            self.waited += 1
+        self._stop()
+
+    def load(self, model: keras.Model) -> None:
+        """Gives a model the best weights, if there are any."""
+        if self.best is not None:
+            tensors, _ = load_tensors(self.path)
+            model.set_weights([tensors[name] for name in sorted(tensors)])
+
+    def get_state(self) -> dict[str, Any]:
+        """For `bertgen_tf.finetuning.train`."""
+        return {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """For `bertgen_tf.finetuning.train`."""
+        self.best, self.waited = state["best"], state["waited"]
+        self.best_epoch = state["best_epoch"]
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.patience is not None and self.waited >= self.patience:
+            self.model.stop_training = True
+
+
+class Log(keras.callbacks.Callback):
+    """Shows how training goes, and writes it to the log of a folder.
+
+    A terminal has Keras's bar; elsewhere there is a line now and then.
+
+    Args:
+        steps: of the whole training.
+        folder: whose log it is; None for none.
+        step: how many steps are made when training begins.
+        file: to write to; by default standard output.
+    """
+
+    def __init__(
+        self, steps: int, folder: RunFolder | None = None, step: int = 0, file: TextIO | None = None
+    ):
+        super().__init__()
+        self.steps, self.step, self.folder = steps, step, folder
+        self.file = file or sys.stdout
+        self._bar: keras.utils.Progbar | None = None
+        self._shown = self._began = time.monotonic()
+        self._first = step
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """For `bertgen_tf.finetuning.train`."""
+        self.step = self._first = state["step"]
+
+    def get_state(self) -> dict[str, Any]:
+        """For `bertgen_tf.finetuning.train`."""
+        return {"step": self.step}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._began = self._shown = time.monotonic()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if not self.file.isatty():
+            return
+        per_epoch = self.params["steps"]
+        # An epoch that was begun earlier has a bar for what is left of it.
+        left = min((epoch + 1) * per_epoch, self.steps) - self.step
+        time_left = f", {self._time_left()} left" if self.step > self._first else ""
+        self._write(f"Epoch {epoch + 1}/{self.params['epochs']}{time_left}\n")
+        self._bar = keras.utils.Progbar(left, stateful_metrics=["loss", "accuracy", "tokens/s"])
+        self._bar_start = self.step
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self.step += 1
+        logs = logs or {}
+        if self._bar is not None:
+            shown = {"loss": "loss", "accuracy": "accuracy", "tokens_per_second": "tokens/s"}
+            values = [(new, logs[name]) for name, new in shown.items() if name in logs]
+            # The last one comes with the results of the epoch.
+            self._bar.update(self.step - self._bar_start, values, finalize=False)
+        if time.monotonic() - self._shown >= _INTERVAL:
+            self._shown = time.monotonic()
+            if self._bar is None:
+                text = f"step {self.step:,} of {self.steps:,}: {_describe(logs)}"
+                self._write(f"{text}, {self._time_left()} left\n")
+            self._log(logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._bar is not None:
+            self._write("\n")
+            self._bar = None
+        self._write(f"epoch {epoch + 1} of {self.params['epochs']}: {_describe(logs or {})}\n")
+        self._log({"epoch": epoch + 1, **(logs or {})})
+        self._shown = time.monotonic()
+
+    def _time_left(self) -> str:
+        passed = time.monotonic() - self._began
+        seconds = passed / max(self.step - self._first, 1) * (self.steps - self.step)
+        return str(datetime.timedelta(seconds=round(seconds)))
+
+    def _log(self, logs: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.log(step=self.step, **logs)
+
+    def _write(self, text: str) -> None:
+        self.file.write(text)
+        self.file.flush()
+
+
+class TensorBoardCurves(keras.callbacks.Callback):
+    """Curves of training and validation, and sample outputs, for TensorBoard.
+
+    Args:
+        folder: where its files are written.
+        samples: whose outputs to show.
+        every: steps between two points.
+
+    Raises:
+        ImportError: tensorboard is not installed.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, samples: GenerateCallback | None = None, every: int = 10
+    ):
+        super().__init__()
+        try:
+            import tensorboard  # noqa: F401 `tf.summary` is a part of it
+        except ImportError as error:
+            raise ImportError(
+                "TensorBoard needs tensorboard: pip install 'bertgen_tf[tensorboard]'"
+            ) from error
+        self.folder = str(folder)
+        self.samples, self.every, self.step = samples, every, 0
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """For `bertgen_tf.finetuning.train`."""
+        self.step = state["step"]
+
+    def get_state(self) -> dict[str, Any]:
+        """For `bertgen_tf.finetuning.train`."""
+        return {"step": self.step}
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.writer = tf.summary.create_file_writer(self.folder)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self.step += 1
+        if self.step % self.every == 0:
+            self._write(logs or {}, "train/")
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        validation = {
+            name.removeprefix("val_"): value
+            for name, value in (logs or {}).items()
+            if name.startswith("val_")
+        }
+        self._write(validation, "validation/")
+        samples = self.samples
+        if samples is not None and samples.outputs:
+            columns = (samples.sources, samples.outputs, samples.references)
+            rows = [
+                " | ".join(str(text).replace("|", "\\|") for text in row)
+                for row in list(zip(*columns, strict=True))[:_SHOWN]
+            ]
+            table = "\n".join(["source | output | reference", "---|---|---", *rows])
+            with self.writer.as_default(self.step):
+                tf.summary.text("samples", table)
+        self.writer.flush()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.writer.close()
+
+    def _write(self, logs: dict[str, Any], prefix: str) -> None:
+        with self.writer.as_default(self.step):
+            for name, value in logs.items():
+                tf.summary.scalar(prefix + name, value)
+
+
+def _describe(logs: dict[str, Any]) -> str:
+    """Numbers in words: the validation's after the training's, the speed at last."""
+    parts = []
+    for prefix, words in (("", ""), ("val_", "; validation: ")):
+        names = [n for n in logs if n.startswith("val_") == bool(prefix)]
+        names = [n for n in names if n not in ("tokens_per_second", "waited_for_data")]
+        names.sort(key=lambda n: not n.endswith("loss"))
+        if names:
+            parts.append(words + ", ".join(_number(n.removeprefix(prefix), logs[n]) for n in names))
+    if "tokens_per_second" in logs:
+        parts.append(f"; {logs['tokens_per_second']:,.0f} tokens a second")
+    if not math.isnan(waited := logs.get("waited_for_data", math.nan)):
+        parts.append(f", {waited:.1%} of the time waiting for data")
+    return "".join(parts)
+
+
+def _number(name: str, value: float) -> str:
+    if name == "learning_rate":
+        return f"learning rate {value:.2e}"
+    if name == "accuracy":
+        return f"accuracy {value:.1%}"
+    return f"{name} {value:.2f}" if name in scores.METRICS else f"{name} {value:.4f}"

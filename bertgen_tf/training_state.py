@@ -1,0 +1,342 @@
+"""The folder of a training that is under way: what began it, its state, its log.
+
+| file | what it holds |
+| --- | --- |
+| run.json | what decides the result: settings, digests of the data and of the start |
+| state-STEP.safetensors | weights, random seeds, optimizer, metrics and callbacks after that step |
+| best.safetensors | the best weights so far, if some are chosen |
+| adapter.safetensors | what LoRA trained, when the model is saved |
+| log.jsonl | numbers of each interval and of each epoch, one JSON object a line |
+| samples/ | what was generated after each epoch |
+| tensorboard/ | the same for TensorBoard, if asked for |
+
+A state appears under its name when all of it is on the disk; two are kept, should one be damaged.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+ADAPTER_FILE = "adapter.safetensors"
+RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
+FORMAT = "bertgen_tf training"
+KEPT = 2
+_AGAIN = "--overwrite starts anew"
+
+
+class State(NamedTuple):
+    """Where a training stands.
+
+    Args:
+        step: steps that were made.
+        epoch: epochs that are complete, with all that follows their last step.
+        tensors: arrays by name.
+        callbacks: what the callbacks need to go on, as JSON has it.
+    """
+
+    step: int
+    epoch: int
+    tensors: dict[str, np.ndarray]
+    callbacks: dict[str, Any]
+
+
+class RunFolder:
+    """The folder beside a model that is trained, `OUTPUT.training`.
+
+    Args:
+        output: where the model will be.
+    """
+
+    def __init__(self, output: str | os.PathLike):
+        self.output = pathlib.Path(output)
+        self.path = pathlib.Path(f"{str(output).rstrip('/')}.training")
+
+    def __truediv__(self, name: str) -> pathlib.Path:
+        return self.path / name
+
+    # ------------------------------------------------------------------ what run it is
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raises a ValueError if there is a run that would be lost."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} should be a folder for the training, but is a file")
+        run = self._read_run()
+        if run is None and self.path.exists() and {*os.listdir(self.path)} - {LOCK_FILE}:
+            raise ValueError(
+                f"{self.path} should be new or the folder of a training, but holds other files: "
+                "choose another --output"
+            )
+        if run is not None and not run["complete"] and not resume and not overwrite:
+            raise ValueError(f"{self.path} exists, of a training that did not end; --resume goes "
+                             f"on, {_AGAIN}")  # fmt: skip
+
+    def is_complete(self) -> bool:
+        """Whether a training ended well here."""
+        run = self._read_run()
+        return run is not None and run["complete"]
+
+    def is_begun(self) -> bool:
+        """Whether there is a training to go on with."""
+        run = self._read_run()
+        return run is not None and not run["complete"]
+
+    def check_same(self, settings: dict[str, Any], but: str | None = None) -> None:
+        """Raises a ValueError that names what another run had, if one with `settings` goes on.
+
+        Args:
+            settings: as `begin` got them.
+            but: a name that is not compared.
+        """
+        run = self._read_run()
+        earlier = {} if run is None else run["settings"]
+        settings = json.loads(json.dumps(settings))  # tuples are lists there
+        names = [name for name in {**earlier, **settings} if name != but]
+        other = [name for name in names if earlier.get(name) != settings.get(name)]
+        if other:
+            raise ValueError(
+                f"--resume needs the training that began {self.path}, but that had another "
+                f"{', '.join(other)}; {_AGAIN}"
+            )
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Makes an empty folder for a run with `settings`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # The run.json last: until then what is left is known for a run of ours.
+        names = {*os.listdir(self.path)} - {LOCK_FILE, RUN_FILE}
+        for path in sorted(self / name for name in names):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._write_run(settings, complete=False)
+
+    def end(self) -> None:
+        """The model is saved: only what tells about the training stays."""
+        self._write_run(self._read_run()["settings"], complete=True)
+        for _, path in self._states():
+            path.unlink()
+        (self / BEST_FILE).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Raises an OSError while another process has it."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        path, held = self / LOCK_FILE, f"another training writes to {self.path}: let it end"
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OSError(held) from error
+            except OSError:  # a file system without locks
+                pass
+            # What ended between opening and locking has removed it.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise OSError(held)
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _read_run(self) -> dict[str, Any] | None:
+        try:
+            run = json.loads((self / RUN_FILE).read_text(encoding="utf-8"))
+            if run["format"] == FORMAT and isinstance(run["settings"], dict):
+                return run
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return None
+
+    def _write_run(self, settings: dict[str, Any], complete: bool) -> None:
+        run = {"format": FORMAT, "complete": complete, "settings": settings}
+
+        def write(path: pathlib.Path) -> None:
+            path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+        _replace(self / RUN_FILE, write)
+
+    # ------------------------------------------------------------------ states
+
+    def save(self, state: State) -> None:
+        """Writes a state, then removes those that are too old.
+
+        Raises:
+            OSError: it could not be written; earlier ones are as they were.
+        """
+        place = {"step": state.step, "epoch": state.epoch, "callbacks": state.callbacks}
+        save_tensors(self / f"state-{state.step:08d}.safetensors", state.tensors, place)
+        for step, path in self._states():
+            # Later ones are of a run that went on from an earlier state.
+            if step > state.step:
+                path.unlink()
+        for _, path in self._states()[:-KEPT]:
+            path.unlink()
+
+    def load(self, complain: Callable[[str], None], step: int | None = None) -> State | None:
+        """The last state that is whole; None if there is none.
+
+        Args:
+            complain: gets a message for each that is damaged.
+            step: only that of this step.
+        """
+        for number, path in reversed(self._states()):
+            if step is not None and number != step:
+                continue
+            try:
+                tensors, place = load_tensors(path)
+                return State(tensors=tensors, **place)
+            except (ValueError, TypeError) as error:
+                complain(f"{error}; trying the one before")
+        return None
+
+    def _states(self) -> list[tuple[int, pathlib.Path]]:
+        """Steps and files, the last step last."""
+        found = []
+        for path in self.path.glob("state-*.safetensors"):
+            match = re.fullmatch(r"state-(\d+)\.safetensors", path.name)
+            if match:
+                found.append((int(match[1]), path))
+        return sorted(found)
+
+    # ------------------------------------------------------------------ log
+
+    def log(self, **numbers: Any) -> None:
+        """Adds a line to the log."""
+        with open(self / LOG_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(numbers) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Removes what steps after `step` logged, which come again."""
+        path = self / LOG_FILE
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        _replace(path, lambda new: new.write_text("".join(kept), encoding="utf-8"))
+
+
+def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], place: Any = None) -> None:
+    """Writes arrays as safetensors, with a checksum; the file appears when it is complete.
+
+    Args:
+        path: of the file.
+        tensors: arrays by name.
+        place: what else to keep, as JSON has it.
+
+    Raises:
+        OSError: the file could not be written; an earlier one is as it was.
+    """
+    metadata = {"place": json.dumps(place), "crc32": str(_checksum(tensors))}
+
+    def write(new: pathlib.Path) -> None:
+        try:
+            save_file(tensors, new, metadata)
+        except safetensors.SafetensorError as error:
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else 0
+            reason = os.strerror(number) if code else str(error)
+            raise OSError(number, reason, str(path)) from error
+        with open(new, "rb") as file:
+            os.fsync(file.fileno())
+
+    _replace(path, write)
+
+
+def load_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
+    """What `save_tensors` wrote.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+        tensors = load_file(path)
+        if _checksum(tensors) != int(metadata["crc32"]):
+            raise ValueError("its checksum is another")
+        return tensors, json.loads(metadata["place"])
+    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def _checksum(tensors: Mapping[str, np.ndarray]) -> int:
+    checksum = 0
+    for name in sorted(tensors):
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8),
+                              checksum)  # fmt: skip
+    return checksum
+
+
+def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+    """Lets `write` make a file, which then gets its name."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        write(new)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------- the model's part
+
+
+def read_variables(model: keras.Model) -> dict[str, np.ndarray]:
+    """All that training changes of a compiled model: weights, random seeds, optimizer, metrics."""
+    return {name: np.array(v.numpy()) for name, v in _variables(model).items()}
+
+
+def assign_variables(model: keras.Model, tensors: Mapping[str, np.ndarray]) -> None:
+    """The reverse of `read_variables`, bit for bit.
+
+    Raises:
+        ValueError: the tensors are those of another model or optimizer; nothing was assigned.
+    """
+    variables = _variables(model)
+    described = {n: (tuple(v.shape), str(v.dtype)) for n, v in variables.items()}
+    received = {n: (t.shape, str(t.dtype)) for n, t in tensors.items()}
+    if described != received:
+        names = {*described, *received}
+        other = sorted(n for n in names if described.get(n) != received.get(n))
+        raise ValueError(
+            f"The state must be of the same model and optimizer, but {len(other)} variables differ,"
+            f" such as {other[0]}: {described.get(other[0])} and {received.get(other[0])}."
+        )
+    for name, variable in variables.items():
+        variable.assign(tensors[name])
+
+
+def digest_weights(model: keras.Model) -> str:
+    """SHA-256 of all weights."""
+    digest = hashlib.sha256()
+    for variable in model.weights:
+        digest.update(np.ascontiguousarray(variable.numpy()))
+    return digest.hexdigest()
+
+
+def _variables(model: keras.Model) -> dict[str, Any]:
+    groups = {
+        "model": model.variables,
+        "optimizer": model.optimizer.variables,
+        "metrics": model.metrics_variables,
+    }
+    # By number: the names that Keras gives count what a process made before.
+    return {f"{kind}/{i:05d}": v for kind, vs in groups.items() for i, v in enumerate(vs)}

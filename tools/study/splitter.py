@@ -1,0 +1,114 @@
+"""Trains the sentence splitter of saved_models/: small enough for a repository.
+
+    tools/study/splitter.py MODULE DATA OUTPUT
+
+MODULE and DATA as for study.py; OUTPUT gets the preset of the model and its outputs for the 500
+pairs that the study scores, which it never trains on. Everything else is trained on: tune.tsv and
+the rest of validation.tsv.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import bertgen_tf as bg
+
+LENGTH = 80
+
+
+def read_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [tuple(line.replace(" <::::> ", " ").split("\t")) for line in lines]
+
+
+def frequent_pieces(tokenizer: bg.BertTokenizer, texts: list[str], count: int) -> list[int]:
+    """The `count` most frequent pieces of texts, and all single characters.
+
+    Words whose piece is not kept fall into shorter ones, so nothing becomes unknown.
+    """
+    seen = collections.Counter(tokenizer(texts).flat_values.numpy().tolist())
+    pieces = [piece.decode() for piece in tokenizer._pieces.numpy()]
+    letters = {i for i, p in enumerate(pieces) if len(p.removeprefix("##")) == 1 and p.isascii()}
+    letters |= {i for i in seen if len(pieces[i].removeprefix("##")) == 1}
+    frequent = [i for i, _ in seen.most_common() if i not in letters]
+    return sorted(letters | set(frequent[: count - len(letters)]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("module")
+    parser.add_argument("data", type=pathlib.Path)
+    parser.add_argument("output", type=pathlib.Path)
+    parser.add_argument("--recipe", choices=["BERTSHARE", "BERT2BERT"], default="BERTSHARE")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--pieces", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--generate-batch", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(options.seed)
+    validation = read_pairs(options.data / "wikisplit" / "validation.tsv")
+    scored = validation[::10][:500]
+    kept = set(scored)
+    train = read_pairs(options.data / "wikisplit" / "tune.tsv")
+    train += [pair for pair in validation if pair not in kept]
+    model = bg.warm_start(
+        options.recipe,
+        encoder=options.module,
+        cross_attention="self_attention",
+        num_layers=options.layers,
+        max_source_length=LENGTH,
+        max_target_length=LENGTH,
+    )
+    texts = [text for pair in train for text in pair]
+    model = bg.trim_vocabulary(model, frequent_pieces(model.tokenizer, texts, options.pieces))
+    model.generation_config = model.generation_config.replace(max_new_tokens=LENGTH - 1)
+
+    def encode(pairs: list[tuple[str, str]]) -> tuple:
+        columns = map(list, zip(*pairs, strict=True))
+        return tf.nest.map_structure(np.asarray, model.preprocessor(*columns))
+
+    data = tf.data.Dataset.from_tensor_slices(encode(train))
+    data = data.shuffle(len(train), seed=options.seed).repeat()
+    data = data.batch(options.batch_size, drop_remainder=True).prefetch(16)
+    model.compile(
+        bg.default_optimizer(
+            options.learning_rate, warmup_steps=options.steps // 10, total_steps=options.steps
+        ),
+        jit_compile=True,
+    )
+    begun = time.time()
+    model.fit(
+        data,
+        steps_per_epoch=options.steps // 10,
+        epochs=10,
+        validation_data=tf.data.Dataset.from_tensor_slices(encode(scored)).batch(100),
+        verbose=2,
+    )
+    model.save_to_preset(str(options.output / "preset"))
+    print(f"{model.count_params():,} weights, {time.time() - begun:.0f} s", flush=True)
+    for beams in (1, 4):
+        outputs = model.generate(
+            [source for source, _ in scored], num_beams=beams, batch_size=options.generate_batch
+        )
+        path = options.output / f"beams{beams}.jsonl"
+        with open(path, "w", encoding="utf-8") as file:
+            for (source, target), output in zip(scored, outputs, strict=True):
+                record = {"source": source, "target": target, "output": output}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
