@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +14,7 @@ import keras
 import tensorflow as tf
 
 from bertgen_tf import (
-    cli_output,
+    data_presets,
     finetuning,
     freezing,
     presets,
@@ -74,8 +76,14 @@ def finetune(arguments: argparse.Namespace) -> None:
     folder = RunFolder(arguments.output)
     _check_flags(arguments)
     # Before TensorFlow does anything: workers meet here.
-    strategy = _make_strategy(arguments)
-    replicas = finetuning.Replicas(strategy)
+    replicas = finetuning.Replicas(_make_strategy(arguments))
+    with _errors(replicas):
+        _finetune(arguments, folder, replicas)
+
+
+def _finetune(
+    arguments: argparse.Namespace, folder: RunFolder, replicas: finetuning.Replicas
+) -> None:
     if arguments.batch_size % replicas.count:
         raise UserError(
             f"--batch-size must be a multiple of the {replicas.count} devices, received "
@@ -86,15 +94,14 @@ def finetune(arguments: argparse.Namespace) -> None:
         with user_errors():
             folder.check(arguments.resume, arguments.overwrite)
     with user_errors():
-        training = text_files.read_pairs(arguments.train)
-        validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
-    settings = _settings(arguments, replicas.count)
+        training, validation = _read(arguments)
+    settings = _settings(arguments, replicas.count, training, validation)
     if arguments.resume and folder.is_complete() and presets.is_preset(folder.output):
         with user_errors():
             folder.check_same(settings, but=START)
         complain(f"{arguments.output} is complete")
         return
-    with strategy.scope():
+    with replicas.strategy.scope():
         model, saved_config = _make_model(arguments, training + validation)
     settings[START] = digest_weights(model)
     begun = arguments.resume and folder.is_begun()
@@ -125,8 +132,16 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         read_preset_config(arguments.preset)
     names = ("metrics", "monitor", "patience", "validate_every")
     given = [name for name in names if getattr(arguments, name) is not None]
-    if given and not arguments.validation:
+    if given and not arguments.validation and not arguments.data:
         raise UserError(f"{_flags(given)} needs --validation")
+    if arguments.data:
+        preset = data_presets.find(arguments.data)
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, getattr(preset, name))
+    elif arguments.data_folder or arguments.reverse:
+        given = ["data_folder"] if arguments.data_folder else ["reverse"]
+        raise UserError(f"{_flags(given)} applies to --data only")
     with user_errors():
         if arguments.metrics is not None:
             arguments.metrics = scores.expand(arguments.metrics)
@@ -153,13 +168,38 @@ def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
     return strategy
 
 
-def _settings(arguments: argparse.Namespace, replicas: int) -> dict[str, Any]:
+def _read(arguments: argparse.Namespace) -> tuple[Pairs, Pairs]:
+    """The pairs to train on and to validate on, as they are in files or in a data set."""
+    if arguments.data is None:
+        validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
+        return text_files.read_pairs(arguments.train), validation
+
+    def read(split: str) -> Pairs:
+        folder, reverse = arguments.data_folder, arguments.reverse
+        pairs = data_presets.read(
+            arguments.data, split, folder, reverse=reverse, verbose=int(sys.stderr.isatty())
+        )
+        pairs = list(pairs)
+        if not pairs:
+            raise UserError(f"--data {arguments.data} should hold pairs to {split}, but has none")
+        return pairs
+
+    validation = arguments.validation
+    return read("train"), text_files.read_pairs(validation) if validation else read("validation")
+
+
+def _settings(
+    arguments: argparse.Namespace, replicas: int, training: Pairs, validation: Pairs
+) -> dict[str, Any]:
     """What decides the result, by names that the user knows."""
-    settings = {
-        "--train": cli_output.digest(arguments.train),
-        "--validation": arguments.validation and cli_output.digest(arguments.validation),
-        "number of devices": replicas,
-    }
+    settings: dict[str, Any] = {"number of devices": replicas}
+    for name, pairs in (("training data", training), ("validation data", validation)):
+        # Lengths in front, or texts with tabs in them could be others.
+        texts = (f"{len(s)},{len(t)}\n{s}{t}".encode() for s, t in pairs)
+        digest = hashlib.sha256()
+        for text in texts:
+            digest.update(text)
+        settings[name] = digest.hexdigest()
     return settings | {_flags([name]): getattr(arguments, name) for name in SETTINGS}
 
 
@@ -302,12 +342,13 @@ class _Run:
             self.model.compile(optimizer=optimizer, loss=default_loss(arguments.label_smoothing))
 
     def _describe(self) -> None:
-        for path, data in (
-            (self.arguments.train, self.data),
-            (self.arguments.validation, self.held_out),
+        name = self.arguments.data
+        for split, file, data in (
+            ("train", self.arguments.train, self.data),
+            ("validation", self.arguments.validation, self.held_out),
         ):
-            for note in data.notes() if data else ():
-                complain(f"{path}: {note}")
+            for note in data.notes("lines" if file else "pairs") if data else ():
+                complain(f"{file or f'{name}, {split}'}: {note}")
         model, devices = self.model, self.replicas.count
         print(
             f"{len(self.data):,} pairs to train on, {len(self.held_out or ()):,} to validate on; "
@@ -328,8 +369,12 @@ class _Run:
             return  # one worker measures for all
         if arguments.metrics:
             sources, references = zip(*validation[: arguments.metrics_pairs], strict=True)
+            options = {}
+            if arguments.data:
+                preset = data_presets.find(arguments.data)
+                options = {"lowercase": preset.lowercase_metrics, "tokenize": preset.tokenize}
             samples = training_callbacks.GenerateCallback(
-                sources, references, arguments.metrics, folder=folder / "samples"
+                sources, references, arguments.metrics, folder=folder / "samples", **options
             )
             self.callbacks.append(samples)
         if arguments.monitor:
@@ -351,19 +396,18 @@ class _Run:
             KeyboardInterrupt: with a message how to go on.
         """
         steps, seconds = self.arguments.checkpoint_every
-        with self._errors():
-            history = finetuning.train(
-                self.model,
-                self.data,
-                steps=self.steps,
-                steps_per_epoch=self.steps_per_epoch,
-                validation=self.held_out,
-                callbacks=self.callbacks,
-                folder=self.folder,
-                save_every=finetuning.Interval(steps, seconds),
-                resume=self.begun,
-                complain=complain,
-            )
+        history = finetuning.train(
+            self.model,
+            self.data,
+            steps=self.steps,
+            steps_per_epoch=self.steps_per_epoch,
+            validation=self.held_out,
+            callbacks=self.callbacks,
+            folder=self.folder,
+            save_every=finetuning.Interval(steps, seconds),
+            resume=self.begun,
+            complain=complain,
+        )
         if self.held_out is not None and self.replicas.is_chief:
             place = -1 if self.best is None else self.best.best_epoch - 1
             loss, accuracy = (history[f"val_{name}"][place] for name in ("loss", "accuracy"))
@@ -390,21 +434,23 @@ class _Run:
             f"saved to {output}; try it:\n  {PROGRAM} generate --preset {shlex.quote(str(output))}"
         )
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
+
+@contextlib.contextmanager
+def _errors(replicas: finetuning.Replicas) -> Iterator[None]:
+    try:
+        with finetuning.together(replicas):
             yield
-        except finetuning.Diverged as error:
-            raise UserError(
-                f"training diverged, nothing was saved: {error}; lower --learning-rate"
-            ) from error
-        except finetuning.WorkerLost as error:
-            raise UserError(f"{error}, with --resume") from error
-        except finetuning.Interrupted as error:
-            raise KeyboardInterrupt(
-                f"interrupted after step {error.step:,}, which is saved: the same command with "
-                "--resume goes on"
-            ) from error
+    except finetuning.Diverged as error:
+        raise UserError(
+            f"training diverged, nothing was saved: {error}; lower --learning-rate"
+        ) from error
+    except finetuning.WorkerLost as error:
+        raise UserError(f"{error}, with --resume") from error
+    except finetuning.Interrupted as error:
+        raise KeyboardInterrupt(
+            f"interrupted after step {error.step:,}, which is saved: the same command with "
+            "--resume goes on"
+        ) from error
 
 
 def _flags(names: list[str]) -> str:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import cli_values, finetuning
+from bertgen_tf import cli_values, data_presets, finetuning
 from bertgen_tf import metrics as scores
 from bertgen_tf.recipes import RECIPES
 from bertgen_tf.training_data import LONG_TARGETS
@@ -39,7 +39,17 @@ example:
       --train train.tsv --validation validation.tsv --epochs 3 --output my_model""",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--train", required=True, metavar="FILE", help="pairs to train on")
+    source = data.add_mutually_exclusive_group(required=True)
+    source.add_argument("--train", metavar="FILE", help="pairs to train on")
+    source.add_argument(
+        "--data",
+        choices=data_presets.PRESETS,
+        metavar="NAME",
+        help="a data set of the paper, with the paper's lengths, to train on and to validate on: "
+        f"{', '.join(data_presets.PRESETS)}",
+    )
+    data.add_argument("--data-folder", metavar="DIR", help="where it is (default: download it)")
+    data.add_argument("--reverse", action="store_true", help="swap sources and targets of --data")
     data.add_argument("--validation", metavar="FILE", help="pairs that only measure")
     data.add_argument(
         "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
@@ -78,8 +88,8 @@ example:
 def _add_texts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "texts",
-        "By default as the preset has it; with --encoder 128 tokens, or what the model allows if "
-        "that is less.",
+        "By default as the preset has it, or as the paper trained on --data; with --encoder 128 "
+        "tokens, or\nwhat the model allows if that is less.",
     )
     lengths = {"type": cli_values.at_least(1), "metavar": "TOKENS"}
     group.add_argument("--max-source-length", **lengths, help="longer sources are cut")

@@ -41,10 +41,10 @@ class Diverged(ArithmeticError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop, and did after a step.
+    """Training was asked to stop, and did.
 
     Args:
-        step: how many steps are made.
+        step: the last step that is saved.
     """
 
     def __init__(self, step: int):
@@ -142,15 +142,21 @@ def train(
     """
     loop = _Loop(model, data, steps, steps_per_epoch or data.steps_per_epoch, validation)
     loop.folder, loop.save_every, loop.complain = folder, save_every, complain
-    with _signals(loop):
-        try:
-            return loop.run(list(callbacks), resume)
-        except _LOST as error:
-            if not loop.replicas.many_workers:
-                raise
-            raise WorkerLost(
-                "another worker of TF_CONFIG is gone, or cannot be reached: start all of them again"
-            ) from error
+    with _signals(loop), together(loop.replicas):
+        return loop.run(list(callbacks), resume)
+
+
+@contextlib.contextmanager
+def together(replicas: "Replicas") -> Iterator[None]:
+    """Around what all workers do: raises a `WorkerLost` if one is not there."""
+    try:
+        yield
+    except _LOST as error:
+        if not replicas.many_workers:
+            raise
+        raise WorkerLost(
+            "another worker of TF_CONFIG is gone, or cannot be reached: start all of them again"
+        ) from error
 
 
 class Replicas:
@@ -234,7 +240,7 @@ class _Loop:
         self.clock = Clock()
         self._logs: dict[str, float] = {}  # of the last step
         self._shapes: set[tuple] = set()
-        self._saved = (-1, -1)
+        self.saved = (-1, -1)
 
     # ------------------------------------------------------------------ the run
 
@@ -261,7 +267,7 @@ class _Loop:
         if state is not None:  # Keras has emptied it
             history = state.callbacks["history"]
             model.history.epoch, model.history.history = history["epoch"], history["history"]
-        self._saved, self._saved_at = (self.step, self.epoch), time.monotonic()
+        self.saved, self._saved_at = (self.step, self.epoch), time.monotonic()
         while self.step < self.steps or self.epoch < epochs:
             if model.stop_training:
                 break
@@ -341,7 +347,7 @@ class _Loop:
 
     def _is_due(self, most: float = math.inf) -> bool:
         """Whether the chief wants a state, `most` seconds after the last one in any case."""
-        steps, seconds = self.step - self._saved[0], time.monotonic() - self._saved_at
+        steps, seconds = self.step - self.saved[0], time.monotonic() - self._saved_at
         due = self.save_every.is_over(steps, seconds) or seconds >= most
         return due and self.replicas.is_chief
 
@@ -403,7 +409,7 @@ class _Loop:
     # ------------------------------------------------------------------ states
 
     def _save(self) -> None:
-        if self.folder is None or self._saved == (self.step, self.epoch):
+        if self.folder is None or self.saved == (self.step, self.epoch):
             return
         tensors = read_variables(self.model)
         for name, tensor in tensors.items():
@@ -416,7 +422,7 @@ class _Loop:
         states["logs"] = self._logs
         if self.replicas.is_chief:
             self.folder.save(State(self.step, self.epoch, tensors, states))
-        self._saved, self._saved_at = (self.step, self.epoch), time.monotonic()
+        self.saved, self._saved_at = (self.step, self.epoch), time.monotonic()
 
     def _with_state(self) -> dict[str, Any]:
         """The callbacks that have one, by name: others may come and go."""
@@ -465,7 +471,7 @@ def _signals(loop: _Loop) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         # A second time it is meant at once. Workers have to agree in any case.
         if loop.interrupted or not (loop.may_finish_step or loop.replicas.many_workers):
-            raise KeyboardInterrupt
+            raise Interrupted(loop.saved[0]) if loop.saved[0] > 0 else KeyboardInterrupt
         loop.interrupted = True
 
     earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

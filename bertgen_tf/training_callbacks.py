@@ -38,6 +38,7 @@ class GenerateCallback(keras.callbacks.Callback):
         generation_config: settings; by default the model's own.
         batch_size: how many are generated together, at most.
         jit_compile: see `EncoderDecoderModel.generate`.
+        **options: of `bertgen_tf.metrics.compute`, such as lowercase=True.
 
     Raises:
         ImportError: a metric needs a package that is not installed.
@@ -55,6 +56,7 @@ class GenerateCallback(keras.callbacks.Callback):
         generation_config: GenerationConfig | None = None,
         batch_size: int = BATCH_SIZE,
         jit_compile: bool = True,
+        **options: Any,
     ):
         super().__init__()
         if every < 1:
@@ -62,7 +64,8 @@ class GenerateCallback(keras.callbacks.Callback):
         self.sources, self.references = list(sources), list(references)
         self.metrics = scores.expand(metrics)
         # Sources for outputs: what would go wrong after an epoch goes wrong now.
-        scores.compute(self.metrics, self.sources, self.sources, self.references)
+        self.options = options
+        scores.compute(self.metrics, self.sources, self.sources, self.references, **options)
         self.every = every
         self.folder = None if folder is None else pathlib.Path(folder)
         self.generation_config = generation_config
@@ -80,7 +83,9 @@ class GenerateCallback(keras.callbacks.Callback):
             jit_compile=self.jit_compile,
             verbose=0,
         )
-        results = scores.compute(self.metrics, self.sources, self.outputs, self.references)
+        results = scores.compute(
+            self.metrics, self.sources, self.outputs, self.references, **self.options
+        )
         if logs is not None:
             logs.update({f"val_{name}": result.value for name, result in results.items()})
         if self.folder is None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import WORDS, fails, make_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli, training_state
+from bertgen_tf import cli, finetuning, training_state
 from bertgen_tf.training_data import TrainingData
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +249,8 @@ def test_a_worker_that_is_killed_comes_back(folder, capsys):
         (["--lora-rank", "2", "--freeze", "encoder"], "--lora-rank freezes all"),
         (["--ema", "1"], "expected a number of at least 0 and below 1, received '1'"),
         (["--preset", "PRESET", "--recipe", "BERT2BERT"], "--recipe applies to --encoder only"),
+        (["--data", "wikisplit"], "argument --data: not allowed with argument --train"),
+        (["--reverse"], "--reverse applies to --data only"),
         (["--output", "other"], "other.training should be new or the folder of a training"),
         (["--output", "file"], "file.training should be a folder for the training, but is a file"),
     ],
@@ -265,6 +267,28 @@ def test_refused_before_it_starts(flags, message, folder, tmp_path, capsys, monk
     before = sorted(Path().rglob("*"))
     assert message in fails(capsys, "finetune", *arguments)
     assert sorted(Path().rglob("*")) == before
+
+
+def test_a_data_set_of_the_paper(folder, tmp_path, capsys, monkeypatch):
+    for split, count in (("train", 5), ("validation", 3)):
+        lines = [f"a man {i} sang\ta man <::::> sang {i}\n" for i in range(count)]
+        (tmp_path / f"{split}.tsv").write_text("".join(lines))
+    seen = {}
+
+    def train(model, data, *, validation, callbacks, **kwargs):
+        seen.update(data=data, validation=validation, samples=callbacks[0])
+        raise finetuning.Diverged("here")
+
+    monkeypatch.setattr(finetuning, "train", train)
+    arguments = ["finetune", "--data", "wikisplit", "--data-folder", str(tmp_path)]
+    arguments += ["--preset", str(folder / "preset"), "--output", str(folder / "set")]
+    # The paper's 128 tokens are more than this model can read.
+    assert "max_source_length must not exceed max_position" in fails(capsys, *arguments)
+    arguments += ["--max-source-length", "20", "--max-target-length", "18", "--metrics", "bleu"]
+    assert "training diverged" in fails_late(capsys, arguments)
+    assert (len(seen["data"]), len(seen["validation"])) == (5, 3)
+    assert seen["samples"].references == [f"a man sang {i}" for i in range(3)]
+    assert seen["samples"].options == {"lowercase": False, "tokenize": "none"}
 
 
 @pytest.mark.parametrize(
