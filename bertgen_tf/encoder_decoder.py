@@ -47,7 +47,8 @@ class EncoderDecoderModel(keras.Model):
             together; see `Seq2SeqPreprocessor`.
         generation_config: the settings of `generate` where a call gives no others.
         source_checkpoint: where the weights came from before training, for the record: a handle
-            for each of "encoder" and "decoder", or for "model".
+            for each of "encoder" and "decoder", or for "model"; "config" where it gave sizes and
+            vocabulary alone.
     """
 
     def __init__(

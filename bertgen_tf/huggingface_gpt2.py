@@ -13,6 +13,7 @@ from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_tokenizers as tokenizers
 from bertgen_tf import pretrained
 from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.freezing import NEW_IN_DECODER
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.weights import Rule, assign, named_variables
 
@@ -119,7 +120,7 @@ class Checkpoint:
         new_cross_attention: bool = False,
     ) -> None:
         """Assigns the weights to a stack of these sizes; GPT-2 has no output bias."""
-        new = pretrained.NEW_IN_DECODER if new_cross_attention else "output_bias"
+        new = NEW_IN_DECODER if new_cross_attention else "output_bias"
         rule = [Rule("(.*)", r"\1")]
         assign(named_variables(stack), self.tensors, rule, source=self.source, new=new)
 

@@ -11,13 +11,12 @@ import keras
 
 from bertgen_tf import weights
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.freezing import NEW_IN_DECODER
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.weights import Rule
 
 CROSS_ATTENTION = ("random", "self_attention")
-# Variables that only a decoder has: no encoder can fill them.
-NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
 

@@ -6,12 +6,11 @@ Source: Table 1 of the paper (arXiv 1907.12461), and three RoBERTa twins, which 
 import dataclasses
 import math
 import os
-import re
 import types
 from collections.abc import Mapping
 from typing import Any
 
-from bertgen_tf import hub, huggingface, pretrained, weights
+from bertgen_tf import freezing, hub, huggingface, pretrained
 from bertgen_tf import huggingface_files as files
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
@@ -138,6 +137,7 @@ def warm_start(
         for side, handle in handles.items()
         if handle is not None and getattr(recipe, side) != RANDOM
     }
+    source = source or {"config": os.fspath(encoder)}
     # RND2RND has no weights in which the pieces of another tokenizer would have to be found.
     replaced = None if recipe.decoder == recipe.encoder == RANDOM else tokenizer
 
@@ -243,7 +243,7 @@ class WarmStartReport:
         embedding: those of the word and position embeddings.
         initialised: those that a checkpoint gave.
         random: the others: random stacks, cross-attention (also where it began as a copy of
-            self-attention) and the output bias.
+            self-attention), the output bias and adapters.
     """
 
     total: int
@@ -260,22 +260,21 @@ def warm_start_report(model: EncoderDecoderModel) -> WarmStartReport:
     """Counts the parameters of a model as the paper's Table 1 does.
 
     What began as what is told by `model.source_checkpoint`, which presets keep: a side that it does
-    not name was random. Of a model that was read whole, everything came from a checkpoint.
+    not name was random, and so is everything without a record. Of a model that was read whole,
+    everything came from a checkpoint.
     """
-    source = model.source_checkpoint
-    sizes: dict[int, int] = {}
-    embeddings, initialised = set(), set()
-    for side, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
-        for name, part in weights.named_variables(stack).items():
-            variable = getattr(part, "variable", part)
-            sizes[id(variable)] = math.prod(variable.shape)
-            if name.endswith("/embeddings"):
-                embeddings.add(id(variable))
-            new = side == "decoder" and re.fullmatch(pretrained.NEW_IN_DECODER, name)
-            if "model" in source or (side in source and not new):
-                initialised.add(id(variable))
-    total, known = sum(sizes.values()), sum(sizes[key] for key in initialised)
-    return WarmStartReport(total, sum(sizes[key] for key in embeddings), known, total - known)
+    sizes = {id(variable): math.prod(variable.shape) for variable in model.weights}
+    new = {id(variable) for variable in freezing.new_variables(model)}
+    new |= {id(variable) for variable in model.weights if variable.name.startswith("lora_")}
+    if not model.source_checkpoint:
+        new = set(sizes)
+    tables = {
+        id(table.embeddings)
+        for stack in (model.encoder, model.decoder)
+        for table in (stack.embeddings.word_embeddings, stack.embeddings.position_embeddings)
+    }
+    total, random = sum(sizes.values()), sum(sizes[key] for key in new)
+    return WarmStartReport(total, sum(sizes[key] for key in tables), total - random, random)
 
 
 def _find(name: str) -> Recipe:
