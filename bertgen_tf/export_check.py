@@ -123,16 +123,18 @@ def _case(model: Any, module: ServingModule, signature: str, texts: list, output
         longest = generated.sum(axis=1).max()
         is_token = ids["attention_mask"].astype(bool)
         outputs |= {
-            "source_tokens": _pieces(model, ids["input_ids"], is_token),
-            "target_tokens": _pieces(model, best, generated)[:, :longest],
+            "source_tokens": _pieces(model.preprocessor.tokenizer, ids["input_ids"], is_token),
+            "target_tokens": _pieces(model.preprocessor.target_tokenizer, best, generated)[
+                :, :longest
+            ],
             "attention": np.where(is_token[:, np.newaxis], weights[:, :longest], 0),
         }
     return _Case(signature, {"text": np.array(texts, object)}, outputs, drawn)
 
 
-def _pieces(model: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    known = visible & (ids < model.tokenizer.vocab_size)
-    pieces = model.tokenizer.convert_ids_to_tokens(np.where(known, ids, 0).reshape(-1))
+def _pieces(tokenizer: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    known = visible & (ids < tokenizer.vocab_size)
+    pieces = tokenizer.convert_ids_to_tokens(np.where(known, ids, 0).reshape(-1))
     return np.where(known, np.array(pieces, object).reshape(ids.shape), "")
 
 

@@ -157,7 +157,8 @@ def build_pair(
     """The model of two stacks, with the special tokens that BERTs need; `options` go first."""
     special_tokens: dict[str, bool] = {}
     if tokenizer is not None:
-        mask_first = tokenizer.mask_token_id is not None
+        target = options.get("decoder_tokenizer") or tokenizer
+        mask_first = target.mask_token_id is not None
         special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
     settings = {**special_tokens, "source_checkpoint": source, **options}
     return EncoderDecoderModel(encoder, decoder, tokenizer, **settings)
