@@ -113,9 +113,16 @@ def _finetune(
         if replicas.is_chief and not begun:
             folder.begin(settings)
         replicas.add([0])  # the folder is there for all
-        run.train()
+        try:
+            run.train()
+            if replicas.is_chief:
+                run.save(saved_config)
+        except OSError as error:  # a full disk, say
+            raise UserError(
+                f"{error.filename or 'error'}: {error.strerror or error}; {folder.path} keeps what "
+                "was saved before: the same command with --resume goes on"
+            ) from error
         if replicas.is_chief:
-            run.save(saved_config)
             folder.end()
         replicas.add([0])  # none leaves before the model is saved
 

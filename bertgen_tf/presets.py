@@ -9,6 +9,7 @@
 """
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -65,9 +66,25 @@ def save(
             file.write("\n")
         # The same weights without the optimizer's, which Keras would write too.
         bare = EncoderDecoderModel(model.encoder, model.decoder)
+        try:
+            _check_room(path / WEIGHTS_FILE, bare.weights)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{folder}/{WEIGHTS_FILE}") from error
         bare.save_weights(path / WEIGHTS_FILE)
 
     folders.write_folder(folder, write, is_preset, "a preset", check)
+
+
+def _check_room(path: pathlib.Path, weights: list[Any]) -> None:
+    """Raises an OSError if a file of the weights does not fit there: HDF5 might crash instead."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    size = sum(4096 + math.prod(weight.shape) * 4 for weight in weights) + 2**16
+    try:
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike) -> None:

@@ -245,8 +245,11 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], place: Any 
     metadata = {"place": json.dumps(place), "crc32": str(_checksum(tensors))}
 
     def write(new: pathlib.Path) -> None:
+        new.touch()
+        mode = new.stat().st_mode  # safetensors makes files that only their owner can read
         try:
             save_file(tensors, new, metadata)
+            new.chmod(mode)
         except safetensors.SafetensorError as error:
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else 0

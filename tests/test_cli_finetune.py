@@ -72,6 +72,7 @@ def epochs(output: Path) -> list[dict]:
     return [{k: v for k, v in log.items() if k not in speed} for log in logs if "epoch" in log]
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_it_ends_with_the_same_bits(folder, capsys):
     flags = ["--epochs", "3", "--learning-rate", "0.01", "--ema", "0.7", "--monitor", "loss"]
     flags += ["--gradient-accumulation", "2", "--checkpoint-every", "3"]
@@ -156,30 +157,44 @@ def test_a_loss_that_is_no_number_stops_at_once(folder, capsys):
         assert all(np.isfinite(t).all() for n, t in tensors.items() if n.startswith("model/"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_state_before(folder, capsys, monkeypatch):
-    """Files of at most 30 kB, from the second state on."""
-    save = training_state.save_tensors
+    """Files of at most 10 kB, for the second state and then for the model."""
+    save, save_model = training_state.save_tensors, bg.EncoderDecoderModel.save_to_preset
     saved = []
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save_with_limit(path, *args):
-        if saved:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    def limited(function, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
         try:
-            save(path, *args)
+            function(*args)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def save_with_limit(path, *args):
+        limited(save, path, *args) if saved else save(path, *args)
         saved.append(path)
 
     monkeypatch.setattr(training_state, "save_tensors", save_with_limit)
     flags = ["--steps", "6", "--checkpoint-every", "2"]
     error = fails_late(capsys, command(folder, "full", *flags))
     states = folder / "full.training"
-    assert error == f"bertgen-tf: error: {states}/state-00000004.safetensors: File too large"
+    kept = f"{states} keeps what was saved before: the same command with --resume goes on"
+    file = f"{states}/state-00000004.safetensors"
+    assert error == f"bertgen-tf: error: {file}: File too large; {kept}"
     left = {path.name for path in states.iterdir()} - {"log.jsonl"}
     assert left == {"run.json", "state-00000002.safetensors"}
     monkeypatch.undo()
-    assert cli.main(command(folder, "full", *flags, "--resume")) == 0
+    monkeypatch.setattr(
+        bg.EncoderDecoderModel, "save_to_preset", lambda *args: limited(save_model, *args)
+    )
+    again = command(folder, "full", *flags, "--resume")
+    file = f"{folder}/full/model.weights.h5"
+    assert fails_late(capsys, again) == f"bertgen-tf: error: {file}: File too large; {kept}"
+    assert not (folder / "full").exists()
+    monkeypatch.undo()
+    assert cli.main(again) == 0
+    assert (folder / "full").exists()
 
 
 @pytest.mark.slow
