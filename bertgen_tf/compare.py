@@ -90,6 +90,8 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
         kind = transformers.EncoderDecoderModel
     elif isinstance(model, BertGenerationDecoder):
         kind = transformers.BertGenerationDecoder
+        if model.config.norm_first:
+            kind = transformers.GPT2LMHeadModel
     else:
         kind = transformers.AutoModel
     logging = transformers.utils.logging

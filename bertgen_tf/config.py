@@ -87,6 +87,12 @@ class BertGenerationConfig(_Config):
     eos_token_id: int = 1
     # Only read by the decoder: a decoder without it is a plain language model.
     add_cross_attention: bool = False
+    # Normalisation before attention and feed-forward instead of behind, and once more at the end:
+    # GPT-2's blocks. PyTorch's term.
+    norm_first: bool = False
+    # Ours, of a decoder-only model: how many of the positions a source may take, which the stack
+    # reads as the beginning of its text; the rest are the target's. None: there is an encoder.
+    source_positions: int | None = None
     # Ours: "int8" for a stack whose matrices are int8, see `EncoderDecoderModel.quantize`.
     quantization: str | None = None
 
@@ -126,15 +132,38 @@ class BertGenerationConfig(_Config):
             value = getattr(self, name)
             if not _is_number(value) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0, received {value!r}.")
-        if not isinstance(self.add_cross_attention, bool):
-            raise ValueError(
-                f"add_cross_attention must be True or False, received {self.add_cross_attention!r}."
-            )
+        for name in ("add_cross_attention", "norm_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, received {getattr(self, name)!r}.")
+        if self.source_positions is not None:
+            _require_integers(self, 1, "source_positions")
+            if self.source_positions >= self.max_position_embeddings or self.add_cross_attention:
+                raise ValueError(
+                    "source_positions must leave positions to the target, fewer than "
+                    f"max_position_embeddings ({self.max_position_embeddings}), and goes without "
+                    f"cross-attention, received {self.source_positions} with "
+                    f"add_cross_attention={self.add_cross_attention}."
+                )
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ValueError(
                 f"quantization must be None or one of {', '.join(QUANTIZATIONS)}, received "
                 f"{self.quantization!r}."
             )
+
+    @property
+    def decoder_only(self) -> bool:
+        """Whether one stack reads the source and goes on with the target."""
+        return self.source_positions is not None
+
+    @property
+    def max_source_positions(self) -> int:
+        """The most tokens of a source."""
+        return self.source_positions or self.max_position_embeddings
+
+    @property
+    def max_target_positions(self) -> int:
+        """The most tokens that a decoder reads of a target, its start token among them."""
+        return self.max_position_embeddings - (self.source_positions or 0)
 
 
 class _Rule(NamedTuple):

@@ -10,9 +10,15 @@ import keras
 import tensorflow as tf
 
 from bertgen_tf import freezing, lora, optimizers, streaming, training
-from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE, Generator
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.pair_checks import (
+    check_pair,
+    check_preprocessor,
+    check_tokenizers,
+    length_or_default,
+)
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.quantization import check_quantization
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
@@ -29,8 +35,10 @@ class EncoderDecoderModel(keras.Model):
     the masks may be left out) it gives float32 logits [B, T, V].
 
     Args:
-        encoder, decoder: of one hidden size; the decoder with cross-attention.
+        encoder, decoder: of one hidden size; the decoder with cross-attention, unless both have
+            `source_positions`: a decoder-only model.
         tokenizer: turns text into ids and back; without one the model reads and gives ids only.
+        decoder_tokenizer: that of targets, where it is another one than that of sources.
         max_source_length, max_target_length: tokens that `fit` and `generate` read of a text, at
             most; by default 128, or what the positions allow if that is less.
         add_eos, add_bos, mask_first: further special tokens of source and target, see
@@ -39,7 +47,8 @@ class EncoderDecoderModel(keras.Model):
             together; see `Seq2SeqPreprocessor`.
         generation_config: the settings of `generate` where a call gives no others.
         source_checkpoint: where the weights came from before training, for the record: a handle
-            for each of "encoder" and "decoder", or for "model".
+            for each of "encoder" and "decoder", or for "model"; "config" where it gave sizes and
+            vocabulary alone.
     """
 
     def __init__(
@@ -48,6 +57,7 @@ class EncoderDecoderModel(keras.Model):
         decoder: BertGenerationDecoder,
         tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
         *,
+        decoder_tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
         max_source_length: int | None = None,
         max_target_length: int | None = None,
         add_eos: bool = False,
@@ -61,27 +71,33 @@ class EncoderDecoderModel(keras.Model):
         **kwargs: Any,
     ):
         super().__init__(name=name, **kwargs)
-        _check_pair(encoder.config, decoder.config)
+        check_pair(encoder.config, decoder.config)
         self.encoder = encoder
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self.decoder_tokenizer = decoder_tokenizer
         self.source_checkpoint = dict(source_checkpoint or {})
         self.preprocessor = None
+        if decoder_tokenizer is not None and tokenizer is None:
+            raise ValueError(
+                "decoder_tokenizer goes with tokenizer=, that of sources: received None."
+            )
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, encoder.config, decoder.config)
+            check_tokenizers(tokenizer, decoder_tokenizer, encoder.config, decoder.config)
             self.preprocessor = Seq2SeqPreprocessor(
                 tokenizer,
-                _length_or_default(max_source_length, encoder.config),
-                _length_or_default(max_target_length, decoder.config),
+                length_or_default(max_source_length, encoder.config.max_source_positions),
+                length_or_default(max_target_length, decoder.config.max_target_positions),
                 add_eos=add_eos,
                 add_bos=add_bos,
                 mask_first=mask_first,
                 hidden_token_ids=hidden_token_ids,
                 prose=prose,
+                decoder_tokenizer=decoder_tokenizer,
             )
-            _check_preprocessor(self.preprocessor, encoder.config, decoder.config)
+            check_preprocessor(self.preprocessor, encoder.config, decoder.config)
         self.generation_config = generation_config or GenerationConfig(
-            max_new_tokens=min(64, decoder.config.max_position_embeddings)
+            max_new_tokens=min(64, decoder.config.max_target_positions)
         )
         self.lora: dict[str, Any] | None = None
         self._generator = Generator(self)
@@ -483,10 +499,9 @@ class EncoderDecoderModel(keras.Model):
             "generation_config": self.generation_config.to_dict(),
         }
         if self.tokenizer is not None:
-            config["tokenizer"] = {
-                "class_name": type(self.tokenizer).__name__,
-                "config": self.tokenizer.get_config(),
-            }
+            config["tokenizer"] = _tokenizer_config(self.tokenizer)
+            if self.decoder_tokenizer is not None:  # older versions do not know it
+                config["decoder_tokenizer"] = _tokenizer_config(self.decoder_tokenizer)
             config.update(self.preprocessor.get_config())
         # Only if they say something: older versions do not know them.
         if self.source_checkpoint:
@@ -506,59 +521,19 @@ class EncoderDecoderModel(keras.Model):
         if sharing != "none":
             decoder_config["encoder"] = encoder
         decoder = BertGenerationDecoder.from_config(decoder_config)
-        tokenizer = config.pop("tokenizer")
-        if tokenizer is not None:
-            tokenizer = TOKENIZERS[tokenizer["class_name"]].from_config(tokenizer["config"])
+        for field in ("tokenizer", "decoder_tokenizer"):
+            tokenizer = config.get(field)
+            if tokenizer is not None:
+                cls_of = TOKENIZERS[tokenizer["class_name"]]
+                config[field] = cls_of.from_config(tokenizer["config"])
         generation_config = GenerationConfig.from_dict(config.pop("generation_config"))
         frozen, adapters = config.pop("frozen_layers", ()), config.pop("lora", None)
-        model = cls(encoder, decoder, tokenizer, generation_config=generation_config, **config)
+        model = cls(encoder, decoder, generation_config=generation_config, **config)
         freezing.set_frozen_layers(model, frozen)
         if adapters:
             model.enable_lora(**adapters)
         return model
 
 
-def _length_or_default(length: int | None, config: BertGenerationConfig) -> int:
-    return min(128, config.max_position_embeddings) if length is None else length
-
-
-def _check_pair(encoder: BertGenerationConfig, decoder: BertGenerationConfig) -> None:
-    if not decoder.add_cross_attention:
-        raise ValueError(
-            "decoder must have cross-attention, received one with add_cross_attention=False. "
-            "Build it from config.replace(add_cross_attention=True)."
-        )
-    if encoder.hidden_size != decoder.hidden_size:
-        raise ValueError(
-            "encoder and decoder must have the same hidden_size, received "
-            f"{encoder.hidden_size} and {decoder.hidden_size}."
-        )
-
-
-def _check_tokenizer(
-    tokenizer: Any, encoder: BertGenerationConfig, decoder: BertGenerationConfig
-) -> None:
-    for side, config in (("encoder", encoder), ("decoder", decoder)):
-        if tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"tokenizer must not have more pieces than the {side}'s vocab_size "
-                f"({config.vocab_size}), received {tokenizer.vocab_size}. Use its own tokenizer."
-            )
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(decoder, name):
-            raise ValueError(
-                f"{name} of tokenizer and decoder must be the same, received "
-                f"{getattr(tokenizer, name)} and {getattr(decoder, name)}. "
-                "Set the decoder's config from the tokenizer."
-            )
-
-
-def _check_preprocessor(
-    preprocessor: Any, encoder: BertGenerationConfig, decoder: BertGenerationConfig
-) -> None:
-    for name, config in (("max_source_length", encoder), ("max_target_length", decoder)):
-        if getattr(preprocessor, name) > config.max_position_embeddings:
-            raise ValueError(
-                f"{name} must not exceed max_position_embeddings "
-                f"({config.max_position_embeddings}), received {getattr(preprocessor, name)}."
-            )
+def _tokenizer_config(tokenizer: BertTokenizer | BertGenerationTokenizer) -> dict[str, Any]:
+    return {"class_name": type(tokenizer).__name__, "config": tokenizer.get_config()}

@@ -123,29 +123,41 @@ def _case(model: Any, module: ServingModule, signature: str, texts: list, output
         longest = generated.sum(axis=1).max()
         is_token = ids["attention_mask"].astype(bool)
         outputs |= {
-            "source_tokens": _pieces(model, ids["input_ids"], is_token),
-            "target_tokens": _pieces(model, best, generated)[:, :longest],
+            "source_tokens": _pieces(model.preprocessor.tokenizer, ids["input_ids"], is_token),
+            "target_tokens": _pieces(model.preprocessor.target_tokenizer, best, generated)[
+                :, :longest
+            ],
             "attention": np.where(is_token[:, np.newaxis], weights[:, :longest], 0),
         }
     return _Case(signature, {"text": np.array(texts, object)}, outputs, drawn)
 
 
-def _pieces(model: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    known = visible & (ids < model.tokenizer.vocab_size)
-    pieces = model.tokenizer.convert_ids_to_tokens(np.where(known, ids, 0).reshape(-1))
+def _pieces(tokenizer: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    known = visible & (ids < tokenizer.vocab_size)
+    pieces = tokenizer.convert_ids_to_tokens(np.where(known, ids, 0).reshape(-1))
     return np.where(known, np.array(pieces, object).reshape(ids.shape), "")
 
 
 def _scores(model: Any, sources: list[str], targets: list[str]) -> dict[str, np.ndarray]:
-    """Of a forward pass."""
-    x, labels, weights = model.preprocessor(tf.constant(sources), tf.constant(targets))
-    log_probabilities = tf.nn.log_softmax(model(x, training=False)).numpy()
-    chosen = np.take_along_axis(log_probabilities, labels.numpy()[..., np.newaxis], axis=-1)
-    weights = weights.numpy()
-    return {
-        "log_probability": (chosen[..., 0] * weights).sum(axis=1),
-        "num_tokens": weights.sum(axis=1).astype(np.int32),
-    }
+    """Of a forward pass for each pair, without padding of the target, as the signature does it.
+
+    In other shapes sums have another order, which int8 models round up to whole steps.
+    """
+    preprocessor = model.preprocessor
+    forward = tf.function(lambda x: tf.nn.log_softmax(model(x, training=False))[0], autograph=False)
+    x, labels, weights = preprocessor.pack(
+        preprocessor.encode_source(tf.constant(sources)),
+        preprocessor.encode_target(tf.constant(targets)),
+    )
+    lengths = weights.numpy().sum(axis=1).astype(np.int32)
+    scores = []
+    for row, length in enumerate(lengths):
+        of_row = {name: tensor[row : row + 1] for name, tensor in x.items()}
+        for name in ("decoder_input_ids", "decoder_attention_mask"):
+            of_row[name] = of_row[name][:, :length]
+        log_probabilities = forward(of_row).numpy()
+        scores.append(log_probabilities[np.arange(length), labels[row, :length].numpy()].sum())
+    return {"log_probability": np.array(scores, np.float32), "num_tokens": lengths}
 
 
 def _run(folder: pathlib.Path, cases: list[_Case]) -> tuple[list[dict[str, np.ndarray]], int]:

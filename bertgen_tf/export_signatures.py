@@ -42,7 +42,7 @@ class ServingModule(tf.Module):
     ):
         super().__init__(name="bertgen_tf")
         self.weights = [weight.value for weight in model.weights]
-        self.tokenizer = model.tokenizer
+        self.tokenizer, self.decoder_tokenizer = model.tokenizer, model.decoder_tokenizer
         every = every_hypothesis(config)
         settings = dict.fromkeys(("serving_default", "generate_xla", "attention"), config)
         settings |= dict.fromkeys(("beams", "beams_xla", "ids"), every)
@@ -119,8 +119,8 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
                 "input_ids and attention_mask must have one shape [batch, length]",
             ),
             (
-                length <= encoder.max_position_embeddings,
-                f"input_ids must have at most {encoder.max_position_embeddings} columns",
+                length <= encoder.max_source_positions,
+                f"input_ids must have at most {encoder.max_source_positions} columns",
             ),
             (
                 tf.reduce_all((input_ids >= 0) & (input_ids < encoder.vocab_size)),
@@ -220,12 +220,14 @@ def _attention_signature(
     model: Any, config: GenerationConfig, search: Callable, forward: Callable
 ) -> Callable:
     """Text [B] -> text and score [B], tokens [B, S] and [B, T], attention [B, T, S]."""
-    vocabulary = model.tokenizer.get_vocab()
-    pieces = tf.constant(sorted(vocabulary, key=vocabulary.get))
+    preprocessor = model.preprocessor
+    source_pieces = target_pieces = _pieces(preprocessor.tokenizer)
+    if preprocessor.target_tokenizer is not preprocessor.tokenizer:
+        target_pieces = _pieces(preprocessor.target_tokenizer)
 
-    def show(ids: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
+    def show(pieces: tf.Tensor, ids: tf.Tensor, visible: tf.Tensor) -> tf.Tensor:
         # The embeddings may have more rows than there are pieces.
-        known = visible & (ids < len(vocabulary))
+        known = visible & (ids < len(pieces))
         return tf.where(known, tf.gather(pieces, tf.where(known, ids, 0)), "")
 
     @tf.function(input_signature=[_TEXT], autograph=False)
@@ -252,12 +254,18 @@ def _attention_signature(
         return {
             "text": hypotheses_to_text(model.preprocessor, best[:, tf.newaxis])[:, 0],
             "score": output.scores[:, 0],
-            "source_tokens": show(inputs["input_ids"], is_token),
-            "target_tokens": show(best[:, 1 : 1 + longest], generated),
+            "source_tokens": show(source_pieces, inputs["input_ids"], is_token),
+            "target_tokens": show(target_pieces, best[:, 1 : 1 + longest], generated),
             "attention": tf.where(shown, weights, 0.0),
         }
 
     return serve
+
+
+def _pieces(tokenizer: Any) -> tf.Tensor:
+    """The pieces of a vocabulary, string [V]."""
+    vocabulary = tokenizer.get_vocab()
+    return tf.constant(sorted(vocabulary, key=vocabulary.get))
 
 
 def _search_text(

@@ -46,8 +46,8 @@ def freeze(
     """Freezes pre-trained parts of an `EncoderDecoderModel`; the others stay as they are.
 
     Frozen are self-attention and feed-forward of a layer. Cross-attention goes on training: it has
-    to, where it starts at random. What the stacks share is frozen for both. `model.trainable =
-    True` thaws everything. Compile afterwards: an optimizer has state for what trains only.
+    to, where it starts at random. What the stacks share is frozen for both. Compile afterwards: an
+    optimizer has state for what trains only.
 
     Args:
         encoder_layers, decoder_layers: the lowest n layers, those of a list, or "all".
@@ -70,6 +70,12 @@ def freeze(
             _set_trainable(_pretrained_parts(stack.blocks[number]), False)
         if embeddings:
             stack.embeddings.trainable = False
+
+
+def unfreeze(model: Any) -> None:
+    """Makes everything train. Keras's `model.trainable = True` does nothing where it is True."""
+    _check_no_adapters(model)
+    _set_trainable([model], True)
 
 
 class GradualUnfreezing(keras.callbacks.Callback):
@@ -246,8 +252,9 @@ def _pretrained_parts(block: Any) -> list[keras.Layer]:
 
 
 def _set_trainable(layers: Sequence[keras.Layer], value: bool) -> None:
-    for layer in layers:
-        layer.trainable = value
+    # One by one: Keras does nothing, also not below, where a layer has the value already.
+    for part in (part for layer in layers for part in layer._flatten_layers()):
+        part.trainable = value
 
 
 def _layer_numbers(name: str, value: Any, depth: int) -> list[int]:

@@ -369,17 +369,25 @@ def _cross_attentions(
     batch = tf.shape(sequences)[0]
     hypotheses, length = sequences.shape[1:]
     # A bucket of prompts may be wider than the positions: nothing is generated there.
-    read = min(length - 1, model.decoder.config.max_position_embeddings)
+    read = min(length - 1, model.decoder.config.max_target_positions)
+    mask = inputs.attention_mask
+    one_stack = model.decoder.config.decoder_only
+    if one_stack:  # a source is part of each row
+        memory, mask = tf.repeat(memory, hypotheses, axis=0), tf.repeat(mask, hypotheses, axis=0)
     _, weights = model.decoder(
         tf.reshape(sequences[:, :, :read], [batch * hypotheses, read]),
         encoder_hidden_states=memory,
-        encoder_attention_mask=inputs.attention_mask,
+        encoder_attention_mask=mask,
         return_attention_weights=True,
         training=False,
-    )  # [B, layers, heads, n * read, S]: the rows of an example are folded into its queries
+    )
     layers, heads, source = weights.shape[1], weights.shape[2], tf.shape(weights)[-1]
-    weights = tf.reshape(weights, [batch, layers, heads, hypotheses, read, source])
-    weights = tf.transpose(weights, [0, 3, 1, 2, 4, 5])  # [B, n, layers, heads, read, S]
+    if one_stack:
+        weights = tf.reshape(weights, [batch, hypotheses, layers, heads, read, source])
+    else:
+        # [B, layers, heads, n * read, S]: the rows of an example are folded into its queries.
+        weights = tf.reshape(weights, [batch, layers, heads, hypotheses, read, source])
+        weights = tf.transpose(weights, [0, 3, 1, 2, 4, 5])  # [B, n, layers, heads, read, S]
     eos = tf.constant(eos_token_ids(config, model))
     columns = tf.range(length)
     ends = tf.reduce_any(sequences[..., tf.newaxis] == eos, axis=-1)  # [B, n, L]
@@ -396,12 +404,12 @@ def _cross_attentions(
 
 def source_buckets(model: Any) -> list[int]:
     """The lengths that XLA compiles for."""
-    longest = model.encoder.config.max_position_embeddings
+    longest = model.encoder.config.max_source_positions
     return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
 
 
 def _prompt_buckets(model: Any) -> list[int]:
-    longest = model.decoder.config.max_position_embeddings
+    longest = model.decoder.config.max_target_positions
     return [1] + [2**i for i in range(3, 16) if 2**i < longest] + [longest] * (longest > 1)
 
 

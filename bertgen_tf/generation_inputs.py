@@ -129,15 +129,18 @@ def id_rows(inputs: dict[str, Any], model: Any) -> Rows:
             "prompts decoder_input_ids and, where there is padding, decoder_attention_mask; "
             f"received {', '.join(map(str, inputs)) or 'none'}."
         )
-    ids, mask = _ids_and_mask(inputs, "input_ids", "attention_mask", model.encoder.config)
+    encoder, decoder = model.encoder.config, model.decoder.config
+    sizes = encoder.vocab_size, encoder.max_source_positions
+    ids, mask = _ids_and_mask(inputs, "input_ids", "attention_mask", *sizes)
     if ids.shape[1] == 0:  # nothing but padding
-        ids = np.full([len(ids), 1], model.encoder.config.pad_token_id, np.int32)
+        ids = np.full([len(ids), 1], encoder.pad_token_id, np.int32)
         mask = np.zeros_like(ids)
     if "decoder_input_ids" not in inputs:
         start = np.asarray(start_prompt(model, len(ids)))
         return Rows(ids, mask, start, np.ones([len(ids)], np.int32))
+    sizes = decoder.vocab_size, decoder.max_target_positions
     prompts, prompt_mask = _ids_and_mask(
-        inputs, "decoder_input_ids", "decoder_attention_mask", model.decoder.config
+        inputs, "decoder_input_ids", "decoder_attention_mask", *sizes
     )
     if len(prompts) != len(ids):
         raise ValueError(
@@ -169,7 +172,7 @@ def _with_start(prompts: np.ndarray, mask: np.ndarray, model: Any) -> tuple[np.n
 
 
 def _ids_and_mask(
-    inputs: dict[str, Any], ids_name: str, mask_name: str, config: Any
+    inputs: dict[str, Any], ids_name: str, mask_name: str, vocab_size: int, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """int32 [N, length] each; without a mask every id counts."""
     ids = np.asarray(inputs[ids_name])
@@ -184,14 +187,14 @@ def _ids_and_mask(
             f"{mask_name} must be 1 on tokens and 0 on padding, received {mask.dtype} with other "
             "values."
         )
-    if ids.shape[1] > config.max_position_embeddings:
+    if ids.shape[1] > longest:
         raise ValueError(
-            f"{ids_name} must not be longer than max_position_embeddings "
-            f"({config.max_position_embeddings}), received {ids.shape[1]} tokens."
+            f"{ids_name} must not be longer than max_position_embeddings ({longest}), received "
+            f"{ids.shape[1]} tokens."
         )
-    if ids.size and not 0 <= ids.min() <= ids.max() < config.vocab_size:
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         raise ValueError(
-            f"{ids_name} must lie in [0, {config.vocab_size}), received {ids.min()} to {ids.max()}."
+            f"{ids_name} must lie in [0, {vocab_size}), received {ids.min()} to {ids.max()}."
         )
     return ids.astype(np.int32), mask.astype(np.int32)
 

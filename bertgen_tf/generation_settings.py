@@ -18,14 +18,14 @@ def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -
     """
     decoder = model.decoder.config
     # The last token is never read.
-    longest = decoder.max_position_embeddings + 1
+    longest = decoder.max_target_positions + 1
     prompt = "" if prompt_length == 1 else f" less the prompt's further {prompt_length - 1} tokens"
     if config.max_length is None:
         total = prompt_length + config.max_new_tokens
         if total > longest:
             raise ValueError(
                 "max_new_tokens must not exceed the decoder's max_position_embeddings "
-                f"({decoder.max_position_embeddings}){prompt}, received {config.max_new_tokens}."
+                f"({decoder.max_target_positions}){prompt}, received {config.max_new_tokens}."
             )
     else:
         total = config.max_length
@@ -53,6 +53,14 @@ def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -
             "forced_bos_token_id is for outputs without a prompt, received "
             f"{config.forced_bos_token_id} and a prompt. End the prompt with it, or set None."
         )
+    if getattr(model, "decoder_tokenizer", None) is not None:
+        for name in ("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"):
+            value = getattr(config, name)
+            if value != getattr(GenerationConfig, name):
+                raise ValueError(
+                    f"{name} needs source and target of one vocabulary, and this model has two, "
+                    f"received {value}. Leave it at {getattr(GenerationConfig, name)}."
+                )
     ends = eos_token_ids(config, model)
     banned = [word for word in config.bad_words_ids if len(word) == 1 and word[0] in ends]
     if banned:

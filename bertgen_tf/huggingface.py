@@ -1,4 +1,4 @@
-"""HuggingFace checkpoints: BertGeneration in and out, BERT and RoBERTa as warm starts.
+"""HuggingFace checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts.
 
 A checkpoint is a folder as transformers 4 and 5 write it, or `org/name` of one on the hub. What is
 read: `config.json`, `generation_config.json`, weights in safetensors (whole or in shards) or, with
@@ -18,8 +18,10 @@ from typing import Any
 from bertgen_tf import folders, lora, pretrained
 from bertgen_tf import huggingface_config as configs
 from bertgen_tf import huggingface_files as files
+from bertgen_tf import huggingface_gpt2 as gpt2
 from bertgen_tf import huggingface_tokenizers as tokenizers
 from bertgen_tf import huggingface_weights as names
+from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.weights import assign, first_line, named_variables
@@ -33,16 +35,6 @@ _OURS = (
 )
 
 
-def model_type_of(folder: str | os.PathLike) -> str:
-    """The `model_type` of a checkpoint, such as "bert".
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
-    """
-    path = files.resolve(folder) / _CONFIG
-    return configs.model_type(files.read_json(path), os.fspath(path))
-
-
 def kind_of(folder: str | os.PathLike) -> str:
     """What a checkpoint holds: "encoder-decoder", "encoder" or "decoder".
 
@@ -54,7 +46,7 @@ def kind_of(folder: str | os.PathLike) -> str:
     kind = configs.model_type(values, os.fspath(path / _CONFIG))
     if kind == configs.ENCODER_DECODER:
         return "encoder-decoder"
-    return "decoder" if values.get("is_decoder") else "encoder"
+    return "decoder" if values.get("is_decoder") or kind == gpt2.GPT2 else "encoder"
 
 
 def load_encoder_decoder(
@@ -147,12 +139,12 @@ def load_decoder(
     cross_attention: str | None = None,
     num_layers: int | list[int] | None = None,
 ) -> BertGenerationDecoder:
-    """A decoder from a bert-generation, bert or roberta checkpoint.
+    """A decoder from a bert-generation, bert, roberta or gpt2 checkpoint.
 
     Args:
-        folder: the checkpoint. One that says `is_decoder` comes as it is, with its head and with or
-            without cross-attention; any other is a warm start: its heads are left out, and it
-            becomes causal.
+        folder: the checkpoint. A GPT-2, or one that says `is_decoder`, comes as it is, with its
+            head and with or without cross-attention; any other is a warm start: its heads are left
+            out, and it becomes causal.
         cross_attention: how cross-attention begins where the checkpoint has none: "random" or
             "self_attention", as for `pretrained.build_decoder`. None is "random" for a warm start,
             and leaves a decoder without cross-attention as it is.
@@ -169,6 +161,15 @@ def load_decoder(
         encoder, _ = load_encoder_with_tokenizer(path, num_layers)
         return pretrained.build_decoder(encoder, "none", cross_attention or "random")
     source = os.fspath(folder)
+    if stack.kind == gpt2.GPT2:
+        checkpoint = load_gpt2(path, num_layers=num_layers)
+        new = not checkpoint.config.add_cross_attention and cross_attention is not None
+        config = checkpoint.config
+        decoder = BertGenerationDecoder(config.replace(add_cross_attention=True) if new else config)
+        checkpoint.fill(decoder, new_cross_attention=new)
+        if new and cross_attention == "self_attention":
+            pretrained.copy_self_attention(decoder)
+        return decoder
     tensors = names.without_prefix(files.read_tensors(path), "bert.", source)
     names.untie_head(tensors, source)
     names.check_sizes(tensors, stack.config, source)
@@ -194,6 +195,29 @@ def load_decoder(
     if cross_attention == "self_attention" and not crossed:
         pretrained.copy_self_attention(decoder)
     return decoder
+
+
+def load_gpt2(name: str | os.PathLike, **options: Any) -> gpt2.Checkpoint:
+    """Reads a GPT-2 checkpoint; see `huggingface_gpt2.read_checkpoint` for the options.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
+    """
+    path = files.resolve(name)
+    stack = _read_stack(path)
+    if stack.kind != gpt2.GPT2:
+        raise ValueError(f"{name} should hold a GPT-2, but holds a model of type {stack.kind}.")
+    return gpt2.read_checkpoint(path, stack.config, **options)
+
+
+def read_config(folder: str | os.PathLike) -> tuple[str, BertGenerationConfig]:
+    """The `model_type` of a lone stack, and its sizes, before its weights are read.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
+    """
+    stack = _read_stack(files.resolve(folder))
+    return stack.kind, stack.config
 
 
 def save(
@@ -228,6 +252,16 @@ def save(
         raise ValueError(
             "model must have float32 matrices to become a HuggingFace checkpoint, and those of "
             "this one are int8. Save the model that was quantized."
+        )
+    if any(stack.config.norm_first or stack.config.decoder_only for stack in stacks):
+        raise ValueError(
+            "model must have BERT's blocks to become a HuggingFace checkpoint: bert-generation has "
+            "no place for GPT-2's (norm_first=True). Save a preset."
+        )
+    if getattr(model, "decoder_tokenizer", None) is not None:
+        raise ValueError(
+            "model must have one tokenizer to become a HuggingFace checkpoint, which has no place "
+            "for a decoder_tokenizer. Save a preset."
         )
     generation = tokenizer = None
     if isinstance(model, EncoderDecoderModel):
@@ -349,6 +383,11 @@ def load_encoder_with_tokenizer(
     path = files.resolve(name)
     source = os.fspath(name)
     stack = _read_stack(path)
+    if stack.kind == gpt2.GPT2:
+        raise ValueError(
+            f"{source} should hold an encoder, but holds a GPT-2, which is a decoder: "
+            "BertGenerationDecoder.from_huggingface and warm_start read it."
+        )
     if stack.config.add_cross_attention:
         raise ValueError(
             f"{source} should hold an encoder, but holds a decoder with cross-attention: "

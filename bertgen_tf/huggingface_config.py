@@ -11,7 +11,9 @@ import math
 from typing import Any
 
 from bertgen_tf import huggingface_generation as generations
+from bertgen_tf import huggingface_gpt2 as gpt2
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.models import OWN_FIELDS
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 
 # The key in config.json for what HuggingFace has no place for.
@@ -56,8 +58,11 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 0,
         "eos_token_id": 2,
     },
+    gpt2.GPT2: gpt2.DEFAULTS,
 }
 STACKS = tuple(_DEFAULTS)
+# Those that an encoder-decoder may have for its encoder.
+_ENCODERS = (BERT_GENERATION, "bert", "roberta")
 HIDDEN_ACTS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -98,7 +103,7 @@ class Stack:
         config: sizes and ids; `max_position_embeddings` without `first_position`.
         first_position: rows of the position embeddings before that of the first token: RoBERTa
             begins after its padding id.
-        is_decoder: whether it is causal there.
+        is_decoder: whether it is causal there; GPT-2 always is.
         has_ids: whether the three ids are all told.
     """
 
@@ -150,8 +155,10 @@ def read_stack(values: dict[str, Any], where: str) -> Stack:
         ValueError: all that is refused, with its values.
     """
     problems: list[str] = []
+    if values["model_type"] == gpt2.GPT2:
+        values = gpt2.bert_fields(values, problems)
     _check_fields(values, "", problems)
-    if values["model_type"] != BERT_GENERATION and values.get("is_decoder"):
+    if values["model_type"] not in (BERT_GENERATION, gpt2.GPT2) and values.get("is_decoder"):
         problems.append(
             "is_decoder=True (BERT's decoder has a head of its own, and is no warm start)"
         )
@@ -198,7 +205,7 @@ def read_pair(
         ours.append(f"{OWN}={own!r} (only what save_to_huggingface wrote)")
         own = {}
     ends = own.get("generation", {}).get("eos_token_id")
-    encoder = _side(values, "encoder", STACKS, ours)
+    encoder = _side(values, "encoder", _ENCODERS, ours)
     decoder = _side(values, "decoder", (BERT_GENERATION,), ours)
     stacks: dict[str, Stack | None] = {}
     if decoder is not None:
@@ -246,7 +253,8 @@ def write_stack(config: BertGenerationConfig, architecture: str) -> dict[str, An
     """The `config.json` of a lone encoder ("BertGenerationEncoder") or decoder."""
     decoder = architecture == "BertGenerationDecoder"
     values = {**config.to_dict(), "model_type": BERT_GENERATION, "is_decoder": decoder}
-    del values["quantization"]  # ours
+    for field in OWN_FIELDS:
+        del values[field]
     return {**values, "architectures": [architecture], "dtype": "float32", OWN: {}}
 
 
@@ -306,7 +314,7 @@ def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | 
     has_ids = all(fields[field] is not None for field in _IDS)
     if isinstance(fields["eos_token_id"], list) and len(fields["eos_token_id"]) == 1:
         fields["eos_token_id"] = fields["eos_token_id"][0]
-    act = values.get("hidden_act", "gelu")
+    act = values.get("hidden_act", defaults["hidden_act"])
     if not isinstance(act, str) or act not in HIDDEN_ACTS:
         problems.append(f"{prefix}hidden_act={act!r} (only {', '.join(HIDDEN_ACTS)})")
         act = "gelu"
@@ -327,6 +335,7 @@ def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | 
     config = BertGenerationConfig(
         **fields,
         hidden_act=HIDDEN_ACTS[act],
+        norm_first=kind == gpt2.GPT2,
         add_cross_attention=bool(is_decoder and values.get("add_cross_attention")),
     )
     return Stack(kind, config, first_position, is_decoder, has_ids)
@@ -357,7 +366,7 @@ def _side(
         _check_fields(stack, f"{side}.", problems)
         return dict(stack)
     why = ""
-    if side == "decoder" and kind in STACKS:
+    if side == "decoder" and kind in _ENCODERS:
         why = (
             ": the head of that decoder, a dense layer and a layer normalisation before the "
             "softmax, has no place in BertGeneration"
@@ -455,7 +464,10 @@ def _settings_in_config(values: dict[str, Any], decoder: dict[str, Any]) -> dict
 def _is_own(own: Any) -> bool:
     if not isinstance(own, dict):
         return False
-    arguments = set(inspect.signature(Seq2SeqPreprocessor).parameters) - {"tokenizer"}
+    arguments = set(inspect.signature(Seq2SeqPreprocessor).parameters) - {
+        "tokenizer",
+        "decoder_tokenizer",
+    }
     parts = (
         (own.get("preprocessor", {}), arguments),
         (own.get("generation", {}), generations.OWN_GENERATION),

@@ -25,7 +25,9 @@ _BERT_OPTIONS = {
 }
 
 
-def read_tokenizer(folder: pathlib.Path, ids: dict[str, int] | None) -> Tokenizer | None:
+def read_tokenizer(
+    folder: pathlib.Path, ids: dict[str, int] | None, *, append_missing: bool = False
+) -> Tokenizer | None:
     """The tokenizer of a checkpoint, or None where it has no file for one.
 
     `spiece.model` is read first, then `vocab.txt`, `vocab.json` with `merges.txt`, and
@@ -37,6 +39,8 @@ def read_tokenizer(folder: pathlib.Path, ids: dict[str, int] | None) -> Tokenize
         ids: `pad_token_id`, `bos_token_id` and `eos_token_id` of the model, which tell what pieces
             have these roles; None takes the names in `tokenizer_config.json`: a BERT has no start
             and end of a target, its [CLS] and [SEP] serve.
+        append_missing: for byte-level BPE: special tokens that the vocabulary lacks get ids behind
+            it. GPT-2 has a single one, for the end.
 
     Raises:
         ValueError: a file is damaged, or asks for what is not supported, such as tokens that were
@@ -53,9 +57,12 @@ def read_tokenizer(folder: pathlib.Path, ids: dict[str, int] | None) -> Tokenize
             tokenizer = _read_word_piece(path, pieces, options, ids)
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             vocab = read_json(folder / "vocab.json")
-            tokenizer = _read_byte_pair(vocab, folder / "merges.txt", options, ids)
+            if append_missing:
+                vocab |= _added_tokens(folder, options, len(vocab))
+            merges = folder / "merges.txt"
+            tokenizer = _read_byte_pair(vocab, merges, options, ids, append_missing)
         elif (folder / "tokenizer.json").is_file():
-            tokenizer = _read_tokenizer_json(folder, options, ids)
+            tokenizer = _read_tokenizer_json(folder, options, ids, append_missing)
         else:
             return None
         _refuse_added_tokens(folder, options, tokenizer)
@@ -195,30 +202,78 @@ def _read_byte_pair(
     merges: pathlib.Path | Sequence[str],
     options: dict[str, Any],
     ids: dict[str, int] | None,
+    append_missing: bool = False,
 ) -> BertGenerationTokenizer:
     pieces = {i: piece for piece, i in vocab.items()}
-    names = _names(options, ids, [pieces.get(i, "") for i in range(len(pieces))])
-    mask = names.pop("mask_token", "<mask>")
-    names.pop("sep_token", None)
+    if append_missing:
+        names = _distinct_names(vocab, options)
+        control_tokens = sorted(_specials_of(vocab, options) - set(names.values()))
+    else:
+        names = _names(options, ids, [pieces.get(i, "") for i in range(len(pieces))])
+        mask = names.pop("mask_token", "<mask>")
+        names.pop("sep_token", None)
+        control_tokens = [mask] if mask in vocab else []
     content = sentencepiece_from_byte_pair(
         vocab,
         merges,
         add_prefix_space=bool(options.get("add_prefix_space")),
-        control_tokens=[mask] if mask in vocab else [],
+        control_tokens=control_tokens,
+        append_missing=append_missing,
         **names,
     )
     return BertGenerationTokenizer(content, **names)
 
 
+def _distinct_names(vocab: dict[str, int], options: dict[str, Any]) -> dict[str, str]:
+    """Different tokens for pad, bos, eos and unk, of the vocabulary where it has them.
+
+    GPT-2 has "<|endoftext|>" for all: it stays the end, and the others become new ones.
+    """
+    names = {"eos_token": options.get("eos_token") or "<|endoftext|>"}
+    if names["eos_token"] not in vocab:
+        raise ValueError(f"The vocabulary lacks the end token, {names['eos_token']!r}.")
+    for role, default in (("pad", "<pad>"), ("bos", "<s>"), ("unk", "<unk>")):
+        token = options.get(f"{role}_token")
+        taken = token not in vocab or token in names.values()
+        names[f"{role}_token"] = default if taken else token
+    return names
+
+
+def _specials_of(vocab: dict[str, int], options: dict[str, Any]) -> set[str]:
+    added = (options.get("added_tokens_decoder") or {}).values()
+    found = {token["content"] for token in added} | {options.get("mask_token")}
+    return {token for token in found if token in vocab}
+
+
+def _added_tokens(folder: pathlib.Path, options: dict[str, Any], size: int) -> dict[str, int]:
+    """The tokens that stand behind a vocabulary of `size`, with their ids."""
+    added = {
+        token["content"]: int(i) for i, token in (options.get("added_tokens_decoder") or {}).items()
+    }
+    if (folder / "added_tokens.json").is_file():
+        added |= read_json(folder / "added_tokens.json")
+    return {token: i for token, i in added.items() if i >= size}
+
+
 def _read_tokenizer_json(
-    folder: pathlib.Path, options: dict[str, Any], ids: dict[str, int] | None
+    folder: pathlib.Path,
+    options: dict[str, Any],
+    ids: dict[str, int] | None,
+    append_missing: bool,
 ) -> Tokenizer:
     values = read_json(folder / "tokenizer.json")
     model = values["model"]
+    if append_missing:  # what was added to the vocabulary is here
+        added = {str(token["id"]): token for token in values.get("added_tokens") or []}
+        options = {**options, "added_tokens_decoder": added}
     if model.get("type") == "BPE" and "ByteLevel" in str(values["pre_tokenizer"]):
         merges = [line if isinstance(line, str) else " ".join(line) for line in model["merges"]]
         # With the first line of merges.txt, so that it becomes the same model.
-        return _read_byte_pair(model["vocab"], ["#version: 0.2", *merges], options, ids)
+        merges = ["#version: 0.2", *merges]
+        vocab = model["vocab"]
+        if append_missing:
+            vocab = vocab | _added_tokens(folder, options, len(vocab))
+        return _read_byte_pair(vocab, merges, options, ids, append_missing)
     if model.get("type") == "WordPiece":
         pieces = sorted(model["vocab"], key=model["vocab"].get)
         if [model["vocab"][piece] for piece in pieces] != list(range(len(pieces))):

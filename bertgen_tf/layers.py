@@ -1,8 +1,9 @@
-"""Layers of BERT's post-norm transformer, for full sequences and for cached decoding alike.
+"""Layers of BERT's transformer and of GPT-2's, for full sequences and for cached decoding alike.
 
 Source: Devlin et al. 2018 (`google-research/bert` `modeling.py`); cross-attention as in Rothe,
-Narayan, Severyn 2020. Letters in shape comments: B batch, T query length, S key length, H hidden
-size, A attention heads, D size of a head (H = A * D), V vocabulary.
+Narayan, Severyn 2020; `norm_first` as in Radford et al. 2019 (`openai/gpt-2` `model.py`). Letters
+in shape comments: B batch, T query length, S key length, H hidden size, A attention heads, D size
+of a head (H = A * D), V vocabulary.
 
 Softmax and layer normalisation compute in float32 under every dtype policy.
 """
@@ -40,8 +41,30 @@ def causal_mask(query_length: Any, key_length: Any, first_query: Any = 0) -> Any
     return (ops.arange(key_length)[None, :] <= positions[:, None])[None, None]
 
 
+def before_sublayer(layer: Any, hidden: Any) -> Any:
+    """What attention or feed-forward reads: `hidden`, or normalised with `norm_first`."""
+    return layer.layer_norm(hidden) if layer.config.norm_first else hidden
+
+
+def after_sublayer(layer: Any, hidden: Any, output: Any, training: bool | None) -> Any:
+    """The residual connection, and normalisation unless `norm_first`."""
+    hidden = hidden + layer.dropout(output, training=training)
+    return hidden if layer.config.norm_first else layer.layer_norm(hidden)
+
+
+def final_norm(config: BertGenerationConfig, policy: Any) -> keras.layers.Layer | None:
+    """What a stack with `norm_first` normalises its output with."""
+    if not config.norm_first:
+        return None
+    return keras.layers.LayerNormalization(
+        epsilon=config.layer_norm_eps, name="final_norm", dtype=policy
+    )
+
+
 class Embeddings(keras.layers.Layer):
     """Word and position embeddings, summed, normalised: int [B, T] -> [B, T, H].
+
+    With `norm_first` they are not normalised: the first block does that.
 
     BERT's token types are not here: type 0 is folded into the positions when weights are read.
 
@@ -73,21 +96,27 @@ class Embeddings(keras.layers.Layer):
             name="position_embeddings",
             dtype=self.dtype_policy,
         )
-        self.layer_norm = keras.layers.LayerNormalization(
-            epsilon=config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
-        )
+        self.layer_norm = None
+        if not config.norm_first:
+            self.layer_norm = keras.layers.LayerNormalization(
+                epsilon=config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
+            )
         self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any = None) -> None:
         if not self.word_embeddings.built:
             self.word_embeddings.build()
         self.position_embeddings.build()
-        self.layer_norm.build((None, None, self.config.hidden_size))
+        if self.layer_norm is not None:
+            self.layer_norm.build((None, None, self.config.hidden_size))
 
     def call(self, input_ids: Any, first_position: Any = 0, training: bool | None = None) -> Any:
+        # One first position, or one for each row [B, 1].
         positions = first_position + ops.arange(ops.shape(input_ids)[1])
         hidden = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        return self.dropout(self.layer_norm(hidden), training=training)
+        if self.layer_norm is not None:
+            hidden = self.layer_norm(hidden)
+        return self.dropout(hidden, training=training)
 
     def logits(self, hidden: Any, bias: Any) -> Any:
         """[B, T, H] times the transposed word embeddings, plus bias [V]: float32 [B, T, V]."""
@@ -97,7 +126,7 @@ class Embeddings(keras.layers.Layer):
 
 
 class Attention(keras.layers.Layer):
-    """Multi-head attention with its residual connection and post-layer normalisation.
+    """Multi-head attention with its residual connection and layer normalisation.
 
     What self-attention and cross-attention have in common, for whole sequences and for cached
     decoding. Keys and values are a pair of tensors [B, A, S, D] each.
@@ -129,6 +158,8 @@ class Attention(keras.layers.Layer):
         keys_values: tuple[Any, Any],
         attention_mask: Any,
         training: bool | None,
+        prefix: tuple[Any, Any] | None = None,
+        prefix_mask: Any = None,
     ) -> tuple[Any, Any]:
         """Attention over one pair of keys and values per example, for all its rows.
 
@@ -137,26 +168,40 @@ class Attention(keras.layers.Layer):
             queries: [B * K, T, H]; the K rows of an example are adjacent.
             keys_values: [B, A, S, D] each.
             attention_mask: None or bool, broadcast to [B, A, K * T, S].
+            prefix, prefix_mask: a second pair [B, A, P, D], before the first, with its mask.
 
         Returns:
-            what is like hidden, and the attention weights, float32 [B, A, K * T, S].
+            what is like hidden, and the attention weights, float32 [B, A, K * T, S], or those of
+            the prefix [B, A, K * T, P].
         """
         keys, values = keys_values
         # The rows of one example share its keys: they are folded into the query axis.
         folded = (ops.shape(keys)[0], -1, self.num_heads, self.head_size)
         queries = ops.transpose(ops.reshape(queries, folded), (0, 2, 1, 3))  # [B, A, K*T, D]
-        scores = tf.matmul(queries, keys, transpose_b=True)  # [B, A, K*T, S]
-        scores = ops.cast(scores, "float32") / self.head_size**0.5
-        if attention_mask is not None:
-            scores = ops.where(attention_mask, scores, MASKED_SCORE)
+        scores = self._scores(queries, keys, attention_mask)  # [B, A, K*T, S]
+        if prefix is not None:
+            scores = ops.concatenate([self._scores(queries, prefix[0], prefix_mask), scores], -1)
         weights = tf.nn.softmax(scores)
-        if attention_mask is not None:
+        if attention_mask is not None and prefix is None:
             # A query that may see nothing (an empty source) gets zeros, however long the padding.
             weights = weights * ops.cast(ops.any(attention_mask, axis=-1, keepdims=True), "float32")
         dropped = self.attention_dropout(ops.cast(weights, values.dtype), training=training)
-        context = ops.transpose(tf.matmul(dropped, values), (0, 2, 1, 3))  # [B, K*T, A, D]
+        if prefix is None:
+            context = tf.matmul(dropped, values)
+        else:
+            # Two products: a step of generation copies no long pair to put it before a short one.
+            size = ops.shape(prefix[1])[2]
+            context = tf.matmul(dropped[..., :size], prefix[1])
+            context += tf.matmul(dropped[..., size:], values)
+            weights = weights[..., :size]
+        context = ops.transpose(context, (0, 2, 1, 3))  # [B, K*T, A, D]
         output = self.output_dense(ops.reshape(context, ops.shape(hidden)))
-        return self.layer_norm(hidden + self.dropout(output, training=training)), weights
+        return after_sublayer(self, hidden, output, training), weights
+
+    def _scores(self, queries: Any, keys: Any, mask: Any) -> Any:
+        scores = tf.matmul(queries, keys, transpose_b=True)
+        scores = ops.cast(scores, "float32") / self.head_size**0.5
+        return scores if mask is None else ops.where(mask, scores, MASKED_SCORE)
 
     def split_heads(self, tensor: Any, rows: Any = None) -> Any:
         """[B, S, H] -> [B, A, S, D].
@@ -171,6 +216,13 @@ class Attention(keras.layers.Layer):
         tensor = ops.reshape(tensor, (rows, -1, length, self.num_heads, self.head_size))
         tensor = ops.transpose(tensor, (0, 3, 2, 1, 4))  # [rows, A, T, K, D]
         return ops.reshape(tensor, (rows, self.num_heads, -1, self.head_size))
+
+    def join_heads(self, tensor: Any) -> Any:
+        """[B, A, S, D] -> [B, S, H]."""
+        batch, _, length, _ = ops.shape(tensor)
+        return ops.reshape(
+            ops.transpose(tensor, (0, 2, 1, 3)), (batch, length, self.config.hidden_size)
+        )
 
 
 class SelfAttention(Attention):
@@ -203,21 +255,29 @@ class SelfAttention(Attention):
         attention_mask: Any = None,
         cache: tuple[Any, Any] | None = None,
         index: Any = 0,
+        prefix: tuple[Any, Any] | None = None,
+        cross_mask: Any = None,
         training: bool | None = None,
-    ) -> tuple[Any, tuple[Any, Any]]:
+    ) -> tuple[Any, tuple[Any, Any], Any]:
         """Hidden [B * K, T, H], mask bool, broadcast to [B, A, K * T, S].
 
+        `prefix` and its `cross_mask` are those of `attend`; an argument `prefix_mask` would be
+        filled in by Keras.
+
         Returns:
-            what is like hidden, and the pair that was read: the extended cache, or without a cache
-            the keys and values of `hidden`.
+            what is like hidden; the pair that was read: the extended cache, or without a cache
+            the keys and values of `hidden`; the attention weights, of the prefix if there is one.
         """
-        queries, keys, values = ops.split(self.query_key_value(hidden), 3, axis=-1)
+        inputs = before_sublayer(self, hidden)
+        queries, keys, values = ops.split(self.query_key_value(inputs), 3, axis=-1)
         rows = None if cache is None else ops.shape(cache[0])[0]
         pair = self.split_heads(keys, rows), self.split_heads(values, rows)
         if cache is not None:
             pair = write_cache(cache, pair, index * (ops.shape(hidden)[0] // rows))
-        hidden, _ = self.attend(hidden, queries, pair, attention_mask, training)
-        return hidden, pair
+        hidden, weights = self.attend(
+            hidden, queries, pair, attention_mask, training, prefix, cross_mask
+        )
+        return hidden, pair, weights
 
 
 class CrossAttention(Attention):
@@ -254,7 +314,8 @@ class CrossAttention(Attention):
         Returns:
             what is like hidden, and the attention weights, float32 [B, A, K * T, S].
         """
-        return self.attend(hidden, self.query(hidden), keys_values, attention_mask, training)
+        queries = self.query(before_sublayer(self, hidden))
+        return self.attend(hidden, queries, keys_values, attention_mask, training)
 
 
 def write_cache(cache: tuple[Any, Any], new: tuple[Any, Any], slot: Any) -> tuple[Any, Any]:
@@ -296,8 +357,9 @@ class FeedForward(keras.layers.Layer):
         self.layer_norm.build((None, None, self.config.hidden_size))
 
     def call(self, hidden: Any, training: bool | None = None) -> Any:
-        output = self.output_dense(self.activation(self.intermediate(hidden)))
-        return self.layer_norm(hidden + self.dropout(output, training=training))
+        inputs = before_sublayer(self, hidden)
+        output = self.output_dense(self.activation(self.intermediate(inputs)))
+        return after_sublayer(self, hidden, output, training)
 
 
 class TransformerBlock(keras.layers.Layer):
@@ -347,20 +409,27 @@ class TransformerBlock(keras.layers.Layer):
         Args:
             hidden: [B, T, H].
             attention_mask: bool, broadcast to [B, A, T, S], for self-attention.
-            memory: pair that cross-attention reads; it must be None without cross-attention.
-            cross_mask: bool, broadcast to [B, A, T, S], for cross-attention.
+            memory: pair that cross-attention reads; without cross-attention None, or the pair of a
+                source that self-attention reads as its prefix.
+            cross_mask: bool, broadcast to [B, A, T, S], for `memory`.
             cache: pair of buffers that self-attention extends from position `index` on, see
                 `SelfAttention`.
 
         Returns:
             hidden like the input; the pair that self-attention read: the extended cache, or
-            without a cache the keys and values of `hidden`; the weights of cross-attention,
-            float32 [B, A, T, S], or None.
+            without a cache the keys and values of `hidden`; the weights of `memory`, float32
+            [B, A, T, S].
         """
-        hidden, keys_values = self.self_attention(
-            hidden, attention_mask, cache=cache, index=index, training=training
+        prefix = memory if self.cross_attention is None else None
+        hidden, keys_values, weights = self.self_attention(
+            hidden,
+            attention_mask,
+            cache=cache,
+            index=index,
+            prefix=prefix,
+            cross_mask=None if prefix is None else cross_mask,
+            training=training,
         )
-        weights = None
         if self.cross_attention is not None:
             hidden, weights = self.cross_attention(hidden, memory, cross_mask, training=training)
         return self.feed_forward(hidden, training=training), keys_values, weights

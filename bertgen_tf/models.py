@@ -7,9 +7,14 @@ Tasks". Where HuggingFace's classes differ from the TF Hub originals, this is wh
 - output bias: there is one, as in HuggingFace; the originals' is zero, which is also its start.
 - token types: type 0 is folded into the positions, which is exact; HuggingFace drops it.
 
+With `norm_first` the blocks are GPT-2's, in place of BERT's, the paper's decoder of BERT2GPT; and
+with `source_positions` one stack is encoder and decoder, the paper's GPT: it reads the source, and
+the target behind it, whose positions go on where those of the source end.
+
 B batch, S source length, T target length, H hidden size, V vocabulary.
 """
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -17,11 +22,13 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, padding_mask
+from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, final_norm, padding_mask
 from bertgen_tf.projections import Dense, quantized_weights
 from bertgen_tf.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
+# Fields of the config that HuggingFace's class does not have.
+OWN_FIELDS = ("norm_first", "source_positions", "quantization")
 _NOT_ALONE = "A stack is not quantized alone. Call quantize of the EncoderDecoderModel."
 
 
@@ -41,6 +48,7 @@ class BertGenerationEncoder(keras.Model):
             TransformerBlock(config, name=f"layer_{i}", dtype=self.dtype_policy)
             for i in range(config.num_hidden_layers)
         ]
+        self.final_norm = final_norm(config, self.dtype_policy)
         self.build()
 
     @classmethod
@@ -79,6 +87,8 @@ class BertGenerationEncoder(keras.Model):
         self.embeddings.build()
         for block in self.blocks:
             block.build()
+        if self.final_norm is not None:
+            self.final_norm.build((None, None, self.config.hidden_size))
 
     def call(self, input_ids: Any, attention_mask: Any = None, training: bool | None = None) -> Any:
         """Encodes a batch.
@@ -88,14 +98,24 @@ class BertGenerationEncoder(keras.Model):
             attention_mask: int32 [B, S], 1 on tokens and 0 on padding; None means no padding.
 
         Returns:
-            [B, S, H] in the compute dtype of the dtype policy.
+            [B, S, H] in the compute dtype of the dtype policy. Of a decoder-only model, what its
+            decoder reads instead: keys and values of all layers, [B, S, layers * 2 * H].
         """
-        _check_length("input_ids", input_ids, self.config)
+        _check_length("input_ids", input_ids, self.config.max_source_positions)
         mask = None if attention_mask is None else padding_mask(attention_mask)
+        if self.config.decoder_only:
+            length = ops.shape(input_ids)[1]
+            causal = causal_mask(length, length)
+            mask = causal if mask is None else ops.logical_and(mask, causal)
         hidden = self.embeddings(input_ids, training=training)
+        memory = []
         for block in self.blocks:
-            hidden, _, _ = block(hidden, mask, training=training)
-        return hidden
+            hidden, pair, _ = block(hidden, mask, training=training)
+            if self.config.decoder_only:
+                memory += map(block.self_attention.join_heads, pair)
+        if self.config.decoder_only:
+            return ops.concatenate(memory, axis=-1)
+        return hidden if self.final_norm is None else self.final_norm(hidden)
 
     def get_config(self) -> dict[str, Any]:
         return _model_config(self)
@@ -115,7 +135,8 @@ class BertGenerationDecoder(keras.Model):
     """Causal BERT with cross-attention and a language-model head tied to its word embeddings.
 
     Args:
-        config: sizes and activation; with `add_cross_attention=False` it is a language model.
+        config: sizes and activation; with `add_cross_attention=False` it is a language model, which
+            goes on with the encoder's text if there are `source_positions`.
         encoder: an encoder to share variables with.
         sharing: what is read from `encoder`: "none", "word_embeddings" (the paper's BERT2BERT
             counts one matrix for encoder, decoder and softmax) or "all" (BERTSHARE: everything
@@ -145,6 +166,11 @@ class BertGenerationDecoder(keras.Model):
                     "A decoder that shares must have the encoder's dtype policy, received "
                     f"{self.dtype_policy.name} and {encoder.dtype_policy.name}."
                 )
+        if config.decoder_only and sharing != "all":
+            raise ValueError(
+                f"source_positions={config.source_positions} makes encoder and decoder one stack, "
+                f"which needs sharing='all', received {sharing!r}."
+            )
         share_all = sharing == "all"
         self.config = config
         self.sharing = sharing
@@ -166,6 +192,7 @@ class BertGenerationDecoder(keras.Model):
             )
             for i in range(config.num_hidden_layers)
         ]
+        self.final_norm = encoder.final_norm if share_all else final_norm(config, self.dtype_policy)
         self.build()
 
     @classmethod
@@ -224,6 +251,8 @@ class BertGenerationDecoder(keras.Model):
             self.embeddings.build()
         for block in self.blocks:
             block.build()
+        if self.final_norm is not None and not self.final_norm.built:
+            self.final_norm.build((None, None, self.config.hidden_size))
         self.output_bias = self.add_weight(
             (self.config.vocab_size,), initializer="zeros", name="output_bias", autocast=False
         )
@@ -253,7 +282,7 @@ class BertGenerationDecoder(keras.Model):
             input_ids: int32 [B, T]; with a cache, the T tokens from position `cache_index` on.
             attention_mask: int32 [B, T], 1 on tokens and 0 on padding; None means no padding. Not
                 with a cache.
-            encoder_hidden_states: [B, S, H]; not read when a cache is given.
+            encoder_hidden_states: what the encoder gives; not read when a cache is given.
             encoder_attention_mask: int32 [B, S].
             cache: what `init_cache` made or the last call returned. B is its batch times its beams,
                 the beams of an example adjacent.
@@ -264,7 +293,7 @@ class BertGenerationDecoder(keras.Model):
             float32 logits [B, T, V]; with a cache `(logits, cache)`; with
             `return_attention_weights` one more item, float32 [B, layers, heads, T, S].
         """
-        _check_length("input_ids", input_ids, self.config)
+        _check_length("input_ids", input_ids, self.config.max_target_positions)
         length = ops.shape(input_ids)[1]
         if cache is None:
             mask = causal_mask(length, length)
@@ -279,7 +308,10 @@ class BertGenerationDecoder(keras.Model):
         cross_mask = (
             None if encoder_attention_mask is None else padding_mask(encoder_attention_mask)
         )
-        hidden = self.embeddings(input_ids, first_position=cache_index, training=training)
+        position = cache_index
+        if self.config.decoder_only:
+            position += _source_lengths(memory[0][0], encoder_attention_mask, ops.shape(input_ids))
+        hidden = self.embeddings(input_ids, first_position=position, training=training)
         new_cache, weights = [], []
         for i, block in enumerate(self.blocks):
             hidden, pair, looked_at = block(
@@ -340,6 +372,8 @@ class BertGenerationDecoder(keras.Model):
         }
 
     def _logits(self, hidden: Any) -> Any:
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
         bias = tf.convert_to_tensor(self.output_bias)
         if self.config.quantization is None:
             return self.embeddings.logits(hidden, bias)
@@ -347,14 +381,22 @@ class BertGenerationDecoder(keras.Model):
         return quantized_linear(hidden, kernel, scale, bias)
 
     def _project(self, encoder_hidden_states: Any) -> list:
-        if (encoder_hidden_states is not None) != self.config.add_cross_attention:
-            needed = "needs" if self.config.add_cross_attention else "takes no"
+        reads = self.config.add_cross_attention or self.config.decoder_only
+        if (encoder_hidden_states is not None) != reads:
+            needed = "needs" if reads else "takes no"
             raise ValueError(
                 f"A decoder with add_cross_attention={self.config.add_cross_attention} {needed} "
                 f"encoder_hidden_states, received {type(encoder_hidden_states).__name__}."
             )
         if encoder_hidden_states is None:
             return [None] * len(self.blocks)
+        if self.config.decoder_only:
+            parts = ops.split(encoder_hidden_states, 2 * len(self.blocks), axis=-1)
+            split = self.blocks[0].self_attention.split_heads
+            return [
+                (split(keys), split(values))
+                for keys, values in zip(parts[::2], parts[1::2], strict=True)
+            ]
         return [block.cross_attention.project(encoder_hidden_states) for block in self.blocks]
 
     def get_config(self) -> dict[str, Any]:
@@ -375,6 +417,25 @@ def _matrices_to_int8(stack: keras.Model) -> None:
         if isinstance(layer, Dense):
             layer.to_int8()
     stack.config = stack.config.replace(quantization="int8")
+
+
+def _source_lengths(keys: Any, attention_mask: Any, shape: Any) -> Any:
+    """The positions that sources take, up to their last tokens, for the rows of a target.
+
+    Args:
+        keys: of the source, [B, A, S, D].
+        attention_mask: int32 [B, S], or None.
+        shape: of the target's ids, [B * K, T].
+
+    Returns:
+        int32 [B * K, 1].
+    """
+    batch, _, length, _ = ops.shape(keys)
+    if attention_mask is None:
+        return length
+    positions = ops.where(padding_mask(attention_mask)[:, 0], 1 + ops.arange(length), 0)
+    lengths = ops.max(positions, axis=-1)  # [B, 1]
+    return ops.reshape(tf.broadcast_to(lengths, (batch, shape[0] // batch)), (shape[0], 1))
 
 
 def _own_beams(beams: Any, index: Any, length: Any) -> Any:
@@ -399,8 +460,10 @@ def _slots_mask(beams: Any, index: Any, length: Any) -> Any:
 
 def _model_config(model: keras.Model) -> dict[str, Any]:
     config = model.config.to_dict()
-    if config["quantization"] is None:  # older versions do not know it
-        del config["quantization"]
+    for field in dataclasses.fields(model.config):
+        # Older versions do not know them.
+        if field.name in OWN_FIELDS and config[field.name] == field.default:
+            del config[field.name]
     return {
         "name": model.name,
         "dtype": keras.dtype_policies.serialize(model.dtype_policy),
@@ -409,13 +472,13 @@ def _model_config(model: keras.Model) -> dict[str, Any]:
     }
 
 
-def _check_length(argument: str, ids: Any, config: BertGenerationConfig) -> None:
+def _check_length(argument: str, ids: Any, longest: int) -> None:
     # Out of range, XLA reads the last position again without a word.
     length = ids.shape[1]
-    if length is not None and length > config.max_position_embeddings:
+    if length is not None and length > longest:
         raise ValueError(
-            f"{argument} must not be longer than max_position_embeddings "
-            f"({config.max_position_embeddings}), received {length} tokens. Truncate the text."
+            f"{argument} must not be longer than max_position_embeddings ({longest}), received "
+            f"{length} tokens. Truncate the text."
         )
 
 
@@ -431,7 +494,7 @@ def _check_shareable(
             "hidden_act",
             "max_position_embeddings",
             "layer_norm_eps",
-            "quantization",
+            *OWN_FIELDS,
         ]
     differing = [
         f"{name} ({getattr(encoder, name)} and {getattr(config, name)})"

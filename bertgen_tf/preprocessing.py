@@ -66,6 +66,8 @@ class Seq2SeqPreprocessor(tf.Module):
             mask token counts towards the lengths, of targets and of what is generated.
         hidden_token_ids: further ids that `generate_postprocess` leaves out of the text, besides
             pad, bos and what follows eos.
+        decoder_tokenizer: that of targets, where it is another one than that of sources; what is
+            said here of pad, bos, eos and mask holds for each side with its own.
         prose: False, for a `BertTokenizer` only: `generate_postprocess` puts single spaces between
             words, also around punctuation, and shows every other token, as the WordPiece modules of
             TF Hub do, instead of `BertTokenizer.detokenize`.
@@ -85,8 +87,10 @@ class Seq2SeqPreprocessor(tf.Module):
         mask_first: bool = False,
         hidden_token_ids: Sequence[int] = (),
         prose: bool = True,
+        decoder_tokenizer: BertGenerationTokenizer | BertTokenizer | None = None,
     ):
         super().__init__(name="seq2seq_preprocessor")
+        target = tokenizer if decoder_tokenizer is None else decoder_tokenizer
         options = {
             "add_eos": add_eos,
             "add_bos": add_bos,
@@ -96,14 +100,15 @@ class Seq2SeqPreprocessor(tf.Module):
         for name, value in options.items():
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be True or False; received {value!r}.")
-        if mask_first and tokenizer.mask_token_id is None:
+        if mask_first and target.mask_token_id is None:
             raise ValueError("`mask_first` needs a tokenizer with a mask token; this one has none.")
-        if not prose and not isinstance(tokenizer, BertTokenizer):
+        if not prose and not isinstance(target, BertTokenizer):
             raise ValueError(
                 "`prose=False` is for a BertTokenizer only; received a "
-                f"{type(tokenizer).__name__}, whose pieces contain their spaces."
+                f"{type(target).__name__}, whose pieces contain their spaces."
             )
         self.tokenizer = tokenizer
+        self.target_tokenizer = target
         # Special tokens and at least one of the text.
         least = 1 + add_bos + add_eos
         self.max_source_length = _check_length("max_source_length", max_source_length, least)
@@ -112,10 +117,10 @@ class Seq2SeqPreprocessor(tf.Module):
         self.add_eos = add_eos
         self.add_bos = add_bos
         self.mask_first = mask_first
-        ids = _check_token_ids(hidden_token_ids, tokenizer.vocab_size)
+        ids = _check_token_ids(hidden_token_ids, target.vocab_size)
         # The eos must stay to end the text; what it shows is nothing anyway.
         self.prose = prose
-        self._hidden_token_ids = np.setdiff1d(ids, [tokenizer.eos_token_id])
+        self._hidden_token_ids = np.setdiff1d(ids, [target.eos_token_id])
 
     @property
     def hidden_token_ids(self) -> tuple[int, ...]:
@@ -165,9 +170,9 @@ class Seq2SeqPreprocessor(tf.Module):
         Returns:
             int32 [length] for a scalar, ragged int32 [batch, None] for a vector.
         """
-        ids = _cut(self.tokenizer(text), self.max_target_length - 1 - self.mask_first)
+        ids = _cut(self.target_tokenizer(text), self.max_target_length - 1 - self.mask_first)
         if self.mask_first:
-            ids = _add_column(ids, self.tokenizer.mask_token_id, at_end=False)
+            ids = _add_column(ids, self.target_tokenizer.mask_token_id, at_end=False)
         return ids
 
     def pack(
@@ -211,13 +216,14 @@ class Seq2SeqPreprocessor(tf.Module):
                 "`source_ids` and `target_ids` must both be one row or both a batch; "
                 f"received shapes {source_ids.shape} and {target_ids.shape}."
             )
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        input_ids, attention_mask = self._pad(_rows(source_ids), source_length)
+        target = self.target_tokenizer
+        input_ids, attention_mask = _pad(_rows(source_ids), source_length, self.tokenizer)
         target_ids = _rows(target_ids)
-        decoder_input_ids, decoder_mask = self._pad(
-            _add_column(target_ids, bos, at_end=False), target_length
+        decoder_input_ids, decoder_mask = _pad(
+            _add_column(target_ids, target.bos_token_id, at_end=False), target_length, target
         )
-        labels, _ = self._pad(_add_column(target_ids, eos, at_end=True), target_length)
+        ended = _add_column(target_ids, target.eos_token_id, at_end=True)
+        labels, _ = _pad(ended, target_length, target)
         batch = (
             {
                 "input_ids": input_ids,
@@ -243,7 +249,7 @@ class Seq2SeqPreprocessor(tf.Module):
         ids = self.encode_source(texts)
         if ids.shape.rank != 2:
             raise ValueError("`texts` must be a vector of strings; put a single string in a list.")
-        input_ids, attention_mask = self._pad(ids, None)
+        input_ids, attention_mask = _pad(ids, None, self.tokenizer)
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def prompt_preprocess(self, texts: Any) -> dict[str, tf.Tensor]:
@@ -259,13 +265,14 @@ class Seq2SeqPreprocessor(tf.Module):
             int32 `decoder_input_ids` and `decoder_attention_mask` [batch, longest], longest at
             least 1.
         """
-        ids = self.tokenizer(texts)
+        tokenizer = self.target_tokenizer
+        ids = tokenizer(texts)
         if ids.shape.rank != 2:
             raise ValueError("`texts` must be a vector of strings; put a single string in a list.")
         if self.mask_first:
-            ids = _add_column(ids, self.tokenizer.mask_token_id, at_end=False)
-        ids = _add_column(ids, self.tokenizer.bos_token_id, at_end=False)
-        decoder_input_ids, mask = self._pad(ids, None)
+            ids = _add_column(ids, tokenizer.mask_token_id, at_end=False)
+        ids = _add_column(ids, tokenizer.bos_token_id, at_end=False)
+        decoder_input_ids, mask = _pad(ids, None, tokenizer)
         return {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": mask}
 
     def generate_postprocess(self, ids: Any) -> tf.Tensor:
@@ -277,7 +284,7 @@ class Seq2SeqPreprocessor(tf.Module):
         Returns:
             string scalar or [batch].
         """
-        tokenizer = self.tokenizer
+        tokenizer = self.target_tokenizer
         if self.hidden_token_ids:
             ids = tf.convert_to_tensor(ids)
             hidden = tf.reduce_any(
@@ -287,7 +294,7 @@ class Seq2SeqPreprocessor(tf.Module):
         return tokenizer.detokenize(ids) if self.prose else self._join(ids)
 
     def get_config(self) -> dict[str, Any]:
-        """JSON-serialisable arguments of the constructor, except the tokenizer."""
+        """JSON-serialisable arguments of the constructor, except the tokenizers."""
         return {
             "max_source_length": self.max_source_length,
             "max_target_length": self.max_target_length,
@@ -300,7 +307,7 @@ class Seq2SeqPreprocessor(tf.Module):
 
     def _join(self, ids: Any) -> tf.Tensor:
         """Word pieces with single spaces between words."""
-        tokenizer = self.tokenizer
+        tokenizer = self.target_tokenizer
         hidden = [tokenizer.pad_token_id, tokenizer.bos_token_id]
         ids, row = visible_ids(ids, tokenizer.eos_token_id, hidden, tokenizer.vocab_size)
         pieces = ids.with_flat_values(tf.gather(tokenizer._pieces, ids.flat_values))
@@ -308,13 +315,14 @@ class Seq2SeqPreprocessor(tf.Module):
         text = tf.strings.regex_replace(text, " ##", "")
         return text[0] if row else text
 
-    def _pad(self, ids: tf.RaggedTensor, length: Any) -> tuple[tf.Tensor, tf.Tensor]:
-        """Dense ids and mask, int32 [batch, length]."""
-        size = tf.maximum(ids.bounding_shape(axis=1), 1) if length is None else length
-        dense = ids.to_tensor(self.tokenizer.pad_token_id, shape=tf.stack([-1, size]))
-        mask = tf.sequence_mask(ids.row_lengths(), size, dtype=tf.int32)
-        shape = [ids.shape[0], None if tf.is_tensor(length) else length]
-        return tf.ensure_shape(dense, shape), tf.ensure_shape(mask, shape)
+
+def _pad(ids: tf.RaggedTensor, length: Any, tokenizer: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Dense ids and mask, int32 [batch, length]."""
+    size = tf.maximum(ids.bounding_shape(axis=1), 1) if length is None else length
+    dense = ids.to_tensor(tokenizer.pad_token_id, shape=tf.stack([-1, size]))
+    mask = tf.sequence_mask(ids.row_lengths(), size, dtype=tf.int32)
+    shape = [ids.shape[0], None if tf.is_tensor(length) else length]
+    return tf.ensure_shape(dense, shape), tf.ensure_shape(mask, shape)
 
 
 def _rows(ids: Ids) -> tf.RaggedTensor:

@@ -5,6 +5,7 @@
 | config.json | sizes, settings of generation and tokenizer |
 | model.weights.h5 | the weights, in Keras's format |
 | vocab.txt or spiece.model | the tokenizer's vocabulary |
+| decoder-vocab.txt or decoder-spiece.model | that of targets, where it is another one |
 """
 
 import json
@@ -28,6 +29,8 @@ VOCABULARIES = {
     "BertTokenizer": ("vocab.txt", "vocabulary"),
     "BertGenerationTokenizer": ("spiece.model", "proto"),
 }
+# The tokenizers of a model, and what their files' names begin with.
+PREFIXES = {"tokenizer": None, "decoder_tokenizer": "decoder"}
 
 
 def save(
@@ -51,11 +54,13 @@ def save(
     config = model.get_config()
 
     def write(path: pathlib.Path) -> None:
-        if model.tokenizer is not None:
+        for side, prefix in PREFIXES.items():
+            if config.get(side) is None:
+                continue
             # The vocabulary has a file of its own, in the format that its field takes.
-            name, field = VOCABULARIES[config["tokenizer"]["class_name"]]
-            model.tokenizer.save_vocabulary(path)
-            config["tokenizer"]["config"][field] = name
+            field = VOCABULARIES[config[side]["class_name"]][1]
+            file = getattr(model, side).save_vocabulary(path, prefix)
+            config[side]["config"][field] = os.path.basename(file)
         with open(path / CONFIG_FILE, "w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "model": config}, file, indent=2)
             file.write("\n")
@@ -100,11 +105,13 @@ def load(folder: str | os.PathLike) -> EncoderDecoderModel:
     config = read_config(folder)
     try:
         needed = [WEIGHTS_FILE]
-        if config["tokenizer"] is not None:
-            # Our own names: a preset from elsewhere must not make us read other files.
-            name, field = VOCABULARIES[config["tokenizer"]["class_name"]]
-            config["tokenizer"]["config"][field] = str(folder / name)
-            needed.append(name)
+        for side, prefix in PREFIXES.items():
+            if config[side] if side == "tokenizer" else config.get(side):
+                # Our own names: a preset from elsewhere must not make us read other files.
+                name, field = VOCABULARIES[config[side]["class_name"]]
+                name = name if prefix is None else f"{prefix}-{name}"
+                config[side]["config"][field] = str(folder / name)
+                needed.append(name)
         for name in needed:
             if not (folder / name).is_file():
                 raise FileNotFoundError(
@@ -175,7 +182,8 @@ def _count_tensors(path: pathlib.Path) -> int:
 
 def is_preset(folder: pathlib.Path) -> bool:
     """Whether the folder holds a preset and nothing else, which replacing it would delete."""
-    ours = {CONFIG_FILE, WEIGHTS_FILE, *(name for name, _ in VOCABULARIES.values())}
+    names = [name for name, _ in VOCABULARIES.values()]
+    ours = {CONFIG_FILE, WEIGHTS_FILE, *names, *(f"decoder-{name}" for name in names)}
     try:
         return bool(read_config(folder)) and ours.issuperset(os.listdir(folder))
     except ValueError:

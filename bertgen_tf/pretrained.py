@@ -11,13 +11,12 @@ import keras
 
 from bertgen_tf import weights
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.freezing import NEW_IN_DECODER
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.weights import Rule
 
 CROSS_ATTENTION = ("random", "self_attention")
-# Variables that only a decoder has: no encoder can fill them.
-NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
 
@@ -158,7 +157,8 @@ def build_pair(
     """The model of two stacks, with the special tokens that BERTs need; `options` go first."""
     special_tokens: dict[str, bool] = {}
     if tokenizer is not None:
-        mask_first = tokenizer.mask_token_id is not None
+        target = options.get("decoder_tokenizer") or tokenizer
+        mask_first = target.mask_token_id is not None
         special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
     settings = {**special_tokens, "source_checkpoint": source, **options}
     return EncoderDecoderModel(encoder, decoder, tokenizer, **settings)

@@ -190,7 +190,7 @@ class Dense(keras.layers.Layer):
         size = self.units // self.parts
         for part, adapter in enumerate(self.adapters):
             if adapter is not None:
-                first, second = (np.array(matrix, np.float64) for matrix in adapter)
+                first, second = (matrix.numpy().astype(np.float64) for matrix in adapter)
                 rows = VariablePart(self.kernel, part * size, (part + 1) * size)
                 rows.assign(rows.numpy() + self.adapter_scale * second @ first)
         self.remove_adapters()

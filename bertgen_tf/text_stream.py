@@ -39,7 +39,7 @@ class TextStream:
     """
 
     def __init__(self, preprocessor: Any):
-        tokenizer = preprocessor.tokenizer
+        tokenizer = preprocessor.target_tokenizer
         self._preprocessor = preprocessor
         self._hidden = {tokenizer.pad_token_id, tokenizer.bos_token_id}
         self._hidden.update(preprocessor.hidden_token_ids)
@@ -73,7 +73,7 @@ class TextStream:
 
     def _visible(self, ids: Iterable[int]) -> list[int]:
         """What `visible_ids` keeps of them."""
-        tokenizer = self._preprocessor.tokenizer
+        tokenizer = self._preprocessor.target_tokenizer
         visible = []
         for i in ids:
             self._ended |= i == tokenizer.eos_token_id

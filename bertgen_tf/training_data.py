@@ -81,13 +81,13 @@ class TrainingData:
         self.shuffle = shuffle
         self._sources, self._targets = _encode(pairs, preprocessor, verbose)
         sources, targets = zip(*pairs, strict=True)
-        tokenizer, p = preprocessor.tokenizer, preprocessor
+        p = preprocessor
         room = p.max_source_length - p.add_bos - p.add_eos
         long = self._sources.lengths >= p.max_source_length
-        self._long_sources = _longer(tokenizer, sources, long, room)
+        self._long_sources = _longer(p.tokenizer, sources, long, room)
         room = p.max_target_length - 1 - p.mask_first
         long = self._targets.lengths >= p.max_target_length - 1
-        self._long_targets = _longer(tokenizer, targets, long, room)
+        self._long_targets = _longer(p.target_tokenizer, targets, long, room)
         self._empty = [i for i, pair in enumerate(pairs) if not all(text.strip() for text in pair)]
         self._skips = long_targets == "skip"
         kept = np.arange(len(pairs))

@@ -1,7 +1,7 @@
 """Small vocabularies: keep only the pieces that a corpus needs."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -19,21 +19,34 @@ def trim_vocabulary(
 
     Args:
         model: a model with a tokenizer; it is left as it is.
-        keep: texts, or the ids to keep. Special tokens always stay.
+        keep: texts, or the ids to keep; texts alone where sources and targets have a vocabulary
+            each: both keep what they need. Special tokens always stay.
     """
     if model.tokenizer is None:
         raise ValueError("model must have a tokenizer to be trimmed, and this one has none.")
-    tokenizer, kept = model.tokenizer.subset(_ids(model.tokenizer, keep))
+    keep = [keep] if isinstance(keep, str) else list(keep)
+    two = model.decoder_tokenizer is not None
+    if two and not all(isinstance(item, str) for item in keep):
+        raise ValueError(
+            "keep must be texts for a model of two vocabularies, where an id does not tell whose "
+            f"it is, received {keep[:5]!r}."
+        )
     config = model.get_config()
-    for side in ("encoder", "decoder"):
+    kept = {}
+    for side, field in (
+        ("encoder", "tokenizer"),
+        ("decoder", "decoder_tokenizer" if two else "tokenizer"),
+    ):
+        old = getattr(model, field)
+        tokenizer, kept[side] = old.subset(_ids(old, keep))
         config[side]["config"].update(
-            vocab_size=len(kept),
+            vocab_size=len(kept[side]),
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    config["tokenizer"]["config"] = tokenizer.get_config()
-    new_ids = {old: new for new, old in enumerate(kept.tolist())}
+        config[field]["config"] = tokenizer.get_config()
+    new_ids = {old: new for new, old in enumerate(kept["decoder"].tolist())}
     config["generation_config"]["suppress_tokens"] = [
         new_ids[old] for old in model.generation_config.suppress_tokens if old in new_ids
     ]
@@ -42,20 +55,20 @@ def trim_vocabulary(
     ]
     trimmed = EncoderDecoderModel.from_config(config)
 
-    def rows(tensor: np.ndarray) -> np.ndarray:
-        return tensor[kept]
+    def rows(side: str) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda tensor: tensor[kept[side]]
 
+    words = "embeddings/word_embeddings/embeddings"
     rules = [
-        Rule("(.*/word_embeddings/embeddings)", r"\1", rows),
-        Rule("(decoder/output_(bias|kernel|kernel_scale))", r"\1", rows),
+        Rule(f"(encoder/{words})", r"\1", rows("encoder")),
+        Rule(f"(decoder/({words}|output_(bias|kernel|kernel_scale)))", r"\1", rows("decoder")),
         Rule("(.*)", r"\1"),
     ]
     assign(named_variables(trimmed), named_variables(model), rules, source="The untrimmed model")
     return trimmed
 
 
-def _ids(tokenizer, keep: Iterable[str] | Iterable[int]) -> list[int]:
-    keep = [keep] if isinstance(keep, str) else list(keep)
+def _ids(tokenizer, keep: list[str] | list[int]) -> list[int]:
     if keep and all(isinstance(item, str) for item in keep):
         batches = (keep[start : start + 1024] for start in range(0, len(keep), 1024))
         return sorted(

@@ -77,7 +77,10 @@ def test_defaults_are_those_of_the_released_models():
         "bos_token_id": 2,
         "eos_token_id": 1,
         "add_cross_attention": False,
-        "quantization": None,  # ours
+        # Ours:
+        "norm_first": False,
+        "source_positions": None,
+        "quantization": None,
     }
 
 
@@ -110,7 +113,10 @@ def test_replace_changes_what_it_names_and_only_that():
         **MODEL.to_dict(),
         "hidden_size": 9,
         "add_cross_attention": False,
-        "quantization": None,  # ours
+        # Ours:
+        "norm_first": False,
+        "source_positions": None,
+        "quantization": None,
     }
     assert MODEL.hidden_size == 6 and MODEL.add_cross_attention
     assert MODEL.replace() == MODEL

@@ -1194,7 +1194,7 @@ def test_every_setting_has_its_place():
     fields = {*generations.GENERATION_FIELDS, *generations.OWN_GENERATION}
     assert fields == set(bg.GenerationConfig.__dataclass_fields__)
     fields = {*configs._SIZES, *configs._IDS, "hidden_act", "add_cross_attention"}
-    ours = {"quantization"}  # such a model is not written
+    ours = {"norm_first", "source_positions", "quantization"}  # such models are not written
     assert fields == set(bg.BertGenerationConfig.__dataclass_fields__) - ours
 
 

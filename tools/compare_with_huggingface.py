@@ -2,7 +2,8 @@
 
     ./tools/compare_with_huggingface FOLDER
 
-FOLDER holds a BertGeneration encoder-decoder, encoder or decoder, or a BERT or RoBERTa encoder.
+FOLDER holds a BertGeneration encoder-decoder, encoder or decoder, a BERT or RoBERTa encoder,
+or a GPT-2.
 Exit status: 0, 1 beyond the tolerance, 2 if it cannot be compared. Needs transformers and torch:
 pip install -e '.[compare]'
 """

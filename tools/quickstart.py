@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        default=ROOT / "saved_models/sentence_splitting",
+        default=ROOT / "saved_models/quickstart",
         help="the export goes to OUTPUT/N, N the next free version (default %(default)s)",
     )
     arguments = parser.parse_args()

@@ -1,10 +1,11 @@
 """Trains the sentence splitter of saved_models/: small enough for a repository.
 
     tools/study/splitter.py MODULE DATA OUTPUT
+    bertgen-tf export --preset OUTPUT/small --output saved_models/sentence_splitting/1
 
-MODULE and DATA as for study.py; OUTPUT gets the preset of the model and its outputs for the 500
-pairs that the study scores, which it never trains on. Everything else is trained on: tune.tsv and
-the rest of validation.tsv.
+MODULE and DATA as for study.py. OUTPUT gets two presets, the model as it was trained and a small
+one of int8 with fewer pieces, and the outputs of both for the 500 pairs that the study scores.
+These are never trained on; everything else is: tune.tsv and the rest of validation.tsv.
 """
 
 import argparse
@@ -48,10 +49,9 @@ def main() -> None:
     parser.add_argument("module")
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--recipe", choices=["BERTSHARE", "BERT2BERT"], default="BERTSHARE")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--pieces", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--pieces", type=int, default=8000, help="that are trained")
+    parser.add_argument("--small-pieces", type=int, default=4000, help="that the small one keeps")
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--generate-batch", type=int, default=64)
@@ -65,10 +65,9 @@ def main() -> None:
     train = read_pairs(options.data / "wikisplit" / "tune.tsv")
     train += [pair for pair in validation if pair not in kept]
     model = bg.warm_start(
-        options.recipe,
+        "BERTSHARE",
         encoder=options.module,
         cross_attention="self_attention",
-        num_layers=options.layers,
         max_source_length=LENGTH,
         max_target_length=LENGTH,
     )
@@ -97,13 +96,19 @@ def main() -> None:
         validation_data=tf.data.Dataset.from_tensor_slices(encode(scored)).batch(100),
         verbose=2,
     )
-    model.save_to_preset(str(options.output / "preset"))
     print(f"{model.count_params():,} weights, {time.time() - begun:.0f} s", flush=True)
-    for beams in (1, 4):
-        outputs = model.generate(
+    model.save_to_preset(options.output / "preset")
+    small = frequent_pieces(model.tokenizer, texts, options.small_pieces)
+    small = bg.trim_vocabulary(model, small)
+    small.quantize("int8")
+    # It has the settings that it will be served with.
+    small.generation_config = small.generation_config.replace(num_beams=4)
+    small.save_to_preset(options.output / "small")
+    for name, which, beams in (("greedy", model, 1), ("beams", model, 4), ("small", small, 4)):
+        outputs = which.generate(
             [source for source, _ in scored], num_beams=beams, batch_size=options.generate_batch
         )
-        path = options.output / f"beams{beams}.jsonl"
+        path = options.output / f"{name}.jsonl"
         with open(path, "w", encoding="utf-8") as file:
             for (source, target), output in zip(scored, outputs, strict=True):
                 record = {"source": source, "target": target, "output": output}
