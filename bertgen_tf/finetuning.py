@@ -286,11 +286,15 @@ class _Loop:
             model.reset_metrics()
         callbacks.on_epoch_begin(self.epoch)
         clock = Clock()
+        self.may_finish_step = True
         while self.step < end and not model.stop_training:
             callbacks.on_train_batch_begin(self.step - start)
             self._logs = self._make_step(next_batch=lambda: next(batches), clock=clock)
             callbacks.on_train_batch_end(self.step - start - 1, self._logs)
             self._attend()
+        self.may_finish_step = False
+        if self.interrupted and not self.replicas.many_workers:
+            self._attend()  # it came when the last step was over
         stopped = model.stop_training
         self._save_if_due(_SOON)  # what follows can take long
         logs = {**self._logs, **clock.logs()}
@@ -309,7 +313,6 @@ class _Loop:
         began = time.perf_counter()
         parts = next_batch()
         arrived = time.perf_counter()
-        self.may_finish_step = True
         rate = float(tf.convert_to_tensor(self.model.optimizer.learning_rate))
         shape = tuple(tuple(t.shape) for t in tf.nest.flatten(parts[0]))
         if self.model.train_function is not self._step_function:
@@ -341,7 +344,6 @@ class _Loop:
         self.model.stop_training = bool(asked[_STOP])
         if asked[_SAVE] or asked[_INTERRUPT]:
             self._save()
-        self.may_finish_step = False
         if asked[_INTERRUPT]:
             raise Interrupted(self.step)
 
