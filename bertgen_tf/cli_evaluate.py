@@ -367,7 +367,8 @@ def _signature(arguments: argparse.Namespace) -> str:
 
 def _normalise(model: EncoderDecoderModel, texts: list[str]) -> list[str]:
     """The texts as the model would write them."""
-    ids = model.tokenizer(texts).to_tensor(model.tokenizer.pad_token_id)
+    tokenizer = model.preprocessor.target_tokenizer
+    ids = tokenizer(texts).to_tensor(tokenizer.pad_token_id)
     return [text.decode() for text in model.preprocessor.generate_postprocess(ids).numpy()]
 
 

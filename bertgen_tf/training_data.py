@@ -152,19 +152,20 @@ class TrainingData:
         """
         rows, length = self._at(step)
         rows = rows[part]
-        p = self.preprocessor
-        pad = p.tokenizer.pad_token_id
+        p, special = self.preprocessor, self.preprocessor.target_tokenizer
         real = rows >= 0
         rows = np.where(real, rows, self._rows[0])
-        source = _gather(self._sources, rows, min(length, p.max_source_length), pad)
+        source = _gather(
+            self._sources, rows, min(length, p.max_source_length), p.tokenizer.pad_token_id
+        )
         # Its last column is padding in every row, which the start or end token replaces.
         target_length = min(length, p.max_target_length)
-        target = _gather(self._targets, rows, target_length, pad)
+        target = _gather(self._targets, rows, target_length, special.pad_token_id)
         ends = self._targets.lengths[rows]
         columns = np.arange(target_length)
-        labels = np.where(columns == ends[:, None], p.tokenizer.eos_token_id, target)
+        labels = np.where(columns == ends[:, None], special.eos_token_id, target)
         inputs = np.roll(target, 1, axis=1)
-        inputs[:, 0] = p.tokenizer.bos_token_id
+        inputs[:, 0] = special.bos_token_id
         source_mask = np.arange(source.shape[1]) < self._sources.lengths[rows][:, None]
         target_mask = columns <= ends[:, None]
         arrays = (source, source_mask, inputs, target_mask)
