@@ -57,6 +57,7 @@ SETTINGS = (
     "max_target_length",
     "long_targets",
     "trim_vocabulary",
+    "metrics_pairs",
     "monitor",
     "patience",
 )
@@ -104,7 +105,9 @@ def _finetune(
     with replicas.strategy.scope():
         model, saved_config = _make_model(arguments, training + validation)
     settings[START] = digest_weights(model)
-    begun = arguments.resume and folder.is_begun()
+    # The chief's word counts: it may have begun before another worker looks.
+    begins = replicas.is_chief and arguments.resume and folder.is_begun()
+    begun = bool(replicas.add([int(begins)])[0])
     if begun:
         with user_errors():
             folder.check_same(settings)
@@ -229,6 +232,11 @@ def _make_model(
             model.enable_lora(arguments.lora_rank)
         if arguments.freeze:
             freezing.freeze(model, **arguments.freeze)
+    if arguments.unfreeze_every and model.lora is not None:
+        raise UserError(
+            f"{arguments.preset} has LoRA adapters, beside which nothing thaws: leave "
+            "--unfreeze-every out"
+        )
     return model, saved_config
 
 
@@ -429,13 +437,17 @@ class _Run:
         """
         model, output = self.model, self.arguments.output
         if self.best is not None:
-            self.best.load(model)
+            with user_errors():
+                self.best.load(model)
         if self.arguments.lora_rank:
             model.save_adapter(self.folder / ADAPTER_FILE)
             model.merge_lora()
-        model.trainable = True  # for those who go on with it
         if self.arguments.mixed_precision:
             model = _rebuild(model, config)
+        elif model.lora is None:
+            # What was frozen was so for this training.
+            freezing.unfreeze(model)
+            freezing.set_frozen_layers(model, config.get("frozen_layers", ()))
         model.save_to_preset(output)
         print(
             f"saved to {output}; try it:\n  {PROGRAM} generate --preset {shlex.quote(str(output))}"
