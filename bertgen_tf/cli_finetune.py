@@ -31,6 +31,7 @@ from bertgen_tf.training import default_loss
 from bertgen_tf.training_data import TrainingData
 from bertgen_tf.training_state import ADAPTER_FILE, BEST_FILE, RunFolder, digest_weights
 from bertgen_tf.vocabulary import trim_vocabulary
+from bertgen_tf.weights import first_line
 
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 # What decides the weights, besides the data and the model to start from.
@@ -172,7 +173,14 @@ def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
     except (ValueError, AttributeError) as error:
         raise UserError(f"TF_CONFIG must be a JSON object, but is none: {error}") from error
     with user_errors():
-        strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
+        try:
+            strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
+        except (TypeError, tf.errors.OpError) as error:
+            if not cluster:
+                raise
+            raise UserError(
+                f"TF_CONFIG must name workers that can be reached: {first_line(error)}"
+            ) from error
     if arguments.deterministic:
         tf.config.experimental.enable_op_determinism()
     return strategy

@@ -324,6 +324,7 @@ def test_a_data_set_of_the_paper(folder, tmp_path, capsys, monkeypatch):
     [
         ("{", [], "TF_CONFIG must be a JSON object"),
         ("[]", [], "TF_CONFIG must be a JSON object"),
+        ('{"cluster": 5}', [], "TF_CONFIG must name workers that can be reached: TypeError: "),
         ("", ["--gradient-accumulation", "9", "--steps", "8"], "must be at most all 8 steps"),
         ("", ["--freeze", "encoder:9"], "encoder_layers must be a number from 0 to 2"),
         ("", ["--lora-rank", "90"], "rank must be a whole number from 1 to"),
