@@ -5,7 +5,8 @@
 
 MODULE and DATA as for study.py. OUTPUT gets two presets, the model as it was trained and a small
 one of int8 with fewer pieces, and the outputs of both for the 500 pairs that the study scores.
-These are never trained on; everything else is: tune.tsv and the rest of validation.tsv.
+These pairs are never trained on; everything else is: tune.tsv and the rest of validation.tsv
+(where 3 of the 500 targets stand beside other sources).
 """
 
 import argparse
