@@ -153,18 +153,18 @@ class TrainingData:
         rows, length = self._at(step)
         rows = rows[part]
         p = self.preprocessor
-        pad = p.tokenizer.pad_token_id
+        special = p.target_tokenizer
         real = rows >= 0
         rows = np.where(real, rows, self._rows[0])
-        source = _gather(self._sources, rows, min(length, p.max_source_length), pad)
+        source = _gather(self._sources, rows, min(length, p.max_source_length), p.tokenizer)
         # Its last column is padding in every row, which the start or end token replaces.
         target_length = min(length, p.max_target_length)
-        target = _gather(self._targets, rows, target_length, pad)
+        target = _gather(self._targets, rows, target_length, special)
         ends = self._targets.lengths[rows]
         columns = np.arange(target_length)
-        labels = np.where(columns == ends[:, None], p.tokenizer.eos_token_id, target)
+        labels = np.where(columns == ends[:, None], special.eos_token_id, target)
         inputs = np.roll(target, 1, axis=1)
-        inputs[:, 0] = p.tokenizer.bos_token_id
+        inputs[:, 0] = special.bos_token_id
         source_mask = np.arange(source.shape[1]) < self._sources.lengths[rows][:, None]
         target_mask = columns <= ends[:, None]
         arrays = (source, source_mask, inputs, target_mask)
@@ -265,12 +265,12 @@ def _longer(tokenizer: Any, texts: Sequence[str], full: np.ndarray, room: int) -
     return candidates[lengths > room].tolist()
 
 
-def _gather(texts: Texts, rows: np.ndarray, length: int, pad: int) -> np.ndarray:
+def _gather(texts: Texts, rows: np.ndarray, length: int, tokenizer: Any) -> np.ndarray:
     """The ids of some texts [rows, length], padded."""
     columns = np.arange(length)
     mask = columns < texts.lengths[rows][:, None]
     places = texts.starts[rows][:, None] + columns
-    return np.where(mask, texts.ids[np.where(mask, places, -1)], pad)
+    return np.where(mask, texts.ids[np.where(mask, places, -1)], tokenizer.pad_token_id)
 
 
 def _describe_long(noun: str, rows: list[int], limit: int, unit: str, done: str) -> str:

@@ -7,6 +7,7 @@ from conftest import WORDS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bertgen_tf as bg
 from bertgen_tf.training_data import TrainingData
 
 RANDOM = np.random.default_rng(0)
@@ -58,15 +59,19 @@ def test_batches_are_those_of_the_preprocessor(preprocessor):
         assert data.tokens(step) == lengths[0][real].sum() + batch_weight.sum()
 
 
-@settings(max_examples=8, deadline=None)
+@pytest.fixture(scope="module")
+def all_rows(preprocessor):
+    data = TrainingData(PAIRS, preprocessor, 61, shuffle=False)
+    return sorted(row for i in range(data.steps_per_epoch) for row in rows(data.batch(i)))
+
+
+@settings(max_examples=5, deadline=None)
 @given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 50))
-def test_every_epoch_has_every_pair_once(preprocessor, batch_size, seed, epoch):
+def test_every_epoch_has_every_pair_once(preprocessor, all_rows, batch_size, seed, epoch):
     data = TrainingData(PAIRS, preprocessor, batch_size, seed=seed)
     steps = range(epoch * data.steps_per_epoch, (epoch + 1) * data.steps_per_epoch)
     batches = [data.batch(step) for step in steps]
-    plain = TrainingData(PAIRS, preprocessor, 61, shuffle=False)
-    expected = [row for step in range(plain.steps_per_epoch) for row in rows(plain.batch(step))]
-    assert sorted(row for batch in batches for row in rows(batch)) == sorted(expected)
+    assert sorted(row for batch in batches for row in rows(batch)) == all_rows
     assert all(len(batch[1]) == batch_size for batch in batches)
 
 
@@ -120,6 +125,19 @@ def test_long_and_empty_texts_are_told_by_line(preprocessor):
         TrainingData(pairs, preprocessor, 0)
     with pytest.raises(ValueError, match="pairs must hold at least one pair"):
         TrainingData([], preprocessor, 4)
+
+
+def test_each_side_has_its_own_special_tokens(preprocessor, spiece):
+    """Sources padded with 3 and targets with 0, and the other way round."""
+    other = bg.BertGenerationTokenizer(spiece)
+    assert (other.pad_token_id, preprocessor.tokenizer.pad_token_id) == (3, 0)
+    for sides in ((other, preprocessor.tokenizer), (preprocessor.tokenizer, other)):
+        both = bg.Seq2SeqPreprocessor(sides[0], 12, 14, decoder_tokenizer=sides[1])
+        data = TrainingData(PAIRS[:4], both, 4, shuffle=False)
+        x, y, weight = data.batch(0)
+        expected = both(*map(list, zip(*PAIRS[:4], strict=True)))
+        for a, b in zip(tf.nest.flatten((x, y, weight)), tf.nest.flatten(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_special_tokens_count_towards_the_lengths():
