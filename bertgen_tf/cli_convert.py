@@ -207,11 +207,11 @@ def _verify_written(model: EncoderDecoderModel, written: EncoderDecoderModel, ta
 
 
 def _settings(model: EncoderDecoderModel) -> list[object]:
-    tokenizer, preprocessor = model.tokenizer, model.preprocessor
+    preprocessor, tokenizers = model.preprocessor, (model.tokenizer, model.decoder_tokenizer)
     return [
         model.generation_config,
         preprocessor and preprocessor.get_config(),
-        tokenizer and (type(tokenizer), tokenizer.get_config()),
+        *(each and (type(each), each.get_config()) for each in tokenizers),
     ]
 
 

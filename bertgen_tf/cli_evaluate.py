@@ -25,6 +25,7 @@ from bertgen_tf import (
     significance,
     text_files,
 )
+from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.generator import BATCH_SIZE, Generator
@@ -339,7 +340,6 @@ def _generate(
     if not arguments.output:
         return list(outputs)
     predictions = []
-    complain = lambda message: print(message, file=sys.stderr)  # noqa: E731
     with cli_output.open_output(arguments.output, None, cli_output.Begun(), complain) as file:
         for source, output in zip(task.sources, outputs, strict=True):
             file.write(text_files.output_line(arguments.output, source, output))
@@ -367,7 +367,8 @@ def _signature(arguments: argparse.Namespace) -> str:
 
 def _normalise(model: EncoderDecoderModel, texts: list[str]) -> list[str]:
     """The texts as the model would write them."""
-    ids = model.tokenizer(texts).to_tensor(model.tokenizer.pad_token_id)
+    tokenizer = model.preprocessor.target_tokenizer
+    ids = tokenizer(texts).to_tensor(tokenizer.pad_token_id)
     return [text.decode() for text in model.preprocessor.generate_postprocess(ids).numpy()]
 
 

@@ -31,6 +31,7 @@ from bertgen_tf.training import default_loss
 from bertgen_tf.training_data import TrainingData
 from bertgen_tf.training_state import ADAPTER_FILE, BEST_FILE, RunFolder, digest_weights
 from bertgen_tf.vocabulary import trim_vocabulary
+from bertgen_tf.weights import first_line
 
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 # What decides the weights, besides the data and the model to start from.
@@ -57,6 +58,7 @@ SETTINGS = (
     "max_target_length",
     "long_targets",
     "trim_vocabulary",
+    "metrics_pairs",
     "monitor",
     "patience",
 )
@@ -104,7 +106,9 @@ def _finetune(
     with replicas.strategy.scope():
         model, saved_config = _make_model(arguments, training + validation)
     settings[START] = digest_weights(model)
-    begun = arguments.resume and folder.is_begun()
+    # The chief's word counts: it may have begun before another worker looks.
+    begins = replicas.is_chief and arguments.resume and folder.is_begun()
+    begun = bool(replicas.add([int(begins)])[0])
     if begun:
         with user_errors():
             folder.check_same(settings)
@@ -169,7 +173,14 @@ def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
     except (ValueError, AttributeError) as error:
         raise UserError(f"TF_CONFIG must be a JSON object, but is none: {error}") from error
     with user_errors():
-        strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
+        try:
+            strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
+        except (TypeError, tf.errors.OpError) as error:
+            if not cluster:
+                raise
+            raise UserError(
+                f"TF_CONFIG must name workers that can be reached: {first_line(error)}"
+            ) from error
     if arguments.deterministic:
         tf.config.experimental.enable_op_determinism()
     return strategy
@@ -229,6 +240,11 @@ def _make_model(
             model.enable_lora(arguments.lora_rank)
         if arguments.freeze:
             freezing.freeze(model, **arguments.freeze)
+    if arguments.unfreeze_every and model.lora is not None:
+        raise UserError(
+            f"{arguments.preset} has LoRA adapters, beside which nothing thaws: leave "
+            "--unfreeze-every out"
+        )
     return model, saved_config
 
 
@@ -429,13 +445,17 @@ class _Run:
         """
         model, output = self.model, self.arguments.output
         if self.best is not None:
-            self.best.load(model)
+            with user_errors():
+                self.best.load(model)
         if self.arguments.lora_rank:
             model.save_adapter(self.folder / ADAPTER_FILE)
             model.merge_lora()
-        model.trainable = True  # for those who go on with it
         if self.arguments.mixed_precision:
             model = _rebuild(model, config)
+        elif model.lora is None:
+            # What was frozen was so for this training.
+            freezing.unfreeze(model)
+            freezing.set_frozen_layers(model, config.get("frozen_layers", ()))
         model.save_to_preset(output)
         print(
             f"saved to {output}; try it:\n  {PROGRAM} generate --preset {shlex.quote(str(output))}"

@@ -102,6 +102,8 @@ def _download(url: str, partial: pathlib.Path, max_bytes: int, verbose: Any) -> 
         _download(url, partial, max_bytes, verbose)
         return
     with response:
+        if url.startswith("https:") and not response.url.startswith("https:"):
+            raise ValueError(f"{url} leads to {response.url}, which is not HTTPS")
         goes_on = response.status == http.HTTPStatus.PARTIAL_CONTENT
         if goes_on and not response.headers.get("Content-Range", "").startswith(f"bytes {done}-"):
             raise http.client.HTTPException(f"expected the bytes from {done} on")

@@ -143,7 +143,10 @@ def train(
     loop = _Loop(model, data, steps, steps_per_epoch or data.steps_per_epoch, validation)
     loop.folder, loop.save_every, loop.complain = folder, save_every, complain
     with _signals(loop), together(loop.replicas):
-        return loop.run(list(callbacks), resume)
+        try:
+            return loop.run(list(callbacks), resume)
+        finally:
+            model.train_function = None  # `fit` makes its own
 
 
 @contextlib.contextmanager
@@ -263,6 +266,8 @@ class _Loop:
         model.stop_training = False
         if state is not None:
             self._restore(state)
+            # A callback that waited long enough may be the chief's alone.
+            model.stop_training = self._any(model.stop_training)
         listed.on_train_begin()
         if state is not None:  # Keras has emptied it
             history = state.callbacks["history"]
@@ -273,7 +278,6 @@ class _Loop:
                 break
             self._run_epoch(batches, listed)
         model.optimizer.finalize_variable_values(model.trainable_variables)
-        model.train_function = None  # `fit` makes its own
         listed.on_train_end(self._logs)
         return model.history.history
 
@@ -304,7 +308,7 @@ class _Loop:
                 logs.update({f"val_{name}": value for name, value in results.items()})
             callbacks.on_epoch_end(self.epoch, logs)
         # What one worker decides holds for all.
-        model.stop_training = stopped or bool(self.replicas.add([int(model.stop_training)])[0])
+        model.stop_training = stopped or self._any(model.stop_training)
         self.epoch += 1
         ended = model.stop_training or self.step == self.steps
         self._save_if_due(0.0 if ended else _SOON)
@@ -354,8 +358,12 @@ class _Loop:
         return due and self.replicas.is_chief
 
     def _save_if_due(self, most: float) -> None:
-        if self.replicas.add([int(self._is_due(most))])[0]:
+        if self._any(self._is_due(most)):
             self._save()
+
+    def _any(self, value: bool) -> bool:
+        """Whether it is so for one of the workers."""
+        return bool(self.replicas.add([int(value)])[0])
 
     # ------------------------------------------------------------------ graphs
 
@@ -456,7 +464,7 @@ class _Loop:
         self._step_function.get_concrete_function(self.replicas.distribute(parts))
         assign_variables(self.model, state.tensors)
         if self.folder is not None and self.replicas.is_chief:
-            self.folder.cut_log(state.step)
+            self.folder.cut_log(state.step, state.epoch)
         for name, callback in self._with_state().items():
             if name in state.callbacks:
                 callback.set_state(state.callbacks[name])

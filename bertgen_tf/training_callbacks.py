@@ -119,7 +119,8 @@ class KeepBest(keras.callbacks.Callback):
         value = (logs or {}).get(self.monitor)
         if value is None:  # not measured after this epoch
             return
-        if self.best is None or self.sign * value > self.sign * self.best:
+        is_first = self.best is None and not math.isnan(value)
+        if is_first or (self.best is not None and self.sign * value > self.sign * self.best):
             weights = self.model.get_weights()
             save_tensors(self.path, {f"{i:05d}": w for i, w in enumerate(weights)})
             self.best, self.best_epoch, self.waited = float(value), epoch + 1, 0

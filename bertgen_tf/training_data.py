@@ -152,14 +152,15 @@ class TrainingData:
         """
         rows, length = self._at(step)
         rows = rows[part]
-        p = self.preprocessor
-        special = p.target_tokenizer
+        p, special = self.preprocessor, self.preprocessor.target_tokenizer
         real = rows >= 0
         rows = np.where(real, rows, self._rows[0])
-        source = _gather(self._sources, rows, min(length, p.max_source_length), p.tokenizer)
+        source = _gather(
+            self._sources, rows, min(length, p.max_source_length), p.tokenizer.pad_token_id
+        )
         # Its last column is padding in every row, which the start or end token replaces.
         target_length = min(length, p.max_target_length)
-        target = _gather(self._targets, rows, target_length, special)
+        target = _gather(self._targets, rows, target_length, special.pad_token_id)
         ends = self._targets.lengths[rows]
         columns = np.arange(target_length)
         labels = np.where(columns == ends[:, None], special.eos_token_id, target)
@@ -265,12 +266,12 @@ def _longer(tokenizer: Any, texts: Sequence[str], full: np.ndarray, room: int) -
     return candidates[lengths > room].tolist()
 
 
-def _gather(texts: Texts, rows: np.ndarray, length: int, tokenizer: Any) -> np.ndarray:
+def _gather(texts: Texts, rows: np.ndarray, length: int, pad: int) -> np.ndarray:
     """The ids of some texts [rows, length], padded."""
     columns = np.arange(length)
     mask = columns < texts.lengths[rows][:, None]
     places = texts.starts[rows][:, None] + columns
-    return np.where(mask, texts.ids[np.where(mask, places, -1)], tokenizer.pad_token_id)
+    return np.where(mask, texts.ids[np.where(mask, places, -1)], pad)
 
 
 def _describe_long(noun: str, rows: list[int], limit: int, unit: str, done: str) -> str:

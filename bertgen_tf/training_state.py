@@ -154,7 +154,8 @@ class RunFolder:
     def _read_run(self) -> dict[str, Any] | None:
         try:
             run = json.loads((self / RUN_FILE).read_text(encoding="utf-8"))
-            if run["format"] == FORMAT and isinstance(run["settings"], dict):
+            valid = isinstance(run["settings"], dict) and isinstance(run["complete"], bool)
+            if run["format"] == FORMAT and valid:
                 return run
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -218,15 +219,20 @@ class RunFolder:
         with open(self / LOG_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
 
-    def cut_log(self, step: int) -> None:
-        """Removes what steps after `step` logged, which come again."""
+    def cut_log(self, step: int, epoch: int) -> None:
+        """Removes what came after a state, and comes again.
+
+        Args:
+            step, epoch: of the state.
+        """
         path = self / LOG_FILE
         if not path.exists():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["step"] <= step:
+                numbers = json.loads(line)
+                if numbers["step"] <= step and numbers.get("epoch", 0) <= epoch:
                     kept.append(line + "\n")
         _replace(path, lambda new: new.write_text("".join(kept), encoding="utf-8"))
 

@@ -2,9 +2,11 @@
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
+from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.weights import Rule, assign, named_variables
 
@@ -38,7 +40,8 @@ def trim_vocabulary(
         ("decoder", "decoder_tokenizer" if two else "tokenizer"),
     ):
         old = getattr(model, field)
-        tokenizer, kept[side] = old.subset(_ids(old, keep))
+        needed = _needed_ids(model.generation_config) if side == "decoder" or not two else []
+        tokenizer, kept[side] = old.subset([*_ids(old, keep), *needed])
         config[side]["config"].update(
             vocab_size=len(kept[side]),
             pad_token_id=tokenizer.pad_token_id,
@@ -47,9 +50,7 @@ def trim_vocabulary(
         )
         config[field]["config"] = tokenizer.get_config()
     new_ids = {old: new for new, old in enumerate(kept["decoder"].tolist())}
-    config["generation_config"]["suppress_tokens"] = [
-        new_ids[old] for old in model.generation_config.suppress_tokens if old in new_ids
-    ]
+    config["generation_config"] = _renumber(model.generation_config, new_ids).to_dict()
     config["hidden_token_ids"] = [
         new_ids[old] for old in model.preprocessor.hidden_token_ids if old in new_ids
     ]
@@ -66,6 +67,34 @@ def trim_vocabulary(
     ]
     assign(named_variables(trimmed), named_variables(model), rules, source="The untrimmed model")
     return trimmed
+
+
+def _needed_ids(config: GenerationConfig) -> list[int]:
+    """The ids that an output has to begin or end with."""
+    values = (config.forced_bos_token_id, config.forced_eos_token_id, config.eos_token_id)
+    return [i for value in values if value is not None for i in np.atleast_1d(value).tolist()]
+
+
+def _renumber(config: GenerationConfig, new_ids: dict[int, int]) -> GenerationConfig:
+    """The same settings in new ids; what speaks of pieces that are gone has no object any more."""
+
+    def kept(ids: Iterable[int]) -> bool:
+        return all(i in new_ids for i in ids)
+
+    def renumbered(ids: Any) -> Any:
+        return tuple(map(renumbered, ids)) if isinstance(ids, tuple) else new_ids.get(ids)
+
+    changes = {
+        name: renumbered(getattr(config, name))
+        for name in ("forced_bos_token_id", "forced_eos_token_id", "eos_token_id")
+    }
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        changes[name] = tuple(new_ids[i] for i in getattr(config, name) if i in new_ids)
+    changes["bad_words_ids"] = tuple(renumbered(ids) for ids in config.bad_words_ids if kept(ids))
+    changes["sequence_bias"] = tuple(
+        (renumbered(ids), bias) for ids, bias in config.sequence_bias if kept(ids)
+    )
+    return config.replace(**changes)
 
 
 def _ids(tokenizer, keep: list[str] | list[int]) -> list[int]:

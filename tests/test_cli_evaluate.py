@@ -2,16 +2,18 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import fails, make_model
+from conftest import CORPUS, PIECES, fails, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 import bertgen_tf as bg
-from bertgen_tf import cli, metrics, metrics_plot, presets, significance
+from bertgen_tf import cli, cli_evaluate, metrics, metrics_plot, presets, significance
+from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 
 pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 pytest.importorskip("rouge_score", reason="needs the extra metrics")
@@ -176,6 +178,13 @@ def test_a_model_generates(folder, preset, capsys):
     for normalise, exact in ([], "0.00"), (["--normalize-with", preset], "100.00"):
         assert cli.main([*again, "--metrics", "exact", *normalise]) == 0
         assert rows(capsys.readouterr().out)["exact"][0] == exact
+
+
+def test_texts_are_compared_as_the_tokenizer_of_targets_has_them(spiece):
+    tokenizers = bg.BertTokenizer(list(PIECES)), bg.BertGenerationTokenizer(spiece)
+    preprocessor = Seq2SeqPreprocessor(tokenizers[0], decoder_tokenizer=tokenizers[1])
+    model = types.SimpleNamespace(tokenizer=tokenizers[0], preprocessor=preprocessor)
+    assert cli_evaluate._normalise(model, [f" {text} " for text in CORPUS]) == CORPUS
 
 
 def test_an_export_generates(folder, preset, capsys):

@@ -284,6 +284,19 @@ def test_refused_before_it_starts(flags, message, folder, tmp_path, capsys, monk
     assert sorted(Path().rglob("*")) == before
 
 
+def test_what_was_frozen_is_free_in_the_preset(folder):
+    assert cli.main(command(folder, "frozen", "--steps", "2", "--freeze", "encoder:1")) == 0
+    old, new = (
+        bg.EncoderDecoderModel.from_preset(str(folder / name)) for name in ("preset", "frozen")
+    )
+    for layer, same in ((0, True), (1, False)):
+        before, after = (model.encoder.blocks[layer].feed_forward for model in (old, new))
+        pairs = zip(before.get_weights(), after.get_weights(), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs) == same
+    assert "frozen_layers" not in new.get_config()
+    assert len(new.trainable_variables) == len(new.weights)
+
+
 def test_a_data_set_of_the_paper(folder, tmp_path, capsys, monkeypatch):
     for split, count in (("train", 5), ("validation", 3)):
         lines = [f"a man {i} sang\ta man <::::> sang {i}\n" for i in range(count)]
@@ -311,6 +324,7 @@ def test_a_data_set_of_the_paper(folder, tmp_path, capsys, monkeypatch):
     [
         ("{", [], "TF_CONFIG must be a JSON object"),
         ("[]", [], "TF_CONFIG must be a JSON object"),
+        ('{"cluster": 5}', [], "TF_CONFIG must name workers that can be reached: TypeError: "),
         ("", ["--gradient-accumulation", "9", "--steps", "8"], "must be at most all 8 steps"),
         ("", ["--freeze", "encoder:9"], "encoder_layers must be a number from 0 to 2"),
         ("", ["--lora-rank", "90"], "rank must be a whole number from 1 to"),

@@ -202,3 +202,13 @@ def test_two_at_a_time_fetch_once(server, fetch):
 def test_progress(fetch, monkeypatch, capsys):
     fetch(verbose=1)
     assert "2 of 2 MiB, " in capsys.readouterr().err
+
+
+def test_https_that_leads_elsewhere_is_refused(tmp_path, monkeypatch):
+    class Response(contextlib.nullcontext):
+        url, status, headers = "http://example.org/data", 200, {}
+
+    monkeypatch.setattr(downloads.urllib.request, "urlopen", lambda *args, **kwargs: Response())
+    with pytest.raises(ValueError, match="leads to http://example.org/data, which is not HTTPS"):
+        downloads.fetch(["https://example.org/data"], tmp_path / "data", max_bytes=9)
+    assert not (tmp_path / "data").exists()

@@ -112,9 +112,9 @@ def test_the_best_weights_are_kept_and_a_plateau_ends_it(data, tmp_path):
         np.testing.assert_array_equal(a, b)
     higher = training_callbacks.KeepBest(tmp_path / "other.safetensors", "val_bleu")
     higher.set_model(model)
-    for epoch, value in enumerate([1.0, 3.0, 2.0]):
+    for epoch, value in enumerate([float("nan"), 1.0, 3.0, 2.0]):
         higher.on_epoch_end(epoch, {"val_bleu": value})
-    assert higher.get_state() == {"best": 3.0, "best_epoch": 2, "waited": 1}
+    assert higher.get_state() == {"best": 3.0, "best_epoch": 3, "waited": 1}
 
 
 def test_outputs_scores_and_curves(data, tmp_path, capsys):
@@ -178,6 +178,35 @@ def test_a_step_is_traced_once_a_shape(data, monkeypatch):
     finetuning.train(make(), data, steps=3 * data.steps_per_epoch)
     assert len(shapes) == 2
     assert sorted(traced) == sorted(shapes)
+
+
+def test_fit_works_after_a_training_that_broke_off(data):
+    class Break(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            raise ZeroDivisionError
+
+    model = make()
+    with pytest.raises(ZeroDivisionError):
+        finetuning.train(model, data, steps=1, callbacks=[Break()])
+    assert model.train_function is None  # or `fit` would take ours
+
+
+def test_the_log_has_no_epoch_twice(tmp_path):
+    """What follows the last step of an epoch comes again, if the state is from before it."""
+    folder = RunFolder(tmp_path / "model")
+    folder.begin({})
+    lines = [{"step": 7}, {"step": 7, "epoch": 1}, {"step": 8}]
+    for line in lines:
+        folder.log(**line)
+    folder.cut_log(7, 1)
+    folder.cut_log(7, 1)
+    left = (folder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in left] == lines[:2]
+    folder.cut_log(7, 0)
+    assert json.loads((folder / "log.jsonl").read_text()) == lines[0]
+    (folder / "run.json").write_text('{"format": "bertgen_tf training", "settings": {}}')
+    with pytest.raises(ValueError, match="should be new or the folder of a training"):
+        folder.check(False, False)
 
 
 def test_a_terminal_has_a_bar(data, monkeypatch, capsys):

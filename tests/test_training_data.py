@@ -7,7 +7,8 @@ from conftest import WORDS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import bertgen_tf as bg
+from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.training_data import TrainingData
 
 RANDOM = np.random.default_rng(0)
@@ -127,19 +128,6 @@ def test_long_and_empty_texts_are_told_by_line(preprocessor):
         TrainingData([], preprocessor, 4)
 
 
-def test_each_side_has_its_own_special_tokens(preprocessor, spiece):
-    """Sources padded with 3 and targets with 0, and the other way round."""
-    other = bg.BertGenerationTokenizer(spiece)
-    assert (other.pad_token_id, preprocessor.tokenizer.pad_token_id) == (3, 0)
-    for sides in ((other, preprocessor.tokenizer), (preprocessor.tokenizer, other)):
-        both = bg.Seq2SeqPreprocessor(sides[0], 12, 14, decoder_tokenizer=sides[1])
-        data = TrainingData(PAIRS[:4], both, 4, shuffle=False)
-        x, y, weight = data.batch(0)
-        expected = both(*map(list, zip(*PAIRS[:4], strict=True)))
-        for a, b in zip(tf.nest.flatten((x, y, weight)), tf.nest.flatten(expected), strict=True):
-            np.testing.assert_array_equal(a, b)
-
-
 def test_special_tokens_count_towards_the_lengths():
     model = make_model(
         max_source_length=9, max_target_length=8, add_bos=True, add_eos=True, mask_first=True
@@ -151,3 +139,21 @@ def test_special_tokens_count_towards_the_lengths():
     expected, labels, _ = model.preprocessor(*map(list, zip(fits, longer, strict=True)))
     np.testing.assert_array_equal(x["input_ids"], expected["input_ids"])
     np.testing.assert_array_equal(y, labels)
+
+
+def test_targets_have_the_special_tokens_of_their_own_tokenizer(spiece):
+    """Of two vocabularies, whose ids of pad, start and end differ."""
+    words = BertTokenizer(["the", "old", "man", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[PAD]"])
+    other = BertGenerationTokenizer(spiece)
+    two = Seq2SeqPreprocessor(words, 16, 16, decoder_tokenizer=other)
+    pairs = [("the old man", "the man"), ("the", "the old man")]
+    data = TrainingData(pairs, two, 2, shuffle=False)
+    x, labels, weight = data.batch(0)
+    texts = map(list, zip(*pairs, strict=True))
+    expected = two.pack(two.encode_source(next(texts)), two.encode_target(next(texts)), 16, 16)
+    order = np.argsort(-x["attention_mask"].sum(axis=1))  # the longer source is the first
+    for name, tensor in expected[0].items():
+        np.testing.assert_array_equal(x[name][order], tensor)
+    np.testing.assert_array_equal(labels[order], expected[1])
+    np.testing.assert_array_equal(weight[order], expected[2])
+    assert words.pad_token_id != other.pad_token_id and words.bos_token_id != other.bos_token_id

@@ -140,6 +140,27 @@ def test_settings_go_along():
     assert model.generation_config == settings
 
 
+def test_every_id_of_the_settings_moves():
+    the, bird, house, sang = (PIECES.index(word) for word in ("the", "bird", "house", "sang"))
+    settings = bg.GenerationConfig(
+        begin_suppress_tokens=(house, bird),
+        bad_words_ids=((bird, the), (bird, house)),
+        sequence_bias=(((the,), 2.0), ((house,), 3.0)),
+        forced_bos_token_id=sang,
+        eos_token_id=(sang, bird),
+    )
+    trimmed = bg.trim_vocabulary(make_model(generation_config=settings), [the, bird])
+    ids = trimmed.tokenizer.get_vocab()
+    assert (ids["bird"], ids["the"]) != (bird, the)
+    assert trimmed.generation_config == settings.replace(
+        begin_suppress_tokens=(ids["bird"],),
+        bad_words_ids=((ids["bird"], ids["the"]),),
+        sequence_bias=(((ids["the"],), 2.0),),
+        forced_bos_token_id=ids["sang"],  # kept, because every output begins with it
+        eos_token_id=(ids["sang"], ids["bird"]),
+    )
+
+
 def test_hidden_tokens_stay_hidden():
     """Ids move, so that an old one is out of range, or hides another piece."""
     the, bird, house, sang = (PIECES.index(word) for word in ("the", "bird", "house", "sang"))
