@@ -29,7 +29,13 @@ from bertgen_tf.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.recipes import warm_start
 from bertgen_tf.training import default_loss
 from bertgen_tf.training_data import TrainingData
-from bertgen_tf.training_state import ADAPTER_FILE, BEST_FILE, RunFolder, digest_weights
+from bertgen_tf.training_state import (
+    ADAPTER_FILE,
+    BEST_FILE,
+    OtherModel,
+    RunFolder,
+    digest_weights,
+)
 from bertgen_tf.vocabulary import trim_vocabulary
 from bertgen_tf.weights import first_line
 
@@ -473,6 +479,13 @@ def _errors(replicas: finetuning.Replicas) -> Iterator[None]:
         ) from error
     except finetuning.WorkerLost as error:
         raise UserError(f"{error}, with --resume") from error
+    except OtherModel as error:
+        raise UserError(f"{error} --overwrite starts anew") from error
+    except tf.errors.ResourceExhaustedError as error:
+        raise UserError(
+            "the memory does not suffice for a step: lower --batch-size, with "
+            "--gradient-accumulation for the same updates, or --max-source-length"
+        ) from error
     except finetuning.Interrupted as error:
         raise KeyboardInterrupt(
             f"interrupted after step {error.step:,}, which is saved: the same command with "

@@ -36,6 +36,10 @@ KEPT = 2
 _AGAIN = "--overwrite starts anew"
 
 
+class OtherModel(ValueError):
+    """A state that is of another model, optimizer or version."""
+
+
 class State(NamedTuple):
     """Where a training stands.
 
@@ -187,20 +191,24 @@ class RunFolder:
             path.unlink()
 
     def load(self, complain: Callable[[str], None], step: int | None = None) -> State | None:
-        """The last state that is whole; None if there is none.
+        """The last state that is whole; None if there is none at all.
 
         Args:
             complain: gets a message for each that is damaged.
             step: only that of this step.
+
+        Raises:
+            OSError: all are damaged.
         """
-        for number, path in reversed(self._states()):
-            if step is not None and number != step:
-                continue
+        states = [pair for pair in self._states() if step in (None, pair[0])]
+        for _, path in reversed(states):
             try:
                 tensors, place = load_tensors(path)
                 return State(tensors=tensors, **place)
             except (ValueError, TypeError) as error:
                 complain(f"{error}; trying the one before")
+        if states:
+            raise OSError(f"{self.path} holds no state that is whole: {_AGAIN}")
         return None
 
     def _states(self) -> list[tuple[int, pathlib.Path]]:
@@ -317,7 +325,7 @@ def assign_variables(model: keras.Model, tensors: Mapping[str, np.ndarray]) -> N
     """The reverse of `read_variables`, bit for bit.
 
     Raises:
-        ValueError: the tensors are those of another model or optimizer; nothing was assigned.
+        OtherModel: the tensors are those of another model or optimizer; nothing was assigned.
     """
     variables = _variables(model)
     described = {n: (tuple(v.shape), str(v.dtype)) for n, v in variables.items()}
@@ -325,7 +333,7 @@ def assign_variables(model: keras.Model, tensors: Mapping[str, np.ndarray]) -> N
     if described != received:
         names = {*described, *received}
         other = sorted(n for n in names if described.get(n) != received.get(n))
-        raise ValueError(
+        raise OtherModel(
             f"The state must be of the same model and optimizer, but {len(other)} variables differ,"
             f" such as {other[0]}: {described.get(other[0])} and {received.get(other[0])}."
         )
