@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 import os
 import pathlib
 
@@ -12,7 +11,7 @@ from bertgen_tf import folders, hub, huggingface, presets
 from bertgen_tf.compare import Check, Model, compare_with_huggingface
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.huggingface_files import is_hub_name
+from bertgen_tf.huggingface_files import is_huggingface
 
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
 
@@ -70,17 +69,6 @@ def kind_of(source: str) -> str:
     return "TF Hub original" if hub.is_original(source) else "TF Hub encoder"
 
 
-def is_huggingface(source: str) -> bool:
-    """Whether a source is a HuggingFace folder, or a name on its hub such as org/name."""
-    if not os.path.exists(source):
-        return is_hub_name(source)
-    try:
-        content = json.loads(pathlib.Path(source, "config.json").read_text(encoding="utf-8"))
-        return isinstance(content, dict) and "model_type" in content
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
 def describe(model: EncoderDecoderModel) -> list[tuple[str, str]]:
     """What was read, as (name, value) rows of a table."""
     sharing = {
@@ -88,13 +76,15 @@ def describe(model: EncoderDecoderModel) -> list[tuple[str, str]]:
         "word_embeddings": "the word embeddings",
         "all": "all but cross-attention and output bias",
     }
-    decoder, tokenizer, preprocessor = model.decoder.config, model.tokenizer, model.preprocessor
+    encoder, decoder = model.encoder.config, model.decoder.config
+    sizes = [f"{config.vocab_size:,}" for config in (encoder, decoder)]
+    tokenizer, preprocessor = model.tokenizer, model.preprocessor
     rows = [
-        ("encoder", _describe_stack(model.encoder.config)),
+        ("encoder", _describe_stack(encoder)),
         ("decoder", _describe_stack(decoder)),
         ("shared", sharing[model.decoder.sharing]),
         ("weights", f"{model.count_params():,}"),
-        ("vocabulary", f"{decoder.vocab_size:,}"),
+        ("vocabulary", ", ".join(dict.fromkeys(sizes))),
         (
             "special ids",
             f"pad {decoder.pad_token_id}, start {decoder.bos_token_id}, end {decoder.eos_token_id}",
@@ -103,7 +93,12 @@ def describe(model: EncoderDecoderModel) -> list[tuple[str, str]]:
     if tokenizer is None:
         rows.append(("tokenizer", "none: the model takes and gives ids"))
     else:
-        rows.append(("tokenizer", f"{type(tokenizer).__name__}, {tokenizer.vocab_size:,} pieces"))
+        tokenizers = {"tokenizer": tokenizer, "decoder tokenizer": model.decoder_tokenizer}
+        rows += [
+            (name, f"{type(value).__name__}, {value.vocab_size:,} pieces")
+            for name, value in tokenizers.items()
+            if value is not None
+        ]
         settings = preprocessor.get_config()
         lengths = [f"{settings[f'max_{side}_length']} {side}" for side in ("source", "target")]
         rows.append(("tokens at most", ", ".join(lengths)))

@@ -23,8 +23,8 @@ from bertgen_tf import (
 )
 from bertgen_tf import metrics as scores
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
-from bertgen_tf.cli_convert import is_huggingface
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.huggingface_files import is_huggingface
 from bertgen_tf.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.recipes import warm_start
 from bertgen_tf.training import default_loss
