@@ -555,7 +555,8 @@ def test_encoders_give_what_their_modules_give(case, tmp_path):
     inputs = dict(zip(maker.ENCODER_SIGNATURE, (ids, mask, np.zeros_like(ids)), strict=True))
     theirs = tokens(**{name: tf.constant(array) for name, array in inputs.items()})
     difference = np.abs(encoder(ids, mask) - theirs["sequence_output"])[mask == 1]
-    assert difference.max() < 1e-5
+    # Of values up to 4: processors without AVX-512 sum in another order.
+    assert difference.max() < 1e-5 * max(1, np.abs(theirs["sequence_output"]).max())
 
 
 def test_encoder_modules_warm_start_with_their_vocabulary(tmp_path):
