@@ -12,6 +12,8 @@ LINE = "the old man saw a bird {}\tthe old man saw . <::::> a bird {} .\n"
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setitem(study.LENGTHS, "wikisplit", 20)
+    # Searching has tests of its own, and takes minutes to compile.
+    monkeypatch.setattr(study.Runner, "_generate", lambda self, model: self.task.references)
     module = write_checkpoint(tmp_path / "module")
     folder = tmp_path / "data" / "wikisplit"
     folder.mkdir(parents=True)
@@ -49,8 +51,9 @@ def test_a_run_does_not_depend_on_the_one_before(run, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["study.py", "report", str(path)])
     study.main()
     table = capsys.readouterr().out
-    last = both["BERT2BERT"][-1]
-    assert f"| BERT2BERT | {last[0]:.2f} | {last[1]:.2f} |" in table
+    last, lowest = both["BERT2BERT"][-1], min(loss for _, loss in both["BERT2BERT"])
+    row = f"| BERT2BERT | {last[0]:.2f} | {last[1]:.2f} | {lowest:.2f} | 100.0 | 100.0 |"
+    assert row in table
     results = json.loads((path / "results.json").read_text())
     assert [r["step"] for r in results["wikisplit"] if "scores" in r] == [1, 2, 4, 1, 2, 4]
     assert (path / "curves.png").stat().st_size > 10_000
