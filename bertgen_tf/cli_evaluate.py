@@ -293,11 +293,7 @@ def _check_report(flag: str, path: str | None) -> None:
     """Raises a ValueError if no file could be written there."""
     if path is None:
         return
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{flag} must be a file, but {path} is none")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} must lie in a folder that can be written, but {folder} is none")
+    cli_output.check_file(flag, path)
     if flag == "--plot" and Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, received {path}")
 

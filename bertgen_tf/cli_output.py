@@ -23,6 +23,15 @@ class Begun(NamedTuple):
     size: int = 0
 
 
+def check_file(flag: str, path: str, kind: str = "a file") -> None:
+    """Raises a ValueError if no file could be written there."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{flag} must be {kind}, but {path} is none")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} must lie in a folder that can be written, but {folder} is none")
+
+
 def check_path(path: str, overwrite: bool, resume: bool) -> None:
     """Raises a ValueError if nothing could, or should, be written there; "-" is no file."""
     if path == "-":
@@ -31,11 +40,7 @@ def check_path(path: str, overwrite: bool, resume: bool) -> None:
         if overwrite:
             raise ValueError("--overwrite needs --output, a file to replace")
         return
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"--output must be a file, or - for standard output, but {path} is none")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"--output must lie in a folder that can be written, but {folder} is none")
+    check_file("--output", path, "a file, or - for standard output")
     if overwrite or resume:
         return
     if os.path.exists(_partial(path)):
