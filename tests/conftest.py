@@ -7,8 +7,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import io
 import json
 import string
+from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import keras
 import numpy as np
 import pytest
@@ -36,6 +38,25 @@ CORPUS = [
     "a young woman found birds but left!",
     "who sang?",
 ]
+# Of `shared_export`: without its favourites a random model attends to the source.
+EXPORT_OPTIONS = {
+    "num_beams": 3,
+    "max_new_tokens": 9,
+    "suppress_tokens": tuple(range(13)),
+    "encoder_no_repeat_ngram_size": 1,
+    "repetition_penalty": 2.0,
+}
+# Its further signatures.
+FURTHER = {
+    "brief": {"max_new_tokens": 4},
+    "drawn": {
+        "do_sample": True,
+        "seed": 4,
+        "top_k": 0,
+        "num_return_sequences": 2,
+        "max_new_tokens": 5,
+    },
+}
 HUB_CONFIG = {
     "model_type": "bert",
     "vocab_size": len(PIECES),
@@ -143,6 +164,36 @@ def spiece() -> bytes:
         num_threads=1,
     )
     return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def write_once(tmp_path_factory):
+    """`write_once(name, write)`: a new path that `write` got, once for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def write_once(name: str, write: Callable[[Path], object]) -> Path:
+        path = folder / f"shared-{name}" / "1"
+        path.parent.mkdir(exist_ok=True)
+        with filelock.FileLock(folder / f"shared-{name}.lock"):
+            if not path.exists():
+                write(path)
+        return path
+
+    return write_once
+
+
+@pytest.fixture(scope="session")
+def shared_export(write_once) -> tuple[bg.EncoderDecoderModel, Path]:
+    """A model and its export by `EXPORT_OPTIONS`, with the signatures `FURTHER`. Read-only."""
+    model = make_model("all", max_source_length=20)
+    further = {name: bg.GenerationConfig(**options) for name, options in FURTHER.items()}
+
+    def write(path: Path) -> None:
+        # The check would run what is run by the tests.
+        bg.export_saved_model(model, path, signatures=further, check=False, **EXPORT_OPTIONS)
+
+    return model, write_once("export", write)
 
 
 @pytest.fixture(scope="session")

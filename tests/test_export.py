@@ -13,7 +13,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PIECES, make_model
+from conftest import EXPORT_OPTIONS as OPTIONS
+from conftest import FURTHER, PIECES, make_model
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bertgen_tf as bg
@@ -27,29 +28,28 @@ TEXTS = [
     "über 😀 café",
 ]
 ODD = b"\xff\xfe bird"
-OPTIONS = {"num_beams": 3, "max_new_tokens": 9}
-BRIEF = bg.GenerationConfig(max_new_tokens=4)
-DRAWN = bg.GenerationConfig(
-    do_sample=True, seed=4, top_k=0, num_return_sequences=2, max_new_tokens=5
-)
+BRIEF, DRAWN = (bg.GenerationConfig(**FURTHER[name]) for name in ("brief", "drawn"))
 PLAIN = {"serving_default", "beams", "ids", "score", "attention", "brief", "drawn"}
 # Each compiled one takes a compilation more.
 EMPTY = ["serving_default", "beams", "score", "attention", "brief", "drawn", "generate_xla"]
 COMPILED = {"generate_xla", "beams_xla", "brief_xla", "drawn_xla"}
 
-# Runs where bertgen_tf cannot be imported; prints the outputs, or the error, of each request.
+# Runs where bertgen_tf cannot be imported; prints the outputs, or the error, of each request: first
+# as a stock server does, without XLA, then those of compiled signatures again, with it.
 PROGRAM = """
 import base64, ctypes, json, os, sys
 sys.modules["bertgen_tf"] = None
-path, no_xla = sys.argv[1], sys.argv[2] == "no_xla"
+path = sys.argv[1]
 import tensorflow as tf
 import tensorflow_text
-if no_xla:
-    library = os.path.join(os.path.dirname(tf.__file__), "libtensorflow_cc.so.2")
-    ctypes.CDLL(library)._ZN10tensorflow21DisableXlaCompilationEv()
+library = ctypes.CDLL(os.path.join(os.path.dirname(tf.__file__), "libtensorflow_cc.so.2"))
+library._ZN10tensorflow21DisableXlaCompilationEv()
 loaded = tf.saved_model.load(path)
-results = []
-for name, inputs in json.load(sys.stdin):
+results, requests = [], json.load(sys.stdin)
+again = [request for request in requests if request[0].endswith("_xla")]
+for number, (name, inputs) in enumerate(requests + again):
+    if number == len(requests):
+        library._ZN10tensorflow20EnableXlaCompilationEv()
     texts = {k: [base64.b64decode(t) for t in v] for k, v in inputs.items() if k[0] != "="}
     tensors = {k: tf.constant(v, tf.string) for k, v in texts.items()}
     tensors |= {k[1:]: tf.constant(v, tf.int32) for k, v in inputs.items() if k[0] == "="}
@@ -70,13 +70,16 @@ print("RESULT " + json.dumps([sorted(loaded.signatures), results]))
 def exported(request, tmp_path_factory):
     """A model, and its export in another place than it was written to."""
     folder = tmp_path_factory.mktemp("export")
+    if request.param == "float32":
+        model, path = request.getfixturevalue("shared_export")
+        shutil.copytree(path, folder / "moved")
+        return model, folder / "moved"
     model = make_model("all", max_source_length=20)
-    if request.param == "int8":
-        model.quantize("int8")
+    model.quantize("int8")
     path = bg.export_saved_model(
         model,
         folder / "name/1",
-        signatures={"brief": BRIEF, "drawn": DRAWN},
+        signatures={name: bg.GenerationConfig(**one) for name, one in FURTHER.items()},
         check=False,
         **OPTIONS,
     )
@@ -107,10 +110,10 @@ def requests(model):
     ]
 
 
-def run(model, path, mode):
-    """The outputs of each signature, of full requests and of empty ones."""
+def run(model, path):
+    """The outputs of each signature: without XLA, of full requests and of empty ones; with it."""
     process = subprocess.run(
-        [sys.executable, "-c", PROGRAM, path, mode],
+        [sys.executable, "-c", PROGRAM, path],
         input=json.dumps(requests(model)),
         capture_output=True,
         text=True,
@@ -121,8 +124,11 @@ def run(model, path, mode):
     names, results = json.loads(process.stdout.split("RESULT ")[1])
     assert set(names) == PLAIN | COMPILED
     names = [name for name, _ in requests(model)]
-    pairs = list(zip(names, results, strict=True))
-    return dict(pairs[: -len(EMPTY)]), dict(pairs[-len(EMPTY) :])
+    results = iter(results)
+    stock = list(zip(names, results, strict=False))
+    compiled = list(zip([n for n in names if n in COMPILED], results, strict=True))
+    full, empty = len(PLAIN | COMPILED), len(COMPILED)
+    return [dict(x) for x in (stock[:full], stock[full:], compiled[:empty], compiled[empty:])]
 
 
 def close(found, expected):
@@ -201,17 +207,12 @@ def check_attention(model, found):
 
 @pytest.mark.slow
 def test_fresh_process_answers_like_the_model(exported):
+    """As a stock server runs it, without XLA, and with it."""
     model, path = exported
-    check(model, *run(model, path, "xla"), PLAIN | COMPILED)
-
-
-@pytest.mark.slow
-def test_stock_server_without_xla(exported):
-    model, path = exported
-    results, empty = run(model, path, "no_xla")
-    check(model, results, empty, PLAIN)
+    stock, empty, compiled, empty_compiled = run(model, path)
     for name in COMPILED:
-        assert "XLA compilation disabled" in results[name]
+        assert "XLA compilation disabled" in stock[name]
+    check(model, stock | compiled, empty | empty_compiled, PLAIN | COMPILED)
 
 
 def reachable(library, nodes):

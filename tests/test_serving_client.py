@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import make_model
+from conftest import EXPORT_OPTIONS
 
-import bertgen_tf as bg
 from bertgen_tf import serving_client, serving_transport
 from bertgen_tf.serving_client import Client, DeadlineExceeded, ServingError
 
@@ -37,8 +36,7 @@ TEXTS = [
 ]
 NOT_UTF8 = [b"\xff\xfe bird", "file \udcff name", "\ud800 sang", b"the bird"]
 AS_BYTES = [b"\xff\xfe bird", b"file \xed\xb3\xbf name", b"\xed\xa0\x80 sang", b"the bird"]
-SETTINGS = {"num_beams": 3, "max_new_tokens": 6}
-OPTIONS = {**SETTINGS, "jit_compile": False}
+OPTIONS = {**EXPORT_OPTIONS, "jit_compile": False}
 
 
 TEXT = tf.TensorSpec([None], tf.string, "text")
@@ -91,14 +89,6 @@ def served(tmp_path_factory):
     return Served(path)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A model and its export."""
-    model = make_model("all", max_source_length=20)
-    path = tmp_path_factory.mktemp("export") / "model/1"
-    return model, Path(bg.export_saved_model(model, path, check=False, **SETTINGS))
-
-
 @pytest.fixture
 def rest(served):
     with RestServer(served) as server:
@@ -134,8 +124,8 @@ def state(served, **changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [RestServer, GrpcServer])
-def test_exports_answer_as_the_model_does(kind, exported):
-    model, path = exported
+def test_exports_answer_as_the_model_does(kind, shared_export):
+    model, path = shared_export
     expected = model.generate(TEXTS, **OPTIONS)
     beams = model.generate(TEXTS, **OPTIONS, num_return_sequences=3, output_scores=True)
     served = Served(path)

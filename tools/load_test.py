@@ -4,9 +4,10 @@
 
 1. answers: 32 clients at a time; none lost, swapped or wrong
 2. batching: at least 3 times the texts a second of one client; what the server adds to a request
-3. memory: the same after thousands of requests of all lengths; XLA compiles a bounded number
-4. kill -9 and a restart under load: clients that try again lose nothing
-5. malformed requests: all answered by 4xx, and the server goes on
+3. memory: the same after thousands of requests of all lengths
+4. malformed requests: all answered by 4xx, and the server goes on
+5. XLA compiles a bounded number of programs
+6. kill -9 and a restart under load: clients that try again lose nothing
 
 Without --model it makes a small one with random weights. Every answer is compared with the one that
 the server gave to the same text alone. Texts in a batch are computed in another order: where two
@@ -197,22 +198,29 @@ class LoadTest:
 
     def run(self) -> bool:
         """Whether all promises were kept."""
-        server = Server(self.model, self.folder)
+        dump = self.folder / "xla"
+        flags = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*search.*"
+        server = Server(self.model, self.folder, XLA_FLAGS=flags)
         try:
             print(f"{server.name}: {server.metadata.get('parameters', 0):,} parameters\n")
             alone = self.one_client(server)
             self.overhead(server, alone)
             self.many_clients(server, alone)
+            slow = start_slowly(server)  # they wait for their time-out while others are answered
             self.memory(server)
-            self.malformed(server)
-            self.check("ends on SIGTERM", f"exit code {(code := server.stop())}", code == 0)
-            bad = [x for x in server.lines() if "traceback" in x or x["level"] == "error"]
-            self.check("errors in the log", str(len(bad)), not bad)
+            self.malformed(server, slow)
+            if self.arguments.xla_requests and "generate_xla" in server.signatures:
+                self.compilations(server, dump)
+            second = self.restart(server)
         finally:
             server.stop(signal.SIGKILL)
-        self.restart()
-        if self.arguments.xla_requests and "generate_xla" in server.signatures:
-            self.compilations()
+        try:
+            self.check("ends on SIGTERM", f"exit code {(code := second.stop())}", code == 0)
+        finally:
+            second.stop(signal.SIGKILL)
+        lines = itertools.chain(server.lines(), second.lines())
+        bad = [x for x in lines if "traceback" in x or x["level"] == "error"]
+        self.check("errors in the log", str(len(bad)), not bad)
         return all(verdict != "BROKEN" for *_, verdict in self.rows)
 
     def check(self, what: str, value: str, kept: bool | None = None) -> None:
@@ -321,8 +329,8 @@ class LoadTest:
         value = f"{growth:+.0f} MB in the second half of {total:,}"
         self.check("memory of the server", value, growth < MAX_GROWTH_MB and not failures)
 
-    def malformed(self, server: Server) -> None:
-        slow = start_slowly(server)
+    def malformed(self, server: Server, slow: list[socket.socket]) -> None:
+        """Requests that are answered by 4xx, and `slow` ones, which are not waited for."""
         statuses: dict[int, int] = {}
         for what, data in malformed_requests(server.name, self.arguments.malformed):
             status, body = send_bytes(server.address, data)
@@ -343,11 +351,10 @@ class LoadTest:
         answers = [self.compare(text, Connection(server).ask([text])[0]) for text in texts]
         self.check("right answers after them", str(answers.count("equal")), "wrong" not in answers)
 
-    def restart(self) -> None:
-        """Kills the server while clients ask, and starts it again on the same port."""
+    def restart(self, server: Server) -> Server:
+        """Kills the server while clients ask; returns the one that is started on its port."""
         from bertgen_tf.serving_client import Client
 
-        server = Server(self.model, self.folder)
         answered = threading.Semaphore(0)
         counts = {"equal": 0, "rounded": 0, "wrong": 0}
         lock = threading.Lock()
@@ -376,23 +383,17 @@ class LoadTest:
             second = Server(self.model, self.folder, server.address[1])
             again.set()
             lost = failures.result()
-        second.stop()
         value = "{equal:,} equal, {rounded} rounded, {wrong} wrong".format(**counts)
         self.check("killed and started again", value, are_right(counts))
         self.check("clients that lost an answer", str(lost), lost == 0)
+        return second
 
-    def compilations(self) -> None:
-        """XLA writes down each program that it compiles."""
-        dump = self.folder / "xla"
-        flags = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*search.*"
-        server = Server(self.model, self.folder, XLA_FLAGS=flags)
-        try:
-            draw = random.Random(0)
-            connection = Connection(server, "generate_xla")
-            for _ in range(self.arguments.xla_requests):
-                connection.ask([random_text(draw) for _ in range(draw.randint(1, 32))])
-        finally:
-            server.stop()
+    def compilations(self, server: Server, dump: Path) -> None:
+        """XLA writes down each program that it compiles, in the folder `dump`."""
+        draw = random.Random(0)
+        connection = Connection(server, "generate_xla")
+        for _ in range(self.arguments.xla_requests):
+            connection.ask([random_text(draw) for _ in range(draw.randint(1, 32))])
         compiled = len({path.name.split(".")[0] for path in dump.iterdir()})
         sizes, lengths = server.metadata["batch_sizes"], server.metadata["source_lengths"]
         most = len(sizes) * len(lengths)
