@@ -93,7 +93,8 @@ def test_other_engines_agree(built, ours, engine, beams):
 
 @pytest.mark.slow
 def test_benchmark_from_end_to_end(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(benchmark, "SIZES", {"tiny": TINY})
+    tiny = dataclasses.replace(TINY, num_hidden_layers=1)
+    monkeypatch.setattr(benchmark, "SIZES", {"tiny": tiny})
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda threads: 1e10)
     arguments = ["--batch", "1,3,8", "--beams", "1,2", "--engines", ",".join(INSTALLED)]
     files = ["--work-folder", str(tmp_path / "work"), "--json", str(tmp_path / "out.json")]

@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import make_model
+from conftest import EXPORT_OPTIONS
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -623,30 +623,31 @@ def test_names_for_screen_readers(chrome, stub):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The model behind a real server, its settings, and the server's address."""
+def server(shared_export):
+    """The model behind a real server, and the server's address."""
     uvicorn = pytest.importorskip("uvicorn")
     for package in ("prometheus_client", "starlette"):
         pytest.importorskip(package)
     from bertgen_tf.serving_app import ServingApp
     from bertgen_tf.serving_models import Models
 
-    model, settings = make_model(seed=4), {"num_beams": 3, "max_new_tokens": 8}
-    folder = tmp_path_factory.mktemp("models")
-    bg.export_saved_model(model, folder / "tiny" / "1", check=False, **settings)
+    model, path = shared_export
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(ServingApp(Models(folder)), lifespan="on", log_config=None)
+    config = uvicorn.Config(ServingApp(Models(path)), lifespan="on", log_config=None)
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
-    yield model, settings, f"http://127.0.0.1:{listener.getsockname()[1]}/"
+    yield model, f"http://127.0.0.1:{listener.getsockname()[1]}/"
     running.should_exit = True
     thread.join()
 
 
 def ask(url, signature, text):
     body = json.dumps({"signature_name": signature, "inputs": {"text": [text]}}).encode()
-    with urllib.request.urlopen(f"{url}v1/models/tiny:predict", body, timeout=TIMEOUT) as answer:
+    with urllib.request.urlopen(f"{url}v1/models", timeout=TIMEOUT) as answer:
+        (entry,) = json.load(answer)["models"]
+    path = f"v1/models/{entry['name']}:predict"
+    with urllib.request.urlopen(url + path, body, timeout=TIMEOUT) as answer:
         return json.load(answer)["outputs"]
 
 
@@ -663,12 +664,13 @@ def words_of(tokens):
 
 @pytest.mark.slow
 def test_real_server(chrome, server):
-    model, settings, url = server
+    model, url = server
+    settings = {**EXPORT_OPTIONS, "num_return_sequences": 3, "jit_compile": False}
     page = Page(chrome, url)
     outputs = set()
     for text in ("the old man sang birds", "a young woman"):
         page.paste(text)
-        hypotheses = model.generate(text, num_return_sequences=3, jit_compile=False, **settings)
+        hypotheses = model.generate(text, **settings)
         page.wait(lambda best=hypotheses[0]: page.text("#output") == best)
         page.settle()
         outputs.add(hypotheses[0])
