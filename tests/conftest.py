@@ -23,6 +23,9 @@ from bertgen_tf import cli
 
 SHARED = Path(__file__).resolve().parent.parent / ".." / "shared"
 
+# Seconds from which on a test is to be marked.
+SLOW = 20
+
 WORDS = "the a man woman bird house old young saw found and but who sang left".split()
 PIECES = (
     ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -38,13 +41,12 @@ CORPUS = [
     "a young woman found birds but left!",
     "who sang?",
 ]
-# Of `shared_export`: without its favourites a random model attends to the source.
+# Of `shared_export`: without its favourites a random model has an answer of its own to each text.
 EXPORT_OPTIONS = {
     "num_beams": 3,
     "max_new_tokens": 9,
     "suppress_tokens": tuple(range(13)),
-    "encoder_no_repeat_ngram_size": 1,
-    "repetition_penalty": 2.0,
+    "no_repeat_ngram_size": 1,
 }
 # Its further signatures.
 FURTHER = {
@@ -134,6 +136,20 @@ def make_model(
         if variable.name in ("bias", "beta", "output_bias"):  # zeros hide mistakes
             variable.assign(np.random.default_rng(seed).normal(0, 0.3, variable.shape))
     return bg.EncoderDecoderModel(encoder, decoder, tokenizer, **kwargs)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names the tests that should be marked `slow`; the machine may be busy, so none fails."""
+    missing = [
+        f"{report.duration:.0f} s {report.nodeid}"
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" and report.duration > SLOW and "slow" not in report.keywords
+    ]
+    if missing:
+        terminalreporter.section(f"more than {SLOW} s and not marked slow")
+        for line in missing:
+            terminalreporter.write_line(line)
 
 
 def fails(capsys, *arguments) -> str:

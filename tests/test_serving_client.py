@@ -122,13 +122,18 @@ def state(served, **changes):
 # ------------------------------------------------------------------------------------- answers
 
 
+@pytest.fixture(scope="module")
+def served_export(shared_export):
+    """A model, and its export for both kinds of servers."""
+    return shared_export[0], Served(shared_export[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [RestServer, GrpcServer])
-def test_exports_answer_as_the_model_does(kind, shared_export):
-    model, path = shared_export
+def test_exports_answer_as_the_model_does(kind, served_export):
+    model, served = served_export
     expected = model.generate(TEXTS, **OPTIONS)
     beams = model.generate(TEXTS, **OPTIONS, num_return_sequences=3, output_scores=True)
-    served = Served(path)
     with kind(served) as server, Client(server.url, "model", batch_size=3) as client:
         assert client.generate(TEXTS) == expected
         assert client.generate(TEXTS[0]) == expected[0]
