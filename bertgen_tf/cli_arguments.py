@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
-from bertgen_tf import cli_evaluate, cli_serve, cli_values
+from bertgen_tf import __version__, cli_evaluate, cli_serve, cli_values
 from bertgen_tf.cli_common import PROGRAM
 from bertgen_tf.cli_finetune_arguments import add_finetune
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
@@ -30,6 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         "texts,\ngenerate text with it, score it, export it for TensorFlow Serving, convert it.",
         epilog=f"`{PROGRAM} COMMAND --help` explains a command and shows an example.",
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     add_finetune(commands, _add_warm_start)
     _add_generate(commands)

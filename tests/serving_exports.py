@@ -69,3 +69,53 @@ def write_export(path: Path, marker: str = "", metadata: dict | None = None) -> 
         (temporary / "metadata.json").write_text(json.dumps(metadata))
     temporary.rename(path)
     return path
+
+
+_TEXT = tf.TensorSpec([None], tf.string, "text")
+
+
+class _Upper(tf.Module):
+    """The interface of an export without its model: upper case, and how many bytes there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.sign = tf.Variable(-1.0)
+
+    def count(self, text):
+        return self.sign * tf.cast(tf.strings.length(text), tf.float32)
+
+    @tf.function(input_signature=[_TEXT])
+    def best(self, text):
+        valid = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8")
+        return {"text": tf.strings.upper(valid, "utf-8"), "score": self.count(text)}
+
+    @tf.function(input_signature=[_TEXT])
+    def beams(self, text):
+        best = self.best(text)
+        texts = best["text"][:, tf.newaxis] + [[" 0", " 1", " 2"]]
+        return {"text": texts, "score": best["score"][:, tf.newaxis] - [[0.0, 0.5, 1.0]]}
+
+    @tf.function(
+        input_signature=[tf.TensorSpec([None], tf.string, n) for n in ("source", "target")]
+    )
+    def score(self, source, target):
+        scores = 10 * self.count(source) + self.count(target)
+        return {"log_probability": scores, "num_tokens": tf.strings.length(target)}
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, None], tf.int32, n) for n in ("input_ids", "attention_mask")
+        ]
+    )
+    def ids(self, input_ids, attention_mask):
+        return {"sequences": (input_ids * attention_mask)[:, tf.newaxis]}
+
+
+def write_upper_export(path: Path) -> Path:
+    """Writes the version `path`, which answers in upper case, with the signatures of a model."""
+    upper = _Upper()
+    names = {"serving_default": "best", "beams": "beams", "generate_xla": "best"}
+    names |= {"score": "score", "ids": "ids"}
+    signatures = {name: getattr(upper, method) for name, method in names.items()}
+    tf.saved_model.save(upper, str(path), signatures=signatures)
+    return path

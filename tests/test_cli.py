@@ -156,6 +156,11 @@ def test_help_names_every_option(command, capsys):
             assert (flag in text) == (not one_output or flag != "--num-return-sequences")
 
 
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"bertgen-tf {bg.__version__}\n"
+
+
 # ------------------------------------------------------------------------------ finetune's input
 
 

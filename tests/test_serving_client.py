@@ -23,6 +23,7 @@ from bertgen_tf.serving_client import Client, DeadlineExceeded, ServingError
 pytest.importorskip("urllib3")
 grpc = pytest.importorskip("grpc")
 
+from serving_exports import write_upper_export  # noqa: E402
 from serving_servers import BUSY, DROP, HANG, GrpcServer, Reply, RestServer, Served  # noqa: E402
 
 TEXTS = [
@@ -39,54 +40,9 @@ AS_BYTES = [b"\xff\xfe bird", b"file \xed\xb3\xbf name", b"\xed\xa0\x80 sang", b
 OPTIONS = {**EXPORT_OPTIONS, "jit_compile": False}
 
 
-TEXT = tf.TensorSpec([None], tf.string, "text")
-
-
-class Upper(tf.Module):
-    """The interface of an export without its model: upper case, and how many bytes there are."""
-
-    def __init__(self):
-        super().__init__()
-        self.sign = tf.Variable(-1.0)
-
-    def count(self, text):
-        return self.sign * tf.cast(tf.strings.length(text), tf.float32)
-
-    @tf.function(input_signature=[TEXT])
-    def best(self, text):
-        valid = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8")
-        return {"text": tf.strings.upper(valid, "utf-8"), "score": self.count(text)}
-
-    @tf.function(input_signature=[TEXT])
-    def beams(self, text):
-        best = self.best(text)
-        texts = best["text"][:, tf.newaxis] + [[" 0", " 1", " 2"]]
-        return {"text": texts, "score": best["score"][:, tf.newaxis] - [[0.0, 0.5, 1.0]]}
-
-    @tf.function(
-        input_signature=[tf.TensorSpec([None], tf.string, n) for n in ("source", "target")]
-    )
-    def score(self, source, target):
-        scores = 10 * self.count(source) + self.count(target)
-        return {"log_probability": scores, "num_tokens": tf.strings.length(target)}
-
-    @tf.function(
-        input_signature=[
-            tf.TensorSpec([None, None], tf.int32, n) for n in ("input_ids", "attention_mask")
-        ]
-    )
-    def ids(self, input_ids, attention_mask):
-        return {"sequences": (input_ids * attention_mask)[:, tf.newaxis]}
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    path, upper = str(tmp_path_factory.mktemp("upper") / "1"), Upper()
-    names = {"serving_default": "best", "beams": "beams", "generate_xla": "best"}
-    names |= {"score": "score", "ids": "ids"}
-    signatures = {name: getattr(upper, method) for name, method in names.items()}
-    tf.saved_model.save(upper, path, signatures=signatures)
-    return Served(path)
+    return Served(write_upper_export(tmp_path_factory.mktemp("upper") / "1"))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Writes tests/tensorflow_text_2_20_ops.json: ops as an older TensorFlow Serving knows them.
 
 For maintainers: tools/test_older_tensorflow runs it in an environment that holds the versions of
-the server; tests/serving/test_ops.py holds exports to the list. It has every op of tensorflow-text,
-and those of TensorFlow that are in the list already or named on the command line:
+the server; tests/serving/test_c_api.py holds exports to the list. It has every op of
+tensorflow-text, and those of TensorFlow that are in the list already or named on the command line:
 
     python tools/make_op_list.py NewOp OtherNewOp
 

@@ -1,6 +1,6 @@
 """Trains the sentence splitter of saved_models/: small enough for a repository.
 
-    tools/study/splitter.py MODULE DATA OUTPUT
+    python tools/study/splitter.py MODULE DATA OUTPUT
     bertgen-tf export --preset OUTPUT/small --output saved_models/sentence_splitting/1
 
 MODULE and DATA as for study.py. OUTPUT gets two presets, the model as it was trained and a small

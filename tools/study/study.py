@@ -1,8 +1,9 @@
 """The paper's claim at our size: what do warm-started encoders and decoders bring?
 
-    tools/study/study.py run MODULE DATA OUTPUT     trains every recipe on every task, and goes on
-                                                    where it was stopped
-    tools/study/study.py report OUTPUT              Markdown tables on standard output, curves.png
+    python tools/study/study.py run MODULE DATA OUTPUT  trains every recipe on every task, and
+                                                        goes on where it was stopped
+    python tools/study/study.py report OUTPUT           Markdown tables on standard output,
+                                                        curves.png
 
 MODULE is the folder of a TF Hub BERT module (English, uncased), DATA a folder with
 wikisplit/tune.tsv and validation.tsv (sentence, tab, its two sentences joined by " <::::> ") and
