@@ -12,13 +12,14 @@ from bertgen_tf import hub
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, export_saved_model
+from bertgen_tf.freezing import GradualUnfreezing, freeze, unfreeze
 from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.optimizers import default_optimizer, paper_optimizer
+from bertgen_tf.optimizers import averaged_weights, default_optimizer, paper_optimizer
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
-from bertgen_tf.training import bucketed_dataset
+from bertgen_tf.training import bucketed_dataset, default_loss
 from bertgen_tf.training_callbacks import GenerateCallback
 from bertgen_tf.vocabulary import trim_vocabulary
 
@@ -47,15 +48,20 @@ __all__ = [
     "GenerateCallback",
     "GenerateOutput",
     "GenerationConfig",
+    "GradualUnfreezing",
     "RECIPES",
     "Seq2SeqPreprocessor",
     "WarmStartReport",
+    "averaged_weights",
     "bucketed_dataset",
+    "default_loss",
     "default_optimizer",
     "export_saved_model",
+    "freeze",
     "hub",
     "paper_optimizer",
     "trim_vocabulary",
+    "unfreeze",
     "warm_start",
     "warm_start_report",
 ]

@@ -28,7 +28,7 @@ from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, check_version_path, export_saved_model
 from bertgen_tf.generation_settings import check_config
-from bertgen_tf.generator import WINDOW, Generator
+from bertgen_tf.generator import WINDOW
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
@@ -147,7 +147,7 @@ def _generate_lines(
     # Windows begin where they would have: the same batches give the same bits.
     first = done if done == total else done // window * window
     sources: collections.deque[str] = collections.deque()
-    outputs = Generator(model).iterate(
+    outputs = model.iterate(
         _read_texts(arguments.input, first, sources),
         config,
         batch_size=arguments.batch_size,

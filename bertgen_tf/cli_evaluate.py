@@ -28,7 +28,7 @@ from bertgen_tf import (
 from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.generator import BATCH_SIZE, Generator
+from bertgen_tf.generator import BATCH_SIZE
 
 DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
@@ -325,7 +325,7 @@ def _generate(
     if model is None:
         outputs = iter(_run_export(arguments, task.sources))
     else:
-        outputs = Generator(model).iterate(
+        outputs = model.iterate(
             task.sources,
             config,
             batch_size=arguments.batch_size,

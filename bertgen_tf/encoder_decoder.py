@@ -3,7 +3,7 @@
 B batch, T target length, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from bertgen_tf import freezing, lora, optimizers, streaming, training
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generator import BATCH_SIZE, Generator
+from bertgen_tf.generator import BATCH_SIZE, WINDOW, Generator
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.pair_checks import (
     check_pair,
@@ -460,6 +460,62 @@ class EncoderDecoderModel(keras.Model):
             output_scores=output_scores,
             output_attentions=output_attentions,
             batch_size=batch_size,
+            verbose=verbose,
+            jit_compile=jit_compile,
+            **options,
+        )
+
+    def iterate(
+        self,
+        texts: Iterable[str | bytes],
+        generation_config: GenerationConfig | None = None,
+        *,
+        decoder_text: str | Iterable[str] | None = None,
+        logits_processor: Sequence[Callable] = (),
+        batch_size: int = BATCH_SIZE,
+        window: int = WINDOW,
+        first_example: int = 0,
+        total: int | None = None,
+        verbose: Any = 0,
+        jit_compile: bool = True,
+        **options: Any,
+    ) -> Iterator[str | list[str]]:
+        """Generates from any number of texts, with no more than a window of them in memory.
+
+        The results are those of `generate`, in the order of the texts, and come from the same
+        compiled functions. Nothing is read before the first result is asked for.
+
+        Args:
+            texts: strings from a list, a file, a generator; they may never end. A `tf.data.Dataset`
+                of single strings gives them as `dataset.as_numpy_iterator()`.
+            generation_config, logits_processor, batch_size, jit_compile, **options: as for
+                `generate`.
+            decoder_text: a prompt for all outputs, or one for each text.
+            window: how many texts are read, sorted by length and generated before their results
+                come.
+            first_example: the number of the first text, which its random numbers follow: with it,
+                the rest of a run is drawn as in the whole.
+            total: how many texts there are, those before `first_example` included, for `verbose`.
+            verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
+                there are more than 4 batches.
+
+        Yields:
+            for each text the best hypothesis as str; with `num_return_sequences` above 1, a list of
+            hypotheses, best first.
+
+        Raises:
+            TypeError, ValueError: texts, prompts or settings are none that the model takes; when
+                the first result, or the one of that window, is asked for.
+        """
+        return self._generator.iterate(
+            texts,
+            generation_config,
+            decoder_text=decoder_text,
+            logits_processor=logits_processor,
+            batch_size=batch_size,
+            window=window,
+            first_example=first_example,
+            total=total,
             verbose=verbose,
             jit_compile=jit_compile,
             **options,

@@ -73,7 +73,13 @@ def freeze(
 
 
 def unfreeze(model: Any) -> None:
-    """Makes everything train. Keras's `model.trainable = True` does nothing where it is True."""
+    """Makes all of an `EncoderDecoderModel` train again. Compile afterwards.
+
+    Keras's `model.trainable = True` does nothing where it is True already, also not below.
+
+    Raises:
+        ValueError: the model has LoRA adapters, beside which every pre-trained weight is frozen.
+    """
     _check_no_adapters(model)
     _set_trainable([model], True)
 
@@ -94,6 +100,11 @@ class GradualUnfreezing(keras.callbacks.Callback):
         steps_per_layer: updates from one thaw to the next; the first is after so many.
         epochs_per_layer: the same in epochs, in place of `steps_per_layer`.
         embeddings: False leaves the embeddings frozen to the end.
+
+    Raises:
+        ValueError: not one of `steps_per_layer` and `epochs_per_layer`, or it is below 1. When
+            training begins: the model has LoRA adapters, or an optimizer that was built without
+            state for all that thaws.
     """
 
     def __init__(

@@ -148,22 +148,11 @@ class Generator:
         jit_compile: bool = True,
         **options: Any,
     ) -> Iterator[str | list[str]]:
-        """Generates from any number of texts, without holding more than a window of them.
-
-        Args:
-            texts: where the texts come from; they may never end.
-            config, logits_processor, batch_size, verbose, jit_compile, **options: as those of
-                `EncoderDecoderModel.generate`.
-            decoder_text: a prompt for all, or one for each text.
-            window: how many texts are read ahead, and sorted into batches; results come when a
-                window is done.
-            first_example: the number of the first text, which its draws follow: to go on with a
-                part of a run.
-            total: how many texts there are, those before `first_example` included, for `verbose`.
-
-        Yields:
-            for each text in turn what `generate` has in its list.
-        """
+        """See `EncoderDecoderModel.iterate`."""
+        if isinstance(texts, str | bytes):
+            raise TypeError(
+                "texts must be an iterable of strings, received a single one: put it in a list."
+            )
         run = self._run(config, options, logits_processor, False, batch_size, jit_compile)
         check_count("window", window)
         with show_progress(verbose, total, batch_size, first_example) as advance:

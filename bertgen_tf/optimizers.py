@@ -346,6 +346,9 @@ def averaged_weights(model: keras.Model) -> Iterator[None]:
     For what is generated, measured or saved between two steps; the optimizer's average is not
     touched. Both ways are exact, which those of Keras's `SwapEMAWeights` are not. Without an
     average, or before the first step, the model stays as it is.
+
+    Args:
+        model: compiled, with an optimizer such as `default_optimizer(ema_momentum=0.999)`.
     """
     optimizer = getattr(model, "optimizer", None)
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)

@@ -51,6 +51,13 @@ def default_loss(label_smoothing: float = 0.0) -> keras.losses.Loss:
     Args:
         label_smoothing: the share of each label that is spread over the vocabulary, such as 0.1.
             `evaluate` and validation give the smoothed loss, too, which then does not go to 0.
+
+    Returns:
+        a loss of labels, int [B, T], and logits, float32 [B, T, V], with `sample_weight` [B, T]: a
+        scalar.
+
+    Raises:
+        ValueError: `label_smoothing` is not at least 0 and below 1.
     """
     if label_smoothing:
         return SmoothedCrossEntropy(label_smoothing)

@@ -378,7 +378,7 @@ def echo(monkeypatch):
                 outputs = [f"{text}\t{i}\u2028!" for i in range(config.num_beams)]
                 yield outputs if config.num_return_sequences > 1 else outputs[0]
 
-    monkeypatch.setattr(cli.Generator, "iterate", iterate)
+    monkeypatch.setattr(bg.EncoderDecoderModel, "iterate", iterate)
     monkeypatch.setattr(cli, "WINDOW", 32)
     return calls
 
@@ -572,7 +572,7 @@ def job(echo, preset, tmp_path, monkeypatch):
     """100 texts, windows of 32; `stop(n)` interrupts after n of them."""
     (tmp_path / "in.txt").write_text("".join(f"{i}\n" for i in range(100)))
     paths = ["--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out.txt")]
-    iterate = cli.Generator.iterate
+    iterate = bg.EncoderDecoderModel.iterate
 
     class Job:
         run = ["generate", "--preset", preset, *paths]
@@ -591,7 +591,7 @@ def job(echo, preset, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
             with monkeypatch.context() as patch:
-                patch.setattr(cli.Generator, "iterate", interrupted)
+                patch.setattr(bg.EncoderDecoderModel, "iterate", interrupted)
                 assert cli.main([*self.run, *flags]) == 130
 
         def files(self):
@@ -621,7 +621,7 @@ def test_an_interrupted_run_keeps_its_lines_and_the_older_file(job, capsys):
 def test_lines_are_on_disk_when_their_window_is_done(job, monkeypatch):
     """As a kill leaves them."""
     seen = []
-    iterate = cli.Generator.iterate
+    iterate = bg.EncoderDecoderModel.iterate
 
     def watched(*args, **kwargs):
         for number, output in enumerate(iterate(*args, **kwargs)):
@@ -629,7 +629,7 @@ def test_lines_are_on_disk_when_their_window_is_done(job, monkeypatch):
                 seen.append(job.partial.read_text())
             yield output
 
-    monkeypatch.setattr(cli.Generator, "iterate", watched)
+    monkeypatch.setattr(bg.EncoderDecoderModel, "iterate", watched)
     assert cli.main(job.run) == 0
     assert seen == [job.lines(count) for count in (0, 32, 64, 96)]
 
@@ -722,7 +722,7 @@ def test_an_error_before_the_first_line_leaves_nothing(job, monkeypatch):
         raise RuntimeError("x")
         yield
 
-    monkeypatch.setattr(cli.Generator, "iterate", fail)
+    monkeypatch.setattr(bg.EncoderDecoderModel, "iterate", fail)
     with pytest.raises(RuntimeError):
         cli.main(job.run)
     assert job.files() == ["in.txt"]

@@ -10,7 +10,7 @@ import tensorflow as tf
 from conftest import PIECES, WORDS, make_model
 
 import bertgen_tf as bg
-from bertgen_tf import generator
+from bertgen_tf import generation, generator
 from bertgen_tf.generation import GenerateTensors
 from bertgen_tf.generator import Generator
 
@@ -33,6 +33,7 @@ class Echo:
     def __init__(self):
         self.built = []
         self.shapes = []
+        self.seeds = []
 
     def __call__(self, model, config, jit_compile, *, logits_processor=(), output_attentions=False):
         self.built.append((config, jit_compile, logits_processor, output_attentions))
@@ -43,6 +44,7 @@ class Echo:
             assert [tensor.dtype for tensor in tensors] == [tf.int32] * 4
             ids, mask, prompts, seeds = (tensor.numpy() for tensor in tensors)
             self.shapes.append((*ids.shape, prompts.shape[1]))
+            self.seeds.extend(seeds[:, 1].tolist())
             new = np.zeros([len(ids), NEW], np.int32)
             width = min(NEW, ids.shape[1])
             new[:, :width] = np.where(mask, ids, PAD)[:, :width]
@@ -364,6 +366,46 @@ def test_prompts_of_text_and_ids_say_the_same(model):
 # ------------------------------------------------------------------------- functions, progress
 
 
+def test_iterate_gives_what_generate_gives_with_the_same_functions(monkeypatch):
+    traced = []
+    search = generation._search
+    monkeypatch.setattr(generation, "_search", lambda *a: traced.append(a[2]) or search(*a))
+    model = make_model(seed=6, generation_config=bg.GenerationConfig(max_new_tokens=5))
+    options = {"num_beams": 3, "num_return_sequences": 2, "batch_size": 4, "jit_compile": False}
+    expected = model.generate(MANY[:10], **options)
+    assert len(traced) == 1
+    read = []
+    results = model.iterate((read.append(text) or text for text in MANY[:10]), window=5, **options)
+    assert not read
+    assert next(results) == expected[0] and len(read) == 5
+    assert [*results] == expected[1:] and len(read) == 10
+    assert len(traced) == 1
+
+
+def test_iterate_passes_on_what_it_gets(echo, capsys):
+    model = make_model(seed=6)
+    settings = bg.GenerationConfig(max_new_tokens=3, do_sample=True, seed=2)
+    processors = [lambda logits, ids, step: logits]
+    results = model.iterate(
+        iter(MANY[:5]),
+        settings,
+        decoder_text=iter(WORDS[:5]),
+        logits_processor=processors,
+        batch_size=2,
+        first_example=100,
+        total=105,
+        verbose=1,
+        jit_compile=False,
+        temperature=0.5,
+    )
+    assert [*results] == said(model, MANY[:5], WORDS[:5])
+    config = settings.replace(temperature=0.5, seed=None)
+    assert echo.built == [(config, False, tuple(processors), False)]
+    assert sorted(echo.seeds) == [*range(100, 105)]
+    assert max(rows for rows, *_ in echo.shapes) == 2
+    assert capsys.readouterr().err.startswith("105 of 105 texts, ")
+
+
 def test_functions_are_kept_by_what_compiles(echo, model):
     own = Generator(model)
     processors = [lambda logits, ids, step: logits, lambda logits, ids, step: logits]
@@ -510,7 +552,10 @@ def test_other_errors(model):
     with pytest.raises(ValueError, match="decoder_text is for text, .* Pass decoder_input_ids"):
         model.generate({"input_ids": IDS}, decoder_text="a")
     with pytest.raises(ValueError, match="window must be an integer of at least 1"):
-        next(Generator(model).iterate(TEXTS, window=0))
+        next(model.iterate(TEXTS, window=0))
+    for text in ("a bird", b"a bird"):
+        with pytest.raises(TypeError, match="texts must be an iterable of strings, .* in a list"):
+            next(model.iterate(text))
     silent = bg.EncoderDecoderModel(model.encoder, model.decoder)
     for texts in (TEXTS, [], "a"):
         with pytest.raises(ValueError, match="needs a tokenizer"):

@@ -1,6 +1,7 @@
 import pytest
 
 import bertgen_tf as bg
+from bertgen_tf import freezing, optimizers, training
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,13 @@ def test_older_names_are_the_classes_of_today(old, new):
     assert getattr(bg, new).__name__ == new  # the name that saved files hold
 
 
+def test_the_documented_names_are_those_of_the_modules():
+    assert bg.averaged_weights is optimizers.averaged_weights
+    assert bg.default_loss is training.default_loss
+    for name in ("GradualUnfreezing", "freeze", "unfreeze"):
+        assert getattr(bg, name) is getattr(freezing, name)
+
+
 def test_all_names_are_there():
     assert all(hasattr(bg, name) for name in bg.__all__)
-    assert len(set(bg.__all__)) == len(bg.__all__)
+    assert bg.__all__ == sorted(set(bg.__all__))

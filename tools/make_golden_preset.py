@@ -14,6 +14,7 @@ import argparse
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,13 @@ INPUTS = {
 }
 
 
-def make_model(sharing: str) -> bg.EncoderDecoderModel:
-    """One layer a side, and no weight at its initial value."""
+def make_model(sharing: str, **changes: Any) -> bg.EncoderDecoderModel:
+    """One layer a side, and no weight at its initial value.
+
+    Args:
+        sharing: of the decoder.
+        **changes: fields of the config.
+    """
     config = bg.BertGenerationConfig(
         vocab_size=len(PIECES),
         hidden_size=4,
@@ -42,7 +48,7 @@ def make_model(sharing: str) -> bg.EncoderDecoderModel:
         pad_token_id=0,
         bos_token_id=2,
         eos_token_id=3,
-    )
+    ).replace(**changes)
     encoder = bg.BertGenerationEncoder(config)
     decoder = bg.BertGenerationDecoder(
         config.replace(add_cross_attention=True),
