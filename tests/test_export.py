@@ -344,7 +344,6 @@ def test_saved_model_of_bert_large_is_small(tmp_path):
     config = bg.BertGenerationConfig(
         vocab_size=30_522,
         hidden_size=32,
-        num_hidden_layers=24,
         num_attention_heads=16,
         intermediate_size=64,
         max_position_embeddings=512,
@@ -353,14 +352,22 @@ def test_saved_model_of_bert_large_is_small(tmp_path):
     )
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     tokenizer = bg.BertTokenizer(pieces + [f"piece{i}" for i in range(30_522 - len(pieces))])
-    model = bg.EncoderDecoderModel(
-        bg.BertGenerationEncoder(config),
-        bg.BertGenerationDecoder(config.replace(add_cross_attention=True)),
-        tokenizer,
-    )
-    path = tmp_path / "large/1"
-    bg.export_saved_model(model, path, num_beams=4, check=False)
-    assert (path / "saved_model.pb").stat().st_size < 20e6
+
+    def size(layers):
+        config_of = config.replace(num_hidden_layers=layers)
+        model = bg.EncoderDecoderModel(
+            bg.BertGenerationEncoder(config_of),
+            bg.BertGenerationDecoder(config_of.replace(add_cross_attention=True)),
+            tokenizer,
+        )
+        path = tmp_path / f"large/{layers}"
+        bg.export_saved_model(model, path, num_beams=4, check=False)
+        return path, (path / "saved_model.pb").stat().st_size
+
+    # Every layer adds the same, so that three layers tell of 24.
+    (_, one), (_, two), (path, three) = (size(layers) for layers in (1, 2, 3))
+    assert two - one == pytest.approx(three - two, rel=0.02)
+    assert three + 21 * (three - two) < 20e6
     # Nor would the weights of a wider one be in it.
     graph = read_graph(path).graph_def
     nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
