@@ -224,11 +224,11 @@ def _pieces(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT", "BERT2GPT"])
+@pytest.mark.parametrize("name", GPT_ROWS)
 def test_recipe_is_exported(name, gpt2, bert, tmp_path):
     # The export is compared with the model, in a process of its own.
     model = start(name, gpt2, bert, max_target_length=9)
-    if name == "BERT2GPT":
+    if name == "RND2GPT":
         model.quantize("int8")
     path = bg.export_saved_model(
         model, tmp_path / "name" / "1", max_new_tokens=4, num_beams=2, max_batch_size=2
