@@ -119,7 +119,9 @@ def export_saved_model(
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         module = ServingModule(model, config, signatures, logits_processor)
-        tf.saved_model.save(module, str(temporary), signatures=module.functions)
+        # Traced here, once for all: what saving traces, nothing else may use.
+        traced = {name: f.get_concrete_function() for name, f in module.functions.items()}
+        tf.saved_model.save(module, str(temporary), signatures=traced)
         export_files.write_batching_parameters(temporary, sizes)
         export_files.write_warmup(
             temporary, name, model, module.functions, sizes, compiled=warmup_xla

@@ -140,7 +140,9 @@ def text_of_length(model: Any, length: int) -> str:
     length = min(length, preprocessor.max_source_length)
     best, most = "", 0
     for word in _words(model.tokenizer):
-        for count in range(1, length + 1):
+        # All but the special tokens, of which one word has as many as any text.
+        fitting = max(1, length + 1 - len(preprocessor.encode_source(word)))
+        for count in range(fitting, length + 1):
             text = " ".join([word] * count)
             tokens = len(preprocessor.encode_source(text))
             if most < tokens <= length:

@@ -75,10 +75,9 @@ def test_warmup_has_a_request_for_each_bucket(exported):
     assert read[0][1]["text"].tolist() == [export_files.text_of_length(model, 16).encode()]
 
 
-def test_warmup_compiles_only_on_request(tmp_path):
-    path = bg.export_saved_model(make_model("all"), tmp_path / "1", check=False, max_new_tokens=5)
-    names = {request.model_spec.signature_name for request in read_warmup(Path(path))}
-    assert names == {"serving_default", "beams", "ids", "score", "attention"}
+def test_warmup_compiles_only_on_request(shared_export):
+    names = {request.model_spec.signature_name for request in read_warmup(shared_export[1])}
+    assert names == {"serving_default", "beams", "ids", "score", "attention", "brief", "drawn"}
 
 
 def test_too_many_warmup_requests(tmp_path, monkeypatch, model):
