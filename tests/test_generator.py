@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PIECES, WORDS, make_model
+from conftest import PIECES, WORDS, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf import generation, generator
@@ -24,7 +24,7 @@ MANY = [" ".join(RNG.choice(WORDS, RNG.integers(1, 18))) for _ in range(300)]
 
 @pytest.fixture(scope="module")
 def model():
-    return make_model(seed=6, generation_config=bg.GenerationConfig(max_new_tokens=8))
+    return make_small_model(seed=6, generation_config=bg.GenerationConfig(max_new_tokens=8))
 
 
 class Echo:

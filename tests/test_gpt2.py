@@ -172,6 +172,8 @@ def test_generation_of_a_decoder_only_model(gpt2, byte_pair, jit_compile):
             output.scores[row, 0], expected.sequences_scores[0].item(), atol=1e-4
         )
     assert output.cross_attentions.shape[:4] == (3, 1, 4, 3)
+    if jit_compile:
+        return
     plain = {"max_new_tokens": 6, "jit_compile": False}
     prompted = model.generate(texts[0], decoder_text="a young", **plain)
     assert prompted.startswith("a young")
@@ -189,7 +191,7 @@ def start(name, gpt2, bert, **kwargs):
 
 @pytest.mark.parametrize("name", GPT_ROWS)
 def test_recipe_trains_and_is_kept(name, gpt2, bert, tmp_path):
-    model = start(name, gpt2, bert, max_target_length=9)
+    model = start(name, gpt2, bert, max_target_length=9, num_layers=2)
     model.compile(run_eagerly=True)
     sources, targets = CORPUS, CORPUS[::-1]
     batch = model.preprocessor(tf.constant(sources), tf.constant(targets))[0]
@@ -224,11 +226,12 @@ def _pieces(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", GPT_ROWS)
+@pytest.mark.parametrize("name", ["GPT", "BERT2GPT"])
 def test_recipe_is_exported(name, gpt2, bert, tmp_path):
-    # The export is compared with the model, in a process of its own.
-    model = start(name, gpt2, bert, max_target_length=9)
-    if name == "RND2GPT":
+    # The export is compared with the model, in a process of its own. RND2GPT has no part that the
+    # others lack.
+    model = start(name, gpt2, bert, max_target_length=9, num_layers=1)
+    if name == "BERT2GPT":
         model.quantize("int8")
     path = bg.export_saved_model(
         model, tmp_path / "name" / "1", max_new_tokens=4, num_beams=2, max_batch_size=2
@@ -236,12 +239,12 @@ def test_recipe_is_exported(name, gpt2, bert, tmp_path):
     served = tf.saved_model.load(path)
     answers = served.signatures["attention"](tf.constant(CORPUS))
     assert [text.decode() for text in answers["text"].numpy()] == model.generate(
-        CORPUS, max_new_tokens=4, num_beams=2
+        CORPUS, max_new_tokens=4, num_beams=2, jit_compile=False
     )
 
 
 def test_two_vocabularies(gpt2, bert, byte_pair):
-    model = start("BERT2GPT", gpt2, bert)
+    model = start("BERT2GPT", gpt2, bert, num_layers=1)
     batch = model.preprocessor(tf.constant(CORPUS), tf.constant(CORPUS))[0]
     source = batch["input_ids"][0].numpy()
     pieces = model.tokenizer.convert_ids_to_tokens(
@@ -279,7 +282,7 @@ def test_mixed_precision(gpt2, bert):
     try:
         for dtype in ("float32", "mixed_bfloat16"):
             keras.config.set_dtype_policy(dtype)
-            models[dtype] = [start(name, gpt2, bert) for name in ("GPT", "BERT2GPT")]
+            models[dtype] = [start(name, gpt2, bert, num_layers=2) for name in ("GPT", "BERT2GPT")]
     finally:
         keras.config.set_dtype_policy(policy)
     for exact, mixed in zip(*models.values(), strict=True):
@@ -428,7 +431,7 @@ def test_roberta_checkpoints(name, gpt2, tmp_path):
         vocab_size=bpe.get_vocab_size(),
         hidden_size=12,
         num_attention_heads=2,
-        num_hidden_layers=3,
+        num_hidden_layers=2,
         intermediate_size=20,
         max_position_embeddings=24,
         type_vocab_size=1,

@@ -58,8 +58,8 @@ def test_graph_and_xla_equal_eager_and_hold_no_xla_op(case):
         tf.TensorSpec([None, None], tf.int32),
         tf.TensorSpec([], tf.int32),
     ]
-    plain = tf.function(process, input_signature=signature)
-    compiled = tf.function(process, input_signature=signature, jit_compile=True)
+    plain = tf.function(process, input_signature=signature, autograph=False)
+    compiled = tf.function(process, input_signature=signature, jit_compile=True, autograph=False)
     for function in (plain, compiled):
         assert_equal(function(scores, ids, length - 1).numpy(), expected)
     graph = plain.get_concrete_function().graph.as_graph_def()
@@ -72,7 +72,9 @@ def test_shapes_stay_known():
     for case in TYPICAL:
         process = make(case[0])
         inputs = tf.TensorSpec([None, 13]), tf.TensorSpec([None, 11], tf.int32)
-        function = tf.function(lambda x, i, step, process=process: process(x, i, step))
+        function = tf.function(
+            lambda x, i, step, process=process: process(x, i, step), autograph=False
+        )
         graph = function.get_concrete_function(*inputs, tf.TensorSpec([], tf.int32))
         assert graph.outputs[0].shape.as_list() == [None, 13]
         assert graph.outputs[0].dtype == tf.float32

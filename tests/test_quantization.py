@@ -1,6 +1,7 @@
 """Int8 matrices: their numbers, against Keras's own int8, and models that have them."""
 
 import collections
+import functools
 import gc
 import re
 import weakref
@@ -9,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PIECES, make_model
+from conftest import PIECES, make_model, make_small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,14 @@ TEXTS = ["the man saw a bird", "", "a young woman sang, and the old man left the
 
 def quantized(sharing="none", **kwargs):
     model = make_model(sharing, **kwargs)
+    model.quantize("int8")
+    return model
+
+
+@functools.cache
+def shared() -> bg.EncoderDecoderModel:
+    """Read-only, with its compiled functions; of one layer, as tracing and compiling take long."""
+    model = make_small_model()
     model.quantize("int8")
     return model
 
@@ -107,7 +116,8 @@ def test_matrices_are_int8_and_the_rest_is_not(sharing):
     logits = model(BATCH).numpy()
     references = [weakref.ref(w.value) for w in model.weights if w.name == "kernel"]
     weights = len(model.weights)
-    model.generate(TEXTS[0], max_new_tokens=2, jit_compile=False)
+    if sharing == "all":  # the fastest to trace
+        model.generate(TEXTS[0], max_new_tokens=2, jit_compile=False)
     assert not model.is_quantized
     model.quantize("int8")
     assert model.is_quantized
@@ -160,7 +170,7 @@ def test_memory():
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 5}])
 def test_generation_is_the_same_in_every_form(options):
-    model = quantized(seed=6)
+    model = shared()
     options = {"max_new_tokens": 9, "output_scores": True, **options}
     inputs = {"input_ids": IDS, "attention_mask": MASK}
     plain = model.generate(inputs, jit_compile=False, **options)
@@ -175,7 +185,7 @@ def test_generation_is_the_same_in_every_form(options):
 
 
 def test_greedy_scores_are_those_of_the_forward_pass():
-    model = quantized(seed=6)
+    model = shared()
     output = model.generate(
         {"input_ids": IDS, "attention_mask": MASK}, max_new_tokens=9, output_scores=True
     )
@@ -190,14 +200,14 @@ def test_greedy_scores_are_those_of_the_forward_pass():
 
 
 def test_streamed_text_is_that_of_generate():
-    model = quantized(seed=6)
-    text = TEXTS[2]
+    model = shared()
+    text = TEXTS[0]  # of the bucket of `IDS`
     streamed = "".join(model.stream(text, max_new_tokens=9, tokens_per_step=3))
     assert streamed == model.generate(text, max_new_tokens=9) != ""
 
 
 def traced_by(make):
-    """The `tf.function`s that `make` makes, the inner ones first."""
+    """The `tf.function`s that `make` makes, the inner ones first; none is run, nor compiled."""
     functions, original = [], tf.function
 
     def keep(*args, **kwargs):
@@ -205,13 +215,13 @@ def traced_by(make):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf, "function", keep)
-        make()
+        original(make, autograph=False).get_concrete_function()
     return functions
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_products_are_of_integers_under_xla_only(jit_compile):
-    model = quantized(seed=6)
+    model = shared()
     config = bg.GenerationConfig(max_new_tokens=3)
     prompt, seeds = np.full([3, 1], 3, np.int32), np.zeros([3, 2], np.int32)
     inputs = [tf.constant(tensor) for tensor in (IDS, MASK, prompt, seeds)]
@@ -240,9 +250,7 @@ def test_products_are_of_integers_under_xla_only(jit_compile):
 @pytest.mark.parametrize("quantize", [False, True])
 def test_compiled_code_has_no_second_copy_of_a_matrix(quantize):
     """Neither transposed, nor as float32: what XLA takes out of the loop would be one."""
-    model = make_model(seed=6)
-    if quantize:
-        model.quantize("int8")
+    model = shared() if quantize else make_small_model()
     matrices = {tuple(w.shape) for w in model.weights if w.name.endswith("kernel")}
     matrices |= {tuple(model.decoder.embeddings.word_embeddings.embeddings.shape)}
     prompt, seeds = np.full([1, 1], 3, np.int32), np.zeros([1, 2], np.int32)
@@ -283,7 +291,7 @@ def test_presets_and_keras_files_keep_them(tmp_path):
 
 def test_after_training(tmp_path):
     """Nothing of the optimizer, which knew the float32 matrices, is left."""
-    model = make_model(max_source_length=20)
+    model = make_small_model(max_source_length=20)
     model.compile()
     model.fit(TEXTS, TEXTS, verbose=0)
     optimizer = weakref.ref(model.optimizer)
@@ -309,11 +317,14 @@ def test_a_trimmed_vocabulary_keeps_the_logits():
 def test_under_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
-        model = quantized(seed=6)
+        model = make_small_model(seed=6)
     finally:
         keras.config.set_dtype_policy("float32")
+    model.quantize("int8")
     assert model.encoder(IDS).dtype == tf.bfloat16 and model(BATCH).dtype == tf.float32
-    logits = quantized(seed=6)(BATCH).numpy()
+    exact = make_small_model(seed=6)
+    exact.quantize("int8")
+    logits = exact(BATCH).numpy()
     np.testing.assert_allclose(model(BATCH), logits, atol=0.1 * logits.std())
     assert model.generate(TEXTS[0], max_new_tokens=3)
 

@@ -291,7 +291,7 @@ def test_pieces_equal_the_whole(jit_compile, tokens):
         return sampling.advance(step, loop, tokens)
 
     if jit_compile is not None:
-        advance = tf.function(advance, jit_compile=jit_compile)
+        advance = tf.function(advance, jit_compile=jit_compile, autograph=False)
     loop = sampling.start(state, prompts, **start)
     filled, pieces = 2, 0
     while not sampling.is_done(loop):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import make_model
+from conftest import make_small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
@@ -367,7 +367,7 @@ TEXTS = ["the man saw a bird, who sang.", ""]
 
 
 def check_stream(model, text, of_both, of_stream):
-    expected = model.generate(text, **of_both)
+    expected = model.generate(text, **{**of_both, "jit_compile": False})
     parts = list(model.stream(text, **of_both, **of_stream))
     assert "".join(parts) == expected
     assert all(isinstance(part, str) and part for part in parts)
@@ -375,7 +375,8 @@ def check_stream(model, text, of_both, of_stream):
 
 
 @pytest.mark.parametrize("options, of_stream", OPTIONS)
-def test_parts_make_what_generate_gives(model, options, of_stream):
+def test_parts_make_what_generate_gives(options, of_stream):
+    model = make_small_model()
     counts = [len(check_stream(model, text, options, of_stream)) for text in TEXTS]
     assert max(counts) > 2
     if options.get("do_sample"):  # Every length of prompt compiles anew: once in each form.
@@ -385,7 +386,7 @@ def test_parts_make_what_generate_gives(model, options, of_stream):
 
 
 def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes):
-    model = make_model(make_tokenizer=lambda: BertGenerationTokenizer(spiece_with_bytes))
+    model = make_small_model(make_tokenizer=lambda: BertGenerationTokenizer(spiece_with_bytes))
     options, of_stream = OPTIONS[-1]
     for seed in range(4):
         options = {**options, "seed": seed}
@@ -395,14 +396,16 @@ def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes):
 
 def test_ends():
     """The end tokens of the settings, hidden tokens, and a target's mask token."""
-    model = make_model(hidden_token_ids=[30, 31, 32], mask_first=True, prose=False)
+    model = make_small_model(hidden_token_ids=[30, 31, 32], mask_first=True, prose=False)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 20, "jit_compile": False}
     options["eos_token_id"] = (4, 9, 12, 40, 41)
     for seed in range(6):
         check_stream(model, TEXTS[0], {**options, "seed": seed}, {"tokens_per_step": 2})
 
 
-def test_own_logits_processors(model):
+def test_own_logits_processors():
+    model = make_small_model()
+
     def only_birds(logits, ids, step):
         return logits + 1e6 * tf.one_hot(model.tokenizer.get_vocab()["bird"], logits.shape[-1])
 
