@@ -370,7 +370,7 @@ def test_iterate_gives_what_generate_gives_with_the_same_functions(monkeypatch):
     traced = []
     search = generation._search
     monkeypatch.setattr(generation, "_search", lambda *a: traced.append(a[2]) or search(*a))
-    model = make_model(seed=6, generation_config=bg.GenerationConfig(max_new_tokens=5))
+    model = make_small_model(seed=6, generation_config=bg.GenerationConfig(max_new_tokens=5))
     options = {"num_beams": 3, "num_return_sequences": 2, "batch_size": 4, "jit_compile": False}
     expected = model.generate(MANY[:10], **options)
     assert len(traced) == 1
@@ -383,7 +383,7 @@ def test_iterate_gives_what_generate_gives_with_the_same_functions(monkeypatch):
 
 
 def test_iterate_passes_on_what_it_gets(echo, capsys):
-    model = make_model(seed=6)
+    model = make_small_model(seed=6)
     settings = bg.GenerationConfig(max_new_tokens=3, do_sample=True, seed=2)
     processors = [lambda logits, ids, step: logits]
     results = model.iterate(
