@@ -135,7 +135,7 @@ def test_real_sentences(pair):
     assert len(set(expected)) > 100
     assert compare.in_batches(pair.model.generate, texts, 8) == expected
     plain = functools.partial(pair.model.generate, jit_compile=False)
-    assert compare.in_batches(plain, texts, 1) == expected
+    assert compare.in_batches(plain, texts[:60], 1) == expected[:60]
     assert compare.in_batches(pair.answer, texts[:8], 1) == expected[:8]
 
 
