@@ -42,8 +42,9 @@ def load(kind, folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("shard_size", ["5GB", 9000])
-@pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
+@pytest.mark.parametrize(
+    ("sharing", "shard_size"), [("none", "5GB"), ("word_embeddings", 9000), ("all", 9000)]
+)
 def test_encoder_decoder(tmp_path, sharing, shard_size):
     settings = bg.GenerationConfig(max_new_tokens=7, min_new_tokens=2, suppress_tokens=(9, 11))
     model = make_model(sharing, generation_config=settings)
