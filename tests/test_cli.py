@@ -5,17 +5,19 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import killed_generate
 import pytest
 import tensorflow as tf
-from conftest import fails, make_model, write_checkpoint
+from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import cli, finetuning, text_files
+from bertgen_tf import cli, export, finetuning, text_files
 
 SOURCES = [
     "the old man sang",
@@ -57,10 +59,18 @@ def preset(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.fixture
+def checks(monkeypatch) -> list[Path]:
+    """The exports that were to be checked; tests/test_export_check.py has the check itself."""
+    checked = []
+    monkeypatch.setattr(export, "check_export", lambda folder, *args: checked.append(folder))
+    return checked
+
+
 # ---------------------------------------------------------------------- the whole way, once
 
 
-def test_finetune_generate_export(hub_module, tmp_path, capsys):
+def test_finetune_generate_export(hub_module, checks, tmp_path, capsys):
     train = write_pairs(tmp_path / "train.tsv")
     validation = write_pairs(tmp_path / "validation.jsonl", PAIRS[:2])
     preset = tmp_path / "new" / "preset"
@@ -107,12 +117,13 @@ def test_finetune_generate_export(hub_module, tmp_path, capsys):
     outputs = tmp_path / "outputs.txt"
     generate = ["generate", *options, "--input", str(texts), "--output", str(outputs)]
     assert cli.main(generate) == 0
-    expected = model.generate(SOURCES, max_new_tokens=9, suppress_tokens=(stop,))
+    expected = model.generate(SOURCES, max_new_tokens=9, suppress_tokens=(stop,), jit_compile=False)
     assert len(set(expected)) > 1
     assert outputs.read_text().split("\n") == [*expected, ""]
 
     version = tmp_path / "models" / "name" / "3"
     assert cli.main(["export", *options, "--output", str(version)]) == 0
+    assert [folder.parent for folder in checks] == [version.parent]
     out = capsys.readouterr().out
     assert f"-v {tmp_path}/models/name:/models/name -e MODEL_NAME=name tensorflow/serving" in out
     assert "/v1/models/name:predict" in out
@@ -262,8 +273,11 @@ def test_finetune_settings_that_do_not_fit(changes, message, preset, tmp_path, c
     assert message in fails(capsys, "finetune", *start, *changes)
 
 
-def test_int8_on_the_command_line(preset, tmp_path, capsys):
+def test_int8_on_the_command_line(checks, tmp_path, capsys):
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    preset = str(tmp_path / "preset")
+    settings = bg.GenerationConfig(max_new_tokens=7, num_beams=2)
+    make_small_model(generation_config=settings).save_to_preset(preset)
     source.write_text("the man saw a bird\nwho sang\n")
     flags = ["--preset", preset, "--quantize", "int8", "--num-beams", "1"]
     files = ["--input", str(source), "--output", str(output), "--no-xla"]
@@ -273,7 +287,8 @@ def test_int8_on_the_command_line(preset, tmp_path, capsys):
     texts = source.read_text().splitlines()
     expected = model.generate(texts, num_beams=1, jit_compile=False)
     assert output.read_text().splitlines() == expected
-    assert cli.main(["export", *flags, "--output", str(tmp_path / "name/1")]) == 0
+    command = ["export", *flags, "--output", str(tmp_path / "name/1"), "--no-check"]
+    assert cli.main(command) == 0 and not checks
     weights = tf.saved_model.load(str(tmp_path / "name/1")).weights
     assert sum(weight.dtype == tf.int8 for weight in weights) > 10
     int8 = str(tmp_path / "int8")
@@ -364,10 +379,22 @@ def test_steps_and_schedule(flags, steps, epochs, warmup, preset, tmp_path, monk
 # ------------------------------------------------------------------------------------- generate
 
 
+@pytest.fixture(scope="module")
+def loaded(preset) -> bg.EncoderDecoderModel:
+    """The model of the preset. Read-only."""
+    return bg.EncoderDecoderModel.from_preset(preset)
+
+
 @pytest.fixture
-def echo(monkeypatch):
+def echo(preset, loaded, monkeypatch):
     """Generation that shows what it got, in place of a model's; records the calls."""
     calls = []
+    load = bg.EncoderDecoderModel.from_preset
+    monkeypatch.setattr(
+        bg.EncoderDecoderModel,
+        "from_preset",
+        lambda folder: loaded if folder == preset else load(folder),
+    )
 
     def iterate(self, texts, config, *, window, **options):
         calls.append({"config": config, "window": window, "counts": [], **options})
@@ -754,39 +781,69 @@ def test_resume_needs_files(job, capsys):
     assert "tells what run began" in fails(capsys, *job.run, "--resume")
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def killed():
+    """Starts runs that are processes of their own, without a start of Python for each."""
+    process = subprocess.Popen(
+        [sys.executable, killed_generate.__file__],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def read() -> int:
+        return int(process.stdout.readline())
+
+    def start(arguments):
+        """The id of the process of a run, and a function that waits for its exit code."""
+        process.stdin.write(f"{json.dumps(arguments)}\n")
+        process.stdin.flush()
+        return read(), read
+
+    yield start
+    process.stdin.close()
+    assert process.wait() == 0
+
+
 @pytest.mark.parametrize("flags", [[], ["--do-sample", "true", "--seed", "3", "--num-beams", "1"]])
-def test_killed_at_any_moment(flags, preset, tmp_path):
+def test_killed_at_any_moment(flags, killed, tmp_path, monkeypatch):
     """SIGKILL at start and between lines; the outputs are those of a run that was let be."""
     rng = random.Random(0)
     sources = tmp_path / "in.jsonl"
     words = " ".join(SOURCES).split()
+    count = 8 * killed_generate.WINDOW
     with open(sources, "w") as file:
-        for _ in range(12_000):
+        for _ in range(count):
             source = " ".join(rng.choices(words, k=rng.randint(0, 9)))
             file.write(json.dumps({"source": source}) + "\n")
+    preset = str(tmp_path / "preset")
+    settings = bg.GenerationConfig(max_new_tokens=7, num_beams=2)
+    make_small_model(generation_config=settings).save_to_preset(preset)
     run = ["generate", "--preset", preset, "--input", str(sources), "--no-xla", *flags]
     expected = tmp_path / "expected.jsonl"
+    monkeypatch.setattr(cli, "WINDOW", killed_generate.WINDOW)
     assert cli.main([*run, "--output", str(expected)]) == 0
     lines = [json.loads(line) for line in expected.read_text().splitlines()]
-    assert len(lines) == 12_000
+    assert len(lines) == count
     assert len({line["output"] for line in lines}) > 100
 
     output, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    command = [sys.executable, "-m", "bertgen_tf.cli", *run, "--output", str(output), "--resume"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [*run, "--output", str(output), "--resume"]
     sizes = [0]
-    for moment in range(4):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+    for moment in range(3):
+        process, wait = killed(command)
         if moment == 0:
-            time.sleep(rng.uniform(0, 10))
-        while process.poll() is None and moment:
+            time.sleep(rng.uniform(0, 2))
+        while moment:
+            os.kill(process, 0)  # raises when it has ended
             if partial.exists() and partial.stat().st_size > sizes[-1]:
-                time.sleep(rng.uniform(0, 0.3))
+                # The first time at once, while the rest of the lines of a window waits.
+                time.sleep(rng.uniform(0, 0.2) if moment > 1 else 0)
                 break
             time.sleep(0.001)
-        process.kill()
-        process.communicate()
+        os.kill(process, signal.SIGKILL)
+        assert wait() == -signal.SIGKILL
         if partial.exists():
             size = partial.stat().st_size
             assert size >= sizes[-1] - 200  # a torn line at most
@@ -794,7 +851,8 @@ def test_killed_at_any_moment(flags, preset, tmp_path):
             written = partial.read_bytes()
             assert expected.read_bytes().startswith(written)
     assert len(set(sizes)) >= 3 and not output.exists()
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.PIPE)
+    _, wait = killed(command)
+    assert wait() == 0
     assert output.read_bytes() == expected.read_bytes()
 
 
