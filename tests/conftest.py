@@ -4,10 +4,11 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import contextlib
 import io
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
@@ -15,6 +16,7 @@ import keras
 import numpy as np
 import pytest
 import sentencepiece
+import tensorflow as tf
 from make_hub_module import make_hub_module, variable_sources
 from safetensors.numpy import save_file
 
@@ -104,6 +106,7 @@ def make_model(
     sharing: str = "none",
     seed: int = 1,
     make_tokenizer=lambda: bg.BertTokenizer(list(PIECES)),
+    layers: tuple[int, int] = (2, 3),
     **kwargs,
 ) -> bg.EncoderDecoderModel:
     """A random model whose weights are large enough to disagree about tokens."""
@@ -112,7 +115,7 @@ def make_model(
     encoder_config = bg.BertGenerationConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=12,
-        num_hidden_layers=2,
+        num_hidden_layers=layers[0],
         num_attention_heads=3,
         intermediate_size=20,
         max_position_embeddings=26,
@@ -124,7 +127,7 @@ def make_model(
     decoder_config = encoder_config.replace(add_cross_attention=True)
     if sharing != "all":
         decoder_config = decoder_config.replace(
-            num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=22
+            num_hidden_layers=layers[1], num_attention_heads=4, max_position_embeddings=22
         )
     encoder = bg.BertGenerationEncoder(encoder_config)
     decoder = bg.BertGenerationDecoder(
@@ -134,6 +137,21 @@ def make_model(
         if variable.name in ("bias", "beta", "output_bias"):  # zeros hide mistakes
             variable.assign(np.random.default_rng(seed).normal(0, 0.3, variable.shape))
     return bg.EncoderDecoderModel(encoder, decoder, tokenizer, **kwargs)
+
+
+def make_small_model(*args, **kwargs) -> bg.EncoderDecoderModel:
+    """Of one layer in each stack: faster to trace and to compile, where depth is no matter."""
+    return make_model(*args, **kwargs, layers=(1, 1))
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Runs functions without tracing them: faster for what runs once, of a few tokens."""
+    tf.config.run_functions_eagerly(True)
+    try:
+        yield
+    finally:
+        tf.config.run_functions_eagerly(False)
 
 
 def fails(capsys, *arguments) -> str:
