@@ -6,7 +6,7 @@ import sys
 import keras
 import numpy as np
 import tensorflow as tf
-from conftest import WORDS, make_model
+from conftest import WORDS, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf import finetuning
@@ -21,7 +21,7 @@ PAIRS = [
 
 def make(strategy: tf.distribute.Strategy) -> bg.EncoderDecoderModel:
     with strategy.scope():
-        model = make_model("all", max_source_length=14, max_target_length=12)
+        model = make_small_model("all", max_source_length=14, max_target_length=12)
         for layer in model._flatten_layers():
             if isinstance(layer, keras.layers.Dropout):
                 layer.rate = 0

@@ -14,7 +14,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setitem(study.LENGTHS, "wikisplit", 20)
     # Searching has tests of its own, and takes minutes to compile.
     monkeypatch.setattr(study.Runner, "_generate", lambda self, model: self.task.references)
-    module = write_checkpoint(tmp_path / "module")
+    module = write_checkpoint(tmp_path / "module", num_hidden_layers=1)
     folder = tmp_path / "data" / "wikisplit"
     folder.mkdir(parents=True)
     lines = "".join(LINE.format(letter, letter) for letter in "abcdefghij" * 3)
