@@ -37,19 +37,22 @@ try:
 except ImportError:  # told in failures
     page = None
 
-output = io.StringIO()
-sys.argv = [sys.argv[1], "--version"]
-try:
-    with contextlib.redirect_stdout(output):
-        runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stop:
-    code = stop.code
+script, versions = sys.argv[1], []
+for start in (
+    lambda: runpy.run_path(script, run_name="__main__"),
+    lambda: runpy.run_module("bertgen_tf.cli", run_name="__main__"),  # python -m
+):
+    sys.argv = [script, "--version"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            start()
+    except SystemExit as stop:
+        versions.append([stop.code, output.getvalue()])
 
 answers = {
     "places": sorted({module.__file__ for name, module in sys.modules.items()
                       if name.partition(".")[0] == "bertgen_tf" and module}),
-    "failures": failures, "page": page, "version": output.getvalue(), "code": code,
-    "path": sys.path,
+    "failures": failures, "page": page, "versions": versions, "path": sys.path,
 }
 print(json.dumps(answers))
 """
@@ -127,7 +130,7 @@ def test_wheel_runs_from_an_environment_of_its_own(wheel, tmp_path):
         # What is not installed here is not there either.
         known = missing and missing not in ("bertgen_tf", "tests", "tools")
         assert known and importlib.util.find_spec(missing) is None, f"{module}: {message}"
-    assert (answers["code"], answers["version"]) == (0, f"bertgen-tf {bg.__version__}\n")
+    assert answers["versions"] == [[0, f"bertgen-tf {bg.__version__}\n"]] * 2
     assert wheel.name.startswith(f"bertgen_tf-{bg.__version__}-")
     if "bertgen_tf.serving_app" not in answers["failures"]:
         (page,) = (ROOT / "bertgen_tf").rglob("playground.html")
