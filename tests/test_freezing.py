@@ -3,13 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import make_model, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf.freezing import GradualUnfreezing, freeze, new_variables, unfreeze
 
-SOURCES = ["the man saw a bird", "old house", "and the woman left", "the bird sang"] * 2
-TARGETS = ["a bird saw", "house old.", "left, the woman", "old"] * 2
+SOURCES = ["the man saw a bird", "old house", "and the woman left", "the bird sang", "who", "a"]
+TARGETS = ["a bird saw", "house old.", "left, the woman", "old", "the man", "house"]
 
 
 def trained(model):
@@ -145,7 +145,8 @@ def without_dropout(model):
 @pytest.mark.slow
 def test_layers_thaw_during_fit_and_a_resumed_fit_goes_on(tmp_path):
     """Frozen weights stay bit for bit; afterwards they train as the optimizer always knew them."""
-    model = without_dropout(make_model("all", max_source_length=9, max_target_length=7))
+    # In one layer: the test above has more of them.
+    model = without_dropout(make_small_model("all", max_source_length=9, max_target_length=7))
     model.compile(optimizer=bg.default_optimizer(1e-2, total_steps=8, ema_momentum=0.5))
     x, y, weight = model.preprocessor(SOURCES, TARGETS)
     snapshots = []
@@ -153,7 +154,7 @@ def test_layers_thaw_during_fit_and_a_resumed_fit_goes_on(tmp_path):
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             snapshots.append({v.path: np.array(v.numpy()) for v in self.model.weights})
-            if len(snapshots) == 3:
+            if len(snapshots) == 2:
                 self.model.save(tmp_path / "model.keras")
 
     def fit(model, first):
@@ -164,14 +165,13 @@ def test_layers_thaw_during_fit_and_a_resumed_fit_goes_on(tmp_path):
 
     start = {v.path: np.array(v.numpy()) for v in model.weights}
     fit(model, 0)
-    assert len(snapshots) == 4
+    assert len(snapshots) == 3
 
     def changed(old, new):
         return blocks(p.rsplit("/", 1)[0] for p in new if (old[p] != new[p]).any())
 
     parts = [
-        {f"decoder/layer_{i}/cross_attention" for i in (0, 1)} | {"decoder"},
-        {"encoder/layer_1/self_attention", "encoder/layer_1/feed_forward"},
+        {"decoder/layer_0/cross_attention", "decoder"},
         {"encoder/layer_0/self_attention", "encoder/layer_0/feed_forward"},
         {
             f"encoder/embeddings/{n}"
@@ -180,11 +180,11 @@ def test_layers_thaw_during_fit_and_a_resumed_fit_goes_on(tmp_path):
     ]
     for step, (old, new) in enumerate(zip([start, *snapshots], snapshots, strict=False)):
         assert changed(old, new) == set().union(*parts[: step + 1])
-    assert not blocks(trained(make_model("all"))) - blocks(trained(model))
+    assert not blocks(trained(make_small_model("all"))) - blocks(trained(model))
 
     loaded = without_dropout(keras.saving.load_model(tmp_path / "model.keras"))
     assert "encoder/embeddings/layer_norm" not in trained(loaded)
-    fit(loaded, 6)
+    fit(loaded, 4)
     for ours, theirs in (
         (model.weights, loaded.weights),
         (model.optimizer.variables, loaded.optimizer.variables),
