@@ -27,9 +27,10 @@ def trained(request, tmp_path_factory, spiece):
     before = [variable.numpy() for variable in model.weights]
     keras.utils.set_random_seed(7)
     model.compile(optimizer=keras.optimizers.Adam(0.02), jit_compile=False)
-    history = model.fit(
-        tf.data.Dataset.from_tensor_slices((SOURCES, TARGETS)).batch(6), epochs=15, verbose=0
-    )
+    model.optimizer.build(model.trainable_variables)  # or the step is traced twice
+    # Prepared once, and not in every epoch.
+    data = tf.data.Dataset.from_tensors(model.preprocessor(SOURCES, TARGETS))
+    history = model.fit(data, epochs=15, verbose=0)
     return model, before, history.history["loss"]
 
 
@@ -65,8 +66,8 @@ def test_sharing_outlives_training(trained):
 
 def test_generate_and_export_say_what_was_learned(trained, tmp_path):
     model, before, _ = trained
-    said = model.generate(SOURCES)
-    path = bg.export_saved_model(model, tmp_path / "1")
+    said = model.generate(SOURCES, jit_compile=False)
+    path = bg.export_saved_model(model, tmp_path / "1", check=False)  # what follows is one
     signature = tf.saved_model.load(path).signatures["serving_default"]
     answer = signature(text=tf.constant(SOURCES))
     assert [text.decode() for text in answer["text"].numpy()] == said
