@@ -169,7 +169,6 @@ def test_a_loss_that_is_no_number_stops_at_once(folder, capsys):
         assert all(np.isfinite(t).all() for n, t in tensors.items() if n.startswith("model/"))
 
 
-@pytest.mark.slow
 def test_a_full_disk_keeps_the_state_before(folder, capsys, monkeypatch):
     """Files of at most 10 kB, for the second state and then for the model."""
     save, save_model = training_state.save_tensors, bg.EncoderDecoderModel.save_to_preset

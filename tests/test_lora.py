@@ -101,7 +101,6 @@ def test_peft_gives_the_same():
         np.testing.assert_allclose(ours[part], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_adapters_and_new_weights_train_and_nothing_else(tmp_path):
     """In `.keras` files too, which go on bit for bit."""
     model = adapted(make=make_small_model)
