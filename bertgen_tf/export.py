@@ -119,8 +119,11 @@ def export_saved_model(
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         module = ServingModule(model, config, signatures, logits_processor)
-        # Traced here, once for all: what saving traces, nothing else may use.
-        traced = {name: f.get_concrete_function() for name, f in module.functions.items()}
+        # Traced before: what `save` traces itself is traced once more for the description.
+        traced = {
+            signature: function.get_concrete_function()
+            for signature, function in module.functions.items()
+        }
         tf.saved_model.save(module, str(temporary), signatures=traced)
         export_files.write_batching_parameters(temporary, sizes)
         export_files.write_warmup(

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+import traceback
 
 from bertgen_tf import cli, cli_output
 
@@ -31,6 +32,8 @@ def main() -> None:
             code = 1
             try:
                 code = cli.main(json.loads(line))
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         print(process, flush=True)

@@ -781,12 +781,12 @@ def test_resume_needs_files(job, capsys):
     assert "tells what run began" in fails(capsys, *job.run, "--resume")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def killed():
     """Starts runs that are processes of their own, without a start of Python for each."""
     process = subprocess.Popen(
         [sys.executable, killed_generate.__file__],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -834,8 +834,10 @@ def test_killed_at_any_moment(flags, killed, tmp_path, monkeypatch):
     for moment in range(3):
         process, wait = killed(command)
         if moment == 0:
-            time.sleep(rng.uniform(0, 2))
+            time.sleep(rng.uniform(0, 0.5))
+        deadline = time.monotonic() + 120
         while moment:
+            assert time.monotonic() < deadline
             os.kill(process, 0)  # raises when it has ended
             if partial.exists() and partial.stat().st_size > sizes[-1]:
                 # The first time at once, while the rest of the lines of a window waits.

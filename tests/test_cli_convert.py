@@ -1,6 +1,7 @@
 """`bertgen-tf convert`, on every kind of source."""
 
 import json
+import types
 from pathlib import Path
 
 import keras
@@ -47,7 +48,8 @@ def without_transformers(monkeypatch) -> list[str]:
         return [cli_convert.Check("greedy search", "as it should be", True)]
 
     monkeypatch.setattr(cli_convert, "compare_with_huggingface", compare)
-    monkeypatch.setattr(cli_convert.importlib.util, "find_spec", lambda name: name)
+    found = types.SimpleNamespace(find_spec=lambda name: name)  # installed, as far as it is asked
+    monkeypatch.setattr(cli_convert, "importlib", types.SimpleNamespace(util=found))
     return folders
 
 

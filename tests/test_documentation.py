@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,8 @@ def resolves(name: str) -> bool:
                     value = importlib.import_module(module)
                 except ImportError:  # an extra that is not installed
                     return set(parts[i + 1 : i + 2]) <= _names_of_source(Path(spec.origin))
+                finally:
+                    sys.modules["bertgen_tf"] = bertgen_tf  # export_probe takes it away
                 continue
         try:
             value = _attribute(value, part)

@@ -114,6 +114,7 @@ def test_golden_texts_and_scores(pair):
     assert [said[i] for i in full] == [outputs[i] for i in full]
     alone = [pair.model.generate(texts[i], jit_compile=False) for i in full]
     assert alone == [outputs[i] for i in full]
+    assert pair.model.generate(texts[full[0]]) == outputs[full[0]]
     ids = {"input_ids": pair.golden["input_ids"], "attention_mask": pair.golden["input_mask"]}
     result = pair.model.generate(ids, jit_compile=False)
     assert np.abs(result.scores[:, 0] - pair.golden["beam_score"])[full].max() < 1e-4

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import torch
 from conftest import make_small_model
 
 import bertgen_tf as bg
@@ -76,6 +75,7 @@ def test_inverse_square_root():
 
 @pytest.mark.parametrize("clip", [None, 0.9])
 def test_updates_are_those_of_pytorch(clip):
+    torch = pytest.importorskip("torch")
     steps = gradients(12)
     schedule = LinearWarmup(0.01, 3, 12)
     optimizer = BertAdamW(

@@ -81,6 +81,7 @@ def folder(tmp_path_factory, spiece) -> Path:
     )
     model.save_to_preset(folder / "my_model")
     model.save_to_huggingface(folder / "path/to/folder")
+    (folder / "sources.txt").write_text("".join(f"{text}\n" for text in CORPUS))
     return folder
 
 
@@ -96,7 +97,8 @@ def place(folder, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(tmp_path / "here/cache"))
     plain = {"jit_compile": False}
-    changes = {"generate": plain, "stream": plain, "compile": {**plain, "run_eagerly": True}}
+    changes = dict.fromkeys(("generate", "stream", "iterate"), plain)
+    changes["compile"] = {**plain, "run_eagerly": True}
     for name, options in changes.items():
         method = getattr(bg.EncoderDecoderModel, name)
 

@@ -2,12 +2,12 @@
 
     tools/load_test [--model saved_models/NAME] [--seconds 60]
 
-1. answers: 32 clients at a time; none lost, swapped or wrong
-2. batching: at least 3 times the texts a second of one client; what the server adds to a request
-3. memory: the same after thousands of requests of all lengths
-4. malformed requests: all answered by 4xx, and the server goes on
-5. XLA compiles a bounded number of programs
-6. kill -9 and a restart under load: clients that try again lose nothing
+1. kill -9 and a restart under load: clients that try again lose nothing
+2. answers: 32 clients at a time; none lost, swapped or wrong
+3. batching: at least 3 times the texts a second of one client; what the server adds to a request
+4. memory: the same after thousands of requests of all lengths
+5. malformed requests: all answered by 4xx, and the server goes on
+6. XLA compiles a bounded number of programs
 
 Without --model it makes a small one with random weights. Every answer is compared with the one that
 the server gave to the same text alone. Texts in a batch are computed in another order: where two
@@ -199,11 +199,15 @@ class LoadTest:
     def run(self) -> bool:
         """Whether all promises were kept."""
         dump = self.folder / "xla"
-        flags = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*search.*"
-        server = Server(self.model, self.folder, XLA_FLAGS=flags)
+        first = Server(self.model, self.folder)
         try:
-            print(f"{server.name}: {server.metadata.get('parameters', 0):,} parameters\n")
-            alone = self.one_client(server)
+            print(f"{first.name}: {first.metadata.get('parameters', 0):,} parameters\n")
+            alone = self.one_client(first)
+            flags = f"--xla_dump_to={dump} --xla_dump_hlo_module_re=.*search.*"
+            server = self.restart(first, XLA_FLAGS=flags)
+        finally:
+            first.stop(signal.SIGKILL)
+        try:
             self.overhead(server, alone)
             self.many_clients(server, alone)
             slow = start_slowly(server)  # they wait for their time-out while others are answered
@@ -211,14 +215,10 @@ class LoadTest:
             self.malformed(server, slow)
             if self.arguments.xla_requests and "generate_xla" in server.signatures:
                 self.compilations(server, dump)
-            second = self.restart(server)
+            self.check("ends on SIGTERM", f"exit code {(code := server.stop())}", code == 0)
         finally:
             server.stop(signal.SIGKILL)
-        try:
-            self.check("ends on SIGTERM", f"exit code {(code := second.stop())}", code == 0)
-        finally:
-            second.stop(signal.SIGKILL)
-        lines = itertools.chain(server.lines(), second.lines())
+        lines = itertools.chain(first.lines(), server.lines())
         bad = [x for x in lines if "traceback" in x or x["level"] == "error"]
         self.check("errors in the log", str(len(bad)), not bad)
         return all(verdict != "BROKEN" for *_, verdict in self.rows)
@@ -351,7 +351,7 @@ class LoadTest:
         answers = [self.compare(text, Connection(server).ask([text])[0]) for text in texts]
         self.check("right answers after them", str(answers.count("equal")), "wrong" not in answers)
 
-    def restart(self, server: Server) -> Server:
+    def restart(self, server: Server, **environment: str) -> Server:
         """Kills the server while clients ask; returns the one that is started on its port."""
         from bertgen_tf.serving_client import Client
 
@@ -380,7 +380,7 @@ class LoadTest:
                 if not answered.acquire(timeout=SECONDS):
                     raise SystemExit("the clients got no answers")
             server.stop(signal.SIGKILL)
-            second = Server(self.model, self.folder, server.address[1])
+            second = Server(self.model, self.folder, server.address[1], **environment)
             again.set()
             lost = failures.result()
         value = "{equal:,} equal, {rounded} rounded, {wrong} wrong".format(**counts)
