@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers ops of the exports
-from conftest import CORPUS, WORDS, fails, make_model
+from conftest import CORPUS, WORDS, fails, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf import batch, cli, cli_output, text_files
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def preset(folder) -> str:
-    make_model(generation_config=CONFIG).save_to_preset(folder / "preset")
+    make_small_model(generation_config=CONFIG).save_to_preset(folder / "preset")
     return str(folder / "preset")
 
 
@@ -96,6 +96,8 @@ def ray_folder(monkeypatch):
     """Where Ray keeps its files: paths of sockets must be short, and pytest's are not."""
     folder = tempfile.mkdtemp(prefix="ray-")
     monkeypatch.setenv("RAY_TMPDIR", folder)
+    # Ray gives way to all other processes; beside other tests that would be to wait for them.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
