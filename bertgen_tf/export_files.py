@@ -140,7 +140,8 @@ def text_of_length(model: Any, length: int) -> str:
     length = min(length, preprocessor.max_source_length)
     best, most = "", 0
     for word in _words(model.tokenizer):
-        # As many words as there is room for beside the special tokens.
+        # As many words as there is room for beside the special tokens: the words of `_words` have
+        # one token each, also beside each other.
         fitting = max(1, length + 1 - len(preprocessor.encode_source(word)))
         for count in range(fitting, length + 1):
             text = " ".join([word] * count)

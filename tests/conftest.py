@@ -25,9 +25,6 @@ from bertgen_tf import cli
 
 SHARED = Path(__file__).resolve().parent.parent / ".." / "shared"
 
-# Seconds from which on a test is to be marked.
-SLOW = 20
-
 WORDS = "the a man woman bird house old young saw found and but who sang left".split()
 PIECES = (
     ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -141,20 +138,6 @@ def make_model(
     return bg.EncoderDecoderModel(encoder, decoder, tokenizer, **kwargs)
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """Names the tests that should be marked `slow`; the machine may be busy, so none fails."""
-    missing = [
-        f"{report.duration:.0f} s {report.nodeid}"
-        for outcome in ("passed", "failed")
-        for report in terminalreporter.getreports(outcome)
-        if report.when == "call" and report.duration > SLOW and "slow" not in report.keywords
-    ]
-    if missing:
-        terminalreporter.section(f"more than {SLOW} s and not marked slow")
-        for line in missing:
-            terminalreporter.write_line(line)
-
-
 def make_small_model(*args, **kwargs) -> bg.EncoderDecoderModel:
     """Of one layer in each stack: faster to trace and to compile, where depth is no matter."""
     return make_model(*args, **kwargs, layers=(1, 1))
@@ -234,3 +217,20 @@ def shared_export(write_once) -> tuple[bg.EncoderDecoderModel, Path]:
 def model() -> bg.EncoderDecoderModel:
     """Read-only: tests that train or change a model make their own."""
     return make_model()
+
+
+SLOW = 20  # seconds
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Names the tests that should be marked `slow`; the machine may be busy, so none fails."""
+    missing = [
+        f"{report.duration:.0f} s {report.nodeid}"
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" and report.duration > SLOW and "slow" not in report.keywords
+    ]
+    if missing:
+        terminalreporter.section(f"more than {SLOW} s and not marked slow")
+        for line in missing:
+            terminalreporter.write_line(line)

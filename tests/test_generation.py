@@ -212,6 +212,7 @@ def golden_model(name):
         ("shared", "eager"),
         ("wide_vocab", "plain"),  # which has the fewest layers to trace
         pytest.param("wide_vocab", "xla", marks=pytest.mark.slow),
+        pytest.param("shared", "xla", marks=pytest.mark.slow),
     ],
 )
 def test_huggingface_gives_the_same(name, form):

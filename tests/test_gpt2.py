@@ -172,12 +172,14 @@ def test_generation_of_a_decoder_only_model(gpt2, byte_pair, jit_compile):
             output.scores[row, 0], expected.sequences_scores[0].item(), atol=1e-4
         )
     assert output.cross_attentions.shape[:4] == (3, 1, 4, 3)
-    if jit_compile:
-        return
-    plain = {"max_new_tokens": 6, "jit_compile": False}
-    prompted = model.generate(texts[0], decoder_text="a young", **plain)
+
+
+def test_prompts_of_a_decoder_only_model(gpt2):
+    model = bg.warm_start("GPT", decoder=gpt2[1], max_target_length=9)
+    options = {"decoder_text": "a young", "max_new_tokens": 6, "jit_compile": False}
+    prompted = model.generate("the old man", **options)
     assert prompted.startswith("a young")
-    assert "".join(model.stream(texts[0], decoder_text="a young", **plain)) == prompted
+    assert "".join(model.stream("the old man", **options)) == prompted
 
 
 GPT_ROWS = ("GPT", "RND2GPT", "BERT2GPT")

@@ -116,8 +116,7 @@ def test_matrices_are_int8_and_the_rest_is_not(sharing):
     logits = model(BATCH).numpy()
     references = [weakref.ref(w.value) for w in model.weights if w.name == "kernel"]
     weights = len(model.weights)
-    if sharing == "all":  # the fastest to trace
-        model.generate(TEXTS[0], max_new_tokens=2, jit_compile=False)
+    model.generate(TEXTS[0], max_new_tokens=2, jit_compile=False)
     assert not model.is_quantized
     model.quantize("int8")
     assert model.is_quantized

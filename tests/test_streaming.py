@@ -385,6 +385,13 @@ def test_parts_make_what_generate_gives(options, of_stream):
         assert parts[0].startswith("the old bird")
 
 
+def test_compiled_parts_make_what_the_compiled_search_gives(model):
+    """Of stacks of different depth, whose caches differ."""
+    options = {"max_new_tokens": 15, "suppress_tokens": tuple(range(13)), "jit_compile": True}
+    text = model.generate(TEXTS[0], **options)
+    assert "".join(model.stream(TEXTS[0], tokens_per_step=4, **options)) == text != ""
+
+
 def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes):
     model = make_small_model(make_tokenizer=lambda: BertGenerationTokenizer(spiece_with_bytes))
     options, of_stream = OPTIONS[-1]
