@@ -203,7 +203,7 @@ def write_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def shared_export(write_once) -> tuple[bg.EncoderDecoderModel, Path]:
     """A model and its export by `EXPORT_OPTIONS`, with the signatures `FURTHER`. Read-only."""
-    model = make_model("all", max_source_length=20)
+    model = make_small_model("all", max_source_length=20)
     further = {name: bg.GenerationConfig(**options) for name, options in FURTHER.items()}
 
     def write(path: Path) -> None:

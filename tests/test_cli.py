@@ -70,6 +70,7 @@ def checks(monkeypatch) -> list[Path]:
 # ---------------------------------------------------------------------- the whole way, once
 
 
+@pytest.mark.slow
 def test_finetune_generate_export(hub_module, checks, tmp_path, capsys):
     train = write_pairs(tmp_path / "train.tsv")
     validation = write_pairs(tmp_path / "validation.jsonl", PAIRS[:2])
@@ -806,6 +807,7 @@ def killed():
     assert process.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--do-sample", "true", "--seed", "3", "--num-beams", "1"]])
 def test_killed_at_any_moment(flags, killed, tmp_path, monkeypatch):
     """SIGKILL at start and between lines; the outputs are those of a run that was let be."""

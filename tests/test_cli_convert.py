@@ -51,6 +51,7 @@ def table(out: str) -> dict[str, str]:
     return {name: value.strip() for name, value in rows}
 
 
+@pytest.mark.slow
 def test_preset_to_huggingface_and_back(preset, tmp_path, capsys):
     there, back = str(tmp_path / "there"), str(tmp_path / "back")
     with eagerly():
@@ -106,6 +107,7 @@ def test_encoders_become_the_start_of_a_model(hub_module, tmp_path, capsys):
         assert model.tokenizer.vocab_size == len(PIECES)
 
 
+@pytest.mark.slow
 def test_original_to_preset_to_huggingface(original, tmp_path, capsys):
     there, back = str(tmp_path / "there"), str(tmp_path / "back")
     status, out, err = run(capsys, original, there)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import EXPORT_OPTIONS as OPTIONS
-from conftest import FURTHER, PIECES, make_model
+from conftest import FURTHER, PIECES, make_small_model
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bertgen_tf as bg
@@ -75,7 +75,7 @@ def exported(request, tmp_path_factory):
         model, path = request.getfixturevalue("shared_export")
         shutil.copytree(path, folder / "moved")
         return model, folder / "moved"
-    model = make_model("all", max_source_length=20)
+    model = make_small_model("all", max_source_length=20)
     model.quantize("int8")
     path = bg.export_saved_model(
         model,
@@ -324,7 +324,7 @@ def only_words(logits, ids, step):
 
 def test_samples_are_drawn_anew_at_every_call(tmp_path):
     """Also where a seed of TensorFlow was set, and after a restart of the server."""
-    model = make_model("all")
+    model = make_small_model("all")
     keras.utils.set_random_seed(3)
     path = tmp_path / "1"
     options = {"do_sample": True, "top_k": 0, "temperature": 2.0, "max_new_tokens": 6}
@@ -422,9 +422,9 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, model, monkeypatch):
 
 KILLED = """
 import sys
-from conftest import make_model
+from conftest import make_small_model
 import bertgen_tf as bg
-model = make_model("all", max_source_length=20)
+model = make_small_model("all", max_source_length=20)
 print("exporting", flush=True)
 bg.export_saved_model(model, sys.argv[1], max_new_tokens=5)
 """
@@ -459,5 +459,6 @@ def test_a_killed_export_leaves_no_version(tmp_path):
     assert seen == set()
     assert [p.name.startswith(".1-") for p in folder.iterdir()] == [True]
     # What is left is in nobody's way.
-    path = bg.export_saved_model(make_model("all"), folder / "1", max_new_tokens=5, check=False)
+    model = make_small_model("all")
+    path = bg.export_saved_model(model, folder / "1", max_new_tokens=5, check=False)
     assert "serving_default" in tf.saved_model.load(path).signatures

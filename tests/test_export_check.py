@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tensorflow as tf
-from conftest import make_model
+from conftest import make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf import export, export_check, export_files, export_signatures
@@ -19,7 +19,7 @@ OPTIONS = {"num_beams": 2, "max_new_tokens": 5}
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_a_faithful_export_passes(tmp_path, precision):
-    model = make_model("all", max_source_length=12)
+    model = make_small_model("all", max_source_length=12)
     if precision == "int8":
         model.quantize("int8")
     path = bg.export_saved_model(
@@ -40,7 +40,7 @@ def test_a_faithful_export_passes(tmp_path, precision):
 @pytest.fixture(scope="module")
 def checked():
     """What to check a model's export with, and what the model says; made once, as it compiles."""
-    model = make_model("all", max_source_length=12)
+    model = make_small_model("all", max_source_length=12)
     config = bg.GenerationConfig(**OPTIONS)
     drawn = bg.GenerationConfig(do_sample=True, max_new_tokens=4)
     module = export_signatures.ServingModule(model, config, {"drawn": drawn}, ())
@@ -144,8 +144,9 @@ def test_a_process_that_fails(tmp_path, monkeypatch, status, message):
 
 
 @pytest.mark.slow
-def test_an_export_that_says_something_else(tmp_path, monkeypatch, model):
+def test_an_export_that_says_something_else(tmp_path, monkeypatch):
     """The real process, over an export whose text is not the model's."""
+    model = make_small_model("all")
     postprocess = export_signatures.hypotheses_to_text
 
     def shout(preprocessor, sequences):

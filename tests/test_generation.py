@@ -210,7 +210,8 @@ def golden_model(name):
     [
         ("small", "eager"),
         ("shared", "eager"),
-        ("wide_vocab", "plain"),  # which has the fewest layers to trace
+        # Of the fewest layers to trace.
+        pytest.param("wide_vocab", "plain", marks=pytest.mark.slow),
         pytest.param("wide_vocab", "xla", marks=pytest.mark.slow),
         pytest.param("shared", "xla", marks=pytest.mark.slow),
     ],
@@ -471,6 +472,7 @@ def test_options(model):
     assert np.isin(ends.sequences[:, 0, 1:], ends.sequences[0, 0, 1:]).any()
 
 
+@pytest.mark.slow
 def test_lengths_count_the_prompt_or_not(model):
     """min_length and max_length do, as in transformers; those of new tokens do not."""
     prompt = np.concatenate([np.full((3, 1), 3), IDS[:, :4]], axis=1).astype(np.int32)

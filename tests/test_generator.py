@@ -317,6 +317,7 @@ def test_prompts_of_text(echo, model):
 # -------------------------------------------------------------------------- the real functions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"no_repeat_ngram_size": 1}, {"do_sample": True, "seed": 3, "top_k": 0}]
 )

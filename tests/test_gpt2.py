@@ -191,6 +191,7 @@ def start(name, gpt2, bert, **kwargs):
     return bg.warm_start(name, decoder=gpt2[1], **handles, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GPT_ROWS)
 def test_recipe_trains_and_is_kept(name, gpt2, bert, tmp_path):
     model = start(name, gpt2, bert, max_target_length=9, num_layers=2)

@@ -130,6 +130,7 @@ def test_an_empty_text_has_the_answer_that_it_has_alone(pair):
     assert pair.model.generate(["", "", "hello"], jit_compile=False)[:2] == alone * 2
 
 
+@pytest.mark.slow
 def test_real_sentences(pair):
     texts = compare.read_texts(shared(WIKISPLIT), 200)
     expected = compare.in_batches(pair.answer, texts, 8)
@@ -140,6 +141,7 @@ def test_real_sentences(pair):
     assert compare.in_batches(pair.answer, texts[:8], 1) == expected[:8]
 
 
+@pytest.mark.slow
 def test_export_and_preset_say_the_same(pair, tmp_path):
     texts = [text for text in pair.strings("texts") if text]
     expected = pair.model.generate(texts, jit_compile=False)
@@ -287,6 +289,7 @@ def test_verify_compares_both_sides(name, change, message, folder, monkeypatch):
     bg.EncoderDecoderModel.from_hub(folder, verify=False)
 
 
+@pytest.mark.slow
 def test_compare_tool(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "texts.tsv").write_text("the man saw\tignored\n\nan owl\nwho sang?\nhouse\n")
     arguments = [folder, str(tmp_path / "texts.tsv"), "--count=3", "--batch-size=2", "--rounds=1"]

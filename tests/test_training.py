@@ -65,6 +65,7 @@ def test_loss_and_accuracy_count_real_tokens_only(model):
     assert accuracy == pytest.approx(np.mean(hits), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_fit_takes_text_in_every_form(model):
     built(model, keras.optimizers.SGD(0.0))
     x, y, weight = model.preprocessor(SOURCES, TARGETS)
