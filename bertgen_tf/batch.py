@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf import cli_output, text_files
+from bertgen_tf.checks import check_integer
 from bertgen_tf.progress import show_progress
 
 BATCH_SIZE = 32
@@ -99,8 +100,7 @@ def generate_files(
         ("workers", 1 if workers is None else workers),
         ("cpus_per_worker", cpus_per_worker),
     ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, received {value!r}.")
+        check_integer(name, value)
     run = {**describe_export(export, signature), "batch_size": batch_size}
     jobs = find_jobs(pattern, output, run, overwrite=overwrite, resume=resume)
     run_jobs(

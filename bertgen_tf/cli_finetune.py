@@ -22,6 +22,7 @@ from bertgen_tf import (
     training_callbacks,
 )
 from bertgen_tf import metrics as scores
+from bertgen_tf.checks import first_line
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_files import is_huggingface
@@ -37,7 +38,6 @@ from bertgen_tf.training_state import (
     digest_weights,
 )
 from bertgen_tf.vocabulary import trim_vocabulary
-from bertgen_tf.weights import first_line
 
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 # What decides the weights, besides the data and the model to start from.

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
-import math
 import numbers
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
+from bertgen_tf.checks import check_integer, is_integer, is_number
+
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 QUANTIZATIONS = ("int8",)
+# Fields of the model config that HuggingFace's class does not have.
+OWN_FIELDS = ("norm_first", "source_positions", "quantization")
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
 
@@ -98,18 +101,17 @@ class BertGenerationConfig(_Config):
 
     def __post_init__(self):
         super().__post_init__()
-        _require_integers(
-            self,
-            1,
+        for name in (
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "intermediate_size",
             "max_position_embeddings",
-        )
-        _require_integers(self, 0, "pad_token_id", "bos_token_id", "eos_token_id")
+        ):
+            check_integer(name, getattr(self, name))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            check_integer(name, getattr(self, name), 0)
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(
                     f"{name} must be smaller than vocab_size ({self.vocab_size}), "
@@ -126,17 +128,17 @@ class BertGenerationConfig(_Config):
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
+            if not is_number(value) or not 0 <= value < 1:
                 raise ValueError(f"{name} must be a number in [0, 1), received {value!r}.")
         for name in ("initializer_range", "layer_norm_eps"):
             value = getattr(self, name)
-            if not _is_number(value) or not value > 0:
+            if not is_number(value) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0, received {value!r}.")
         for name in ("add_cross_attention", "norm_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, received {getattr(self, name)!r}.")
         if self.source_positions is not None:
-            _require_integers(self, 1, "source_positions")
+            check_integer("source_positions", self.source_positions)
             if self.source_positions >= self.max_position_embeddings or self.add_cross_attention:
                 raise ValueError(
                     "source_positions must leave positions to the target, fewer than "
@@ -175,7 +177,7 @@ class _Rule(NamedTuple):
 
 def _integer_from(least: int) -> _Rule:
     return _Rule(
-        lambda value: _is_integer(value) and value >= least, f"an integer of at least {least}"
+        lambda value: is_integer(value) and value >= least, f"an integer of at least {least}"
     )
 
 
@@ -192,14 +194,14 @@ def _choice(*values: Any) -> _Rule:
     )
 
 
-_NUMBER = _Rule(lambda value: _is_number(value), "a number")
-_NUMBER_FROM_0 = _Rule(lambda value: _is_number(value) and value >= 0, "a number from 0")
-_POSITIVE = _Rule(lambda value: _is_number(value) and value > 0, "a number above 0")
+_NUMBER = _Rule(lambda value: is_number(value), "a number")
+_NUMBER_FROM_0 = _Rule(lambda value: is_number(value) and value >= 0, "a number from 0")
+_POSITIVE = _Rule(lambda value: is_number(value) and value > 0, "a number above 0")
 _SHARE = _Rule(
-    lambda value: _is_number(value) and 0 < value <= 1, "a number above 0 and not above 1"
+    lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and not above 1"
 )
 _BOOLEAN = _Rule(lambda value: isinstance(value, bool), "True or False")
-_TOKEN = _Rule(lambda value: _is_integer(value) and value >= 0, "a token id (an integer from 0)")
+_TOKEN = _Rule(lambda value: is_integer(value) and value >= 0, "a token id (an integer from 0)")
 _TOKENS = _Rule(
     lambda value: isinstance(value, tuple) and all(map(_TOKEN.allows, value)),
     "token ids (integers from 0)",
@@ -222,14 +224,14 @@ _GENERATION_RULES = {
     "gnmt_alpha": _NUMBER_FROM_0,
     # The least that scores can be divided by, see `bertgen_tf.filters`.
     "temperature": _Rule(
-        lambda value: _is_number(value) and value >= 1e-4, "a number of at least 0.0001"
+        lambda value: is_number(value) and value >= 1e-4, "a number of at least 0.0001"
     ),
     "top_k": _integer_from(0),
     **dict.fromkeys(("top_p", "typical_p"), _SHARE),
-    "min_p": _Rule(lambda value: _is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
+    "min_p": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
     "seed": _optional(
         _Rule(
-            lambda value: _is_integer(value) and 0 <= value < 2**31, "an integer from 0 below 2**31"
+            lambda value: is_integer(value) and 0 <= value < 2**31, "an integer from 0 below 2**31"
         )
     ),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _POSITIVE),
@@ -245,7 +247,7 @@ _GENERATION_RULES = {
                 isinstance(pair, tuple)
                 and len(pair) == 2
                 and _SEQUENCE.allows(pair[0])
-                and _is_number(pair[1])
+                and is_number(pair[1])
                 for pair in value
             )
             and len({ids for ids, _ in value}) == len(value)
@@ -261,7 +263,7 @@ _GENERATION_RULES = {
             lambda value: (
                 isinstance(value, tuple)
                 and len(value) == 2
-                and _is_integer(value[0])
+                and is_integer(value[0])
                 and value[0] >= 0
                 and _POSITIVE.allows(value[1])
             ),
@@ -444,20 +446,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         value = tuple(value.items())
     return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_integers(config: Any, minimum: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not _is_integer(value) or value < minimum:
-            raise ValueError(
-                f"{name} must be an integer of at least {minimum}, received {value!r}."
-            )

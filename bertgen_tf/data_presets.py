@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from bertgen_tf import downloads, folders, text_files
-from bertgen_tf.weights import first_line
+from bertgen_tf.checks import first_line
 
 Pairs = Iterator[tuple[str, str]]
 

@@ -29,12 +29,12 @@ from typing import Any, Literal, NamedTuple
 import tensorflow as tf
 
 from bertgen_tf import noise
+from bertgen_tf.checks import check_integer
 from bertgen_tf.logits import BANNED, Processor, check_token_ids, compose
 from bertgen_tf.sampling import Sampling, SamplingLoop, sample
 from bertgen_tf.sequences import (
     SearchOutput,
     Step,
-    check_at_least_one,
     check_scorer,
     check_seeds,
     check_state,
@@ -226,8 +226,8 @@ def beam_search(
         TypeError, ValueError: for an argument outside these rules.
     """
     eos_token_ids = check_token_ids("eos_token_ids", eos_token_ids)
-    check_at_least_one("num_beams", num_beams)
-    check_at_least_one("num_return_sequences", num_return_sequences)
+    check_integer("num_beams", num_beams)
+    check_integer("num_return_sequences", num_return_sequences)
     if num_return_sequences > num_beams:
         raise ValueError(
             f"num_return_sequences must be at most num_beams ({num_beams}), received "

@@ -12,7 +12,8 @@ from typing import Any
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import generation_function, hypotheses_to_text, start_prompt
+from bertgen_tf.generation import generation_function, hypotheses_to_text
+from bertgen_tf.generation_inputs import start_prompt
 from bertgen_tf.generation_settings import eos_token_ids, total_length, uses_beams
 from bertgen_tf.logits import Processor
 from bertgen_tf.sequences import is_one_of

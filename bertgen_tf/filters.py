@@ -13,7 +13,8 @@ import math
 
 import tensorflow as tf
 
-from bertgen_tf.logits import Processor, check_integer, check_number
+from bertgen_tf.checks import check_integer, check_number
+from bertgen_tf.logits import Processor
 from bertgen_tf.token_scores import BANNED, keep_banned
 
 # Sorting a vocabulary costs ten times as much as finding its best few hundred tokens, and these

@@ -11,9 +11,8 @@ from typing import Any
 import keras
 
 from bertgen_tf import weights
-
-# What only a decoder has: no encoder's checkpoint can fill it.
-NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
+from bertgen_tf.checks import check_integer
+from bertgen_tf.weights import NEW_IN_DECODER
 
 
 def new_variables(model: Any) -> list[keras.Variable]:
@@ -121,9 +120,7 @@ class GradualUnfreezing(keras.callbacks.Callback):
                 f"{steps_per_layer!r} and {epochs_per_layer!r}."
             )
         every = steps_per_layer if epochs_per_layer is None else epochs_per_layer
-        if every < 1:
-            name = "steps_per_layer" if epochs_per_layer is None else "epochs_per_layer"
-            raise ValueError(f"{name} must be at least 1, received {every!r}.")
+        check_integer("steps_per_layer" if epochs_per_layer is None else "epochs_per_layer", every)
         self.every = every
         self.by_epoch = epochs_per_layer is not None
         self.embeddings = embeddings

@@ -6,14 +6,14 @@ number of times, also when it is served. Nothing is written for AutoGraph, which
 at the first call than tracing does.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from bertgen_tf import decoding
+from bertgen_tf.buckets import bucket_lengths
+from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation_settings import (
     eos_token_ids,
@@ -155,10 +155,7 @@ def streaming_functions(
             f"end, received num_beams={config.num_beams} with beam_scorer={config.beam_scorer!r}. "
             "Set num_beams=1 and, for greedy search, beam_scorer='huggingface'."
         )
-    if not isinstance(tokens_per_step, int) or tokens_per_step < 1:
-        raise ValueError(
-            f"tokens_per_step must be an integer of at least 1, received {tokens_per_step!r}."
-        )
+    check_integer("tokens_per_step", tokens_per_step)
 
     @tf.function(jit_compile=jit_compile, autograph=False)
     def begin(inputs: _Inputs) -> tuple[decoding.SamplingLoop, Any]:
@@ -196,24 +193,6 @@ def streaming_functions(
         return StreamStep(state, sequences[: state.batch, :, : loop.limit], loop.index + 1, done)
 
     return start, advance
-
-
-def start_prompt(model: Any, batch: int | tf.Tensor) -> tf.Tensor:
-    """The prompt where none is given, the start token of every row: int32 [batch, 1]."""
-    prompt = tf.fill([batch, 1], model.decoder.config.bos_token_id)
-    return tf.ensure_shape(prompt, [None, 1])
-
-
-def make_seeds(config: GenerationConfig, first_example: int, batch: int) -> np.ndarray:
-    """Seed and number of every row, int32 [batch, 2]: what its draws depend on.
-
-    Without a seed of the settings, one is drawn from Python's `random`.
-    """
-    seeds = np.zeros([batch, 2], np.int32)
-    if config.do_sample:
-        seeds[:, 0] = random.getrandbits(31) if config.seed is None else config.seed
-        seeds[:, 1] = np.arange(first_example, first_example + batch)
-    return seeds
 
 
 def hypotheses_to_text(preprocessor: Any, sequences: tf.Tensor) -> tf.Tensor:
@@ -404,13 +383,12 @@ def _cross_attentions(
 
 def source_buckets(model: Any) -> list[int]:
     """The lengths that XLA compiles for."""
-    longest = model.encoder.config.max_source_positions
-    return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
+    return bucket_lengths(model.encoder.config.max_source_positions)
 
 
 def _prompt_buckets(model: Any) -> list[int]:
     longest = model.decoder.config.max_target_positions
-    return [1] + [2**i for i in range(3, 16) if 2**i < longest] + [longest] * (longest > 1)
+    return [1, *bucket_lengths(longest, 8)] if longest > 1 else [1]
 
 
 def _prompt_width(model: Any, decoder_input_ids: Any) -> int:

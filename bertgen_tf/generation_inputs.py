@@ -1,13 +1,14 @@
 """What `generate` takes, checked: texts, datasets and prompts, or ids."""
 
 import itertools
+import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.generation import start_prompt
+from bertgen_tf.config import GenerationConfig
 
 _ID_KEYS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
@@ -199,12 +200,6 @@ def _ids_and_mask(
     return ids.astype(np.int32), mask.astype(np.int32)
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raises unless it is a number of things, at least one."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, received {value!r}.")
-
-
 def check_processors(processors: Any) -> tuple[Callable, ...]:
     """The logits processors as what can be a key."""
     if not isinstance(processors, list | tuple) or not all(
@@ -215,3 +210,21 @@ def check_processors(processors: Any) -> tuple[Callable, ...]:
             f"be hashed, as compiled functions are kept by them, received {processors!r}."
         )
     return tuple(processors)
+
+
+def start_prompt(model: Any, batch: int | tf.Tensor) -> tf.Tensor:
+    """The prompt where none is given, the start token of every row: int32 [batch, 1]."""
+    prompt = tf.fill([batch, 1], model.decoder.config.bos_token_id)
+    return tf.ensure_shape(prompt, [None, 1])
+
+
+def make_seeds(config: GenerationConfig, first_example: int, batch: int) -> np.ndarray:
+    """Seed and number of every row, int32 [batch, 2]: what its draws depend on.
+
+    Without a seed of the settings, one is drawn from Python's `random`.
+    """
+    seeds = np.zeros([batch, 2], np.int32)
+    if config.do_sample:
+        seeds[:, 0] = random.getrandbits(31) if config.seed is None else config.seed
+        seeds[:, 1] = np.arange(first_example, first_example + batch)
+    return seeds

@@ -12,21 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import (
-    generation_function,
-    hypotheses_to_text,
-    make_seeds,
-    source_buckets,
-    start_prompt,
-)
+from bertgen_tf.generation import generation_function, hypotheses_to_text, source_buckets
 from bertgen_tf.generation_inputs import (
     Rows,
-    check_count,
     check_decoder_text,
     check_processors,
     id_rows,
+    make_seeds,
     read_texts,
+    start_prompt,
     strings,
     with_prompts,
 )
@@ -154,7 +150,7 @@ class Generator:
                 "texts must be an iterable of strings, received a single one: put it in a list."
             )
         run = self._run(config, options, logits_processor, False, batch_size, jit_compile)
-        check_count("window", window)
+        check_integer("window", window)
         with show_progress(verbose, total, batch_size, first_example) as advance:
             for output in _windows(run, texts, decoder_text, window, first_example, advance):
                 yield from output.texts
@@ -197,7 +193,7 @@ class Generator:
         config = config or self.model.generation_config
         config = config.replace(**options) if options else config
         check_config(config, self.model)
-        check_count("batch_size", batch_size)
+        check_integer("batch_size", batch_size)
         logits_processor = check_processors(logits_processor)
         function = self.function(
             config,

@@ -16,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 
-from bertgen_tf.weights import first_line
+from bertgen_tf.checks import first_line
 
 # Node and index of one of its outputs.
 Tensor = tuple[str, int]

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf import hub_modules, weights
+from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.graph import Graph, Tensor
@@ -33,7 +34,7 @@ from bertgen_tf.hub_text import (
 )
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
-from bertgen_tf.weights import Rule, first_line
+from bertgen_tf.weights import Rule
 
 # What must be known; only the last has a value that is right for most modules.
 SETTINGS = (

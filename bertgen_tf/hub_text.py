@@ -15,12 +15,12 @@ import numpy as np
 import sentencepiece
 import tensorflow as tf
 
+from bertgen_tf.checks import first_line
 from bertgen_tf.graph import SAME_VALUES, Graph, Node, Tensor
 from bertgen_tf.hub_layers import gathers
 from bertgen_tf.hub_modules import Module
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
-from bertgen_tf.weights import first_line
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
 

@@ -21,10 +21,11 @@ from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_gpt2 as gpt2
 from bertgen_tf import huggingface_tokenizers as tokenizers
 from bertgen_tf import huggingface_weights as names
+from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.weights import assign, first_line, named_variables
+from bertgen_tf.weights import assign, named_variables
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"

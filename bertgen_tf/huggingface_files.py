@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from bertgen_tf.weights import first_line
+from bertgen_tf.checks import first_line
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"

@@ -8,9 +8,9 @@ import numpy as np
 import sentencepiece
 
 from bertgen_tf.byte_pair import sentencepiece_from_byte_pair
+from bertgen_tf.checks import first_line
 from bertgen_tf.huggingface_files import read_json, write_json
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
-from bertgen_tf.weights import first_line
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
 

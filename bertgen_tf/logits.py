@@ -27,13 +27,13 @@ graph and under XLA, where the vocabulary may be unknown when traced.
 """
 
 import math
-import numbers
 import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer, check_number, check_positive
 from bertgen_tf.token_scores import (
     BANNED,
     allow_only,
@@ -357,7 +357,7 @@ def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
     for sequence, bias in biases:
         sequence = _check_sequence("sequence_bias", sequence)
         bias = check_number("sequence_bias", bias)
-        if math.isnan(bias) or bias == math.inf:
+        if bias == math.inf:
             raise ValueError(
                 f"sequence_bias must be below infinity, received {bias} for {sequence}: pass 1e6 "
                 "to prefer it to all others."
@@ -407,44 +407,6 @@ def check_token_ids(name: str, token_ids: Sequence[int]) -> tuple[int, ...]:
         ) from None
     if min(checked, default=0) < 0:
         raise ValueError(f"{name} must be >= 0, received {token_ids!r}: remove negative ids.")
-    return checked
-
-
-def check_positive(name: str, value: float, remedy: str) -> float:
-    """Returns a finite number > 0 as a Python float; `name` is the argument to blame.
-
-    Raises:
-        TypeError, ValueError: if it is something else.
-    """
-    value = check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, received {value}: {remedy}.")
-    return value
-
-
-def check_number(name: str, value: float) -> float:
-    """Returns a number as a Python float; `name` is the argument to blame.
-
-    Raises:
-        TypeError: if it is no number.
-    """
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, received {value!r}: pass a Python float.")
-    return float(value)
-
-
-def check_integer(name: str, value: int, least: int, remedy: str) -> int:
-    """Returns an integer >= `least` as a Python one; `name` is the argument to blame.
-
-    Raises:
-        TypeError, ValueError: if it is something else.
-    """
-    try:
-        checked = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, received {value!r}: {remedy}.") from None
-    if checked < least:
-        raise ValueError(f"{name} must be >= {least}, received {value!r}: {remedy}.")
     return checked
 
 

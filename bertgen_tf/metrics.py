@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bertgen_tf.checks import check_number
 from bertgen_tf.sari import sari_scores
 
 METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -171,8 +172,7 @@ def sari(
         the result, with "keep", "add" and "delete" as its details.
     """
     lists = _check(predictions, references, sources)
-    if not deletion_beta >= 0:
-        raise ValueError(f"deletion_beta must be at least 0, received {deletion_beta}")
+    check_number("deletion_beta", deletion_beta, 0)
     words = _tokenizer(tokenize)
 
     def split(text: str) -> list[str]:

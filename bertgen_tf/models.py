@@ -21,14 +21,12 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig
 from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, final_norm, padding_mask
 from bertgen_tf.projections import Dense, quantized_weights
 from bertgen_tf.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
-# Fields of the config that HuggingFace's class does not have.
-OWN_FIELDS = ("norm_first", "source_positions", "quantization")
 _NOT_ALONE = "A stack is not quantized alone. Call quantize of the EncoderDecoderModel."
 
 

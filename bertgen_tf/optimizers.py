@@ -11,6 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer, check_number, check_positive
+
 
 @keras.saving.register_keras_serializable("bertgen_tf", "LinearWarmup")
 class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
@@ -20,9 +22,8 @@ class LinearWarmup(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, learning_rate: float, warmup_steps: int = 0, total_steps: int | None = None):
-        _check_rate("learning_rate", learning_rate)
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, received {warmup_steps!r}.")
+        check_positive("learning_rate", learning_rate)
+        check_number("warmup_steps", warmup_steps, 0)
         if total_steps is not None and total_steps <= warmup_steps:
             raise ValueError(
                 f"total_steps must be above warmup_steps ({warmup_steps}), "
@@ -59,10 +60,9 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
     """
 
     def __init__(self, hidden_size: int, learning_rate: float = 0.05, warmup_steps: int = 40_000):
-        _check_rate("learning_rate", learning_rate)
+        check_positive("learning_rate", learning_rate)
         for name, value in (("hidden_size", hidden_size), ("warmup_steps", warmup_steps)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, received {value!r}.")
+            check_number(name, value, 1)
         self.hidden_size = hidden_size
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
@@ -110,7 +110,7 @@ class BertAdamW(keras.optimizers.AdamW):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        _check_rate("new_weights_factor", new_weights_factor)
+        check_positive("new_weights_factor", new_weights_factor)
         self.new_weights_factor = new_weights_factor
         self.new_weights = None if new_weights is None else tuple(new_weights)
         self.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
@@ -373,22 +373,14 @@ def _options(
     learning_rate: float, new: float | None, accumulation: int, momentum: float | None
 ) -> dict[str, Any]:
     """What the two optimizers have in common, as Keras and `BertAdamW` take it."""
-    if accumulation < 1:
-        raise ValueError(
-            f"gradient_accumulation_steps must be at least 1, received {accumulation!r}."
-        )
+    check_integer("gradient_accumulation_steps", accumulation)
     if momentum is not None and not 0 < momentum < 1:
         raise ValueError(f"ema_momentum must be between 0 and 1, received {momentum!r}.")
     if new is not None:
-        _check_rate("new_weights_learning_rate", new)
+        check_positive("new_weights_learning_rate", new)
     options: dict[str, Any] = {"new_weights_factor": 1.0 if new is None else new / learning_rate}
     if accumulation > 1:  # 1 is nothing that Keras knows
         options["gradient_accumulation_steps"] = accumulation
     if momentum is not None:
         options.update(use_ema=True, ema_momentum=momentum)
     return options
-
-
-def _check_rate(name: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{name} must be above 0, received {value!r}.")

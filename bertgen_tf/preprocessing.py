@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer
 from bertgen_tf.tokenizer_interface import visible_ids
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, Ids
 
@@ -15,11 +16,7 @@ Batch = tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]
 def _check_length(name: str, value: Any, least: int) -> Any:
     if tf.is_tensor(value):  # a scalar that is only known when the graph runs
         return value
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"`{name}` must be an integer; received {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}; received {value}.")
-    return int(value)
+    return check_integer(name, value, least)
 
 
 def _check_token_ids(ids: Any, vocab_size: int) -> np.ndarray:
@@ -310,7 +307,7 @@ class Seq2SeqPreprocessor(tf.Module):
         tokenizer = self.target_tokenizer
         hidden = [tokenizer.pad_token_id, tokenizer.bos_token_id]
         ids, row = visible_ids(ids, tokenizer.eos_token_id, hidden, tokenizer.vocab_size)
-        pieces = ids.with_flat_values(tf.gather(tokenizer._pieces, ids.flat_values))
+        pieces = ids.with_flat_values(tf.gather(tokenizer.pieces, ids.flat_values))
         text = tf.strings.reduce_join(pieces, axis=-1, separator=" ")
         text = tf.strings.regex_replace(text, " ##", "")
         return text[0] if row else text

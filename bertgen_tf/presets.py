@@ -18,8 +18,9 @@ from typing import Any
 import h5py
 
 from bertgen_tf import folders
+from bertgen_tf.checks import first_line
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.weights import VariablePart, first_line, named_variables
+from bertgen_tf.weights import VariablePart, named_variables
 
 FORMAT = "bertgen_tf preset"
 CONFIG_FILE = "config.json"

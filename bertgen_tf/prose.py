@@ -13,13 +13,13 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 
 # (RE2 pattern, rewrite) over tokens with single spaces between them, applied in this order. A rule
-# stands twice where its matches overlap. `X` is a letter or a digit.
+# stands twice where its matches overlap. `_X` is a letter or a digit.
 _X = r"[\pL\pN]"
 _HAN = r"[\p{Han}、。〈〉《》「」『』【】！（），：；？]"
 # Words in -s that own nothing: after them a quotation mark opens, after the others it is a
 # possessive plural.
 _NOT_POSSESSIVE = r"(?:is|was|as|has|this|his|its|says|means|thus|versus|plus|across)"
-_RULES = (
+RULES = (
     (r" ##", ""),
     (r"^ ", ""),
     # Two backticks or two apostrophes are a double quotation mark.
@@ -71,7 +71,7 @@ _RULES = (
 def join_word_pieces(pieces: tf.RaggedTensor) -> tf.Tensor:
     """Joins the pieces of each row: ragged strings [batch, None] -> strings [batch]."""
     text = tf.strings.join([" ", tf.strings.reduce_join(pieces, axis=-1, separator=" ")])
-    for pattern, rewrite in _RULES:
+    for pattern, rewrite in RULES:
         text = tf.strings.regex_replace(text, pattern, rewrite)
     # Lower-case vocabularies spell Korean in decomposed letters.
     return tf_text.normalize_utf8(text, "NFC")

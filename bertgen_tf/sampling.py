@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 import tensorflow as tf
 
 from bertgen_tf import noise
+from bertgen_tf.checks import check_integer
 from bertgen_tf.logits import BANNED, Processor, check_token_ids, compose
 from bertgen_tf.sequences import (
     SearchOutput,
     Step,
-    check_at_least_one,
     check_scorer,
     check_seeds,
     gnmt_penalty,
@@ -77,8 +77,8 @@ class Sampling:
     def __post_init__(self):
         eos_token_ids = check_token_ids("eos_token_ids", self.eos_token_ids)
         object.__setattr__(self, "eos_token_ids", eos_token_ids)
-        check_at_least_one("max_new_tokens", self.max_new_tokens)
-        check_at_least_one("num_return_sequences", self.num_return_sequences)
+        check_integer("max_new_tokens", self.max_new_tokens)
+        check_integer("num_return_sequences", self.num_return_sequences)
         check_scorer(self.scorer, self.gnmt_alpha)
         if self.num_return_sequences > 1 and not self.do_sample:
             raise ValueError(
@@ -131,7 +131,7 @@ class Sampling:
         """
         stop = loop.limit
         if tokens is not None:
-            check_at_least_one("tokens", tokens)
+            check_integer("tokens", tokens)
             stop = tf.minimum(stop, loop.index + 1 + tokens)
         process = compose(self.processors)
 

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer
+
 Step = Callable[[tf.Tensor, tf.Tensor, Any], tuple[tf.Tensor, Any]]
 
 
@@ -50,7 +52,7 @@ def make_prompt(
     Raises:
         ValueError: for an argument outside the rules.
     """
-    check_at_least_one("max_new_tokens", max_new_tokens)
+    check_integer("max_new_tokens", max_new_tokens)
     start_ids = tf.convert_to_tensor(start_ids)
     if not start_ids.dtype.is_integer or start_ids.shape.rank not in (1, 2):
         raise ValueError(
@@ -119,12 +121,6 @@ def with_shapes_of(old: Any, new: Any) -> Any:
     """`new` with the static shapes of `old`: gathering forgets the number of rows."""
     tf.nest.map_structure(lambda a, b: b.set_shape(a.shape), old, new)
     return new
-
-
-def check_at_least_one(name: str, value: int) -> None:
-    """Raises unless `value`, the argument `name`, is an integer >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, received {value!r}.")
 
 
 def check_scorer(scorer: str, gnmt_alpha: float) -> None:

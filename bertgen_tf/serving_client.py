@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.generation_inputs import check_count
+from bertgen_tf.checks import check_integer
 from bertgen_tf.serving_transport import (
     DeadlineExceeded,
     GrpcTransport,
@@ -119,10 +119,10 @@ class Client:
                 f"received {model_name!r}."
             )
         for name, value in (("batch_size", batch_size), ("max_concurrency", max_concurrency)):
-            check_count(name, value)
+            check_integer(name, value)
         if version is not None:
-            _check_natural("version", version)
-        _check_natural("retries", retries)
+            check_integer("version", version, 0)
+        check_integer("retries", retries, 0)
         _check_seconds("timeout", timeout)
         if request_timeout is not None:
             _check_seconds("request_timeout", request_timeout)
@@ -488,8 +488,3 @@ def _check_seconds(name: str, value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and 0 < value < threading.TIMEOUT_MAX / 2):
         raise ValueError(f"{name} must be a positive number of seconds, received {value!r}.")
-
-
-def _check_natural(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, received {value!r}.")

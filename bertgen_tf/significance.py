@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from bertgen_tf.checks import check_integer
 from bertgen_tf.metrics import MetricResult
 
 
@@ -106,8 +107,7 @@ def _resample(
     systems: list[dict[str, MetricResult]], resamples: int, seed: int
 ) -> list[np.ndarray]:
     """The values [resamples, metrics] of each system over the same draws."""
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1, received {resamples}")
+    check_integer("resamples", resamples)
     counts = {len(result.statistics) for results in systems for result in results.values()}
     if len(counts) != 1:
         raise ValueError(

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import make_seeds, start_prompt, streaming_functions
-from bertgen_tf.generation_inputs import check_count, check_processors
+from bertgen_tf.generation import streaming_functions
+from bertgen_tf.generation_inputs import check_processors, make_seeds, start_prompt
 from bertgen_tf.generation_settings import check_config
 from bertgen_tf.generator import MAX_FUNCTIONS
 from bertgen_tf.text_stream import TextStream
@@ -66,7 +67,7 @@ def stream(
             "num_return_sequences must be 1 for streaming, which gives one text, received "
             f"{config.num_return_sequences}. Call generate for several."
         )
-    check_count("tokens_per_step", tokens_per_step)
+    check_integer("tokens_per_step", tokens_per_step)
     prompt = start_prompt(model, 1)
     if decoder_text is not None:
         prompt = model.preprocessor.prompt_preprocess([decoder_text])["decoder_input_ids"]

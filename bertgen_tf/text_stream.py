@@ -17,7 +17,7 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 from sentencepiece import sentencepiece_model_pb2
 
-from bertgen_tf.prose import _RULES
+from bertgen_tf.prose import RULES
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 
 
@@ -292,7 +292,7 @@ def _growing_rules(alphabet: str) -> tuple[_GrowingRule, ...]:
         return _ranges(alphabet, found)
 
     rules = []
-    for pattern, rewrite in _RULES:
+    for pattern, rewrite in RULES:
         flags = "(?i)" if pattern.startswith("(?i)") else ""
         match = undecided = ""
         position = len(flags)

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from bertgen_tf.buckets import bucket_lengths
+from bertgen_tf.checks import check_integer
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 
 
@@ -107,10 +109,9 @@ def default_metrics() -> list[keras.metrics.Metric]:
     return [TokenAccuracy(name="accuracy")]
 
 
-def bucket_lengths(preprocessor: Seq2SeqPreprocessor) -> list[int]:
-    """Lengths that batches are padded to: the powers of two from 16 on, and the longest."""
-    longest = max(preprocessor.max_source_length, preprocessor.max_target_length)
-    return [2**i for i in range(4, 16) if 2**i < longest] + [longest]
+def lengths_of_batches(preprocessor: Seq2SeqPreprocessor) -> list[int]:
+    """What sources and targets of a batch are padded to, of both the longest."""
+    return bucket_lengths(max(preprocessor.max_source_length, preprocessor.max_target_length))
 
 
 def bucketed_dataset(
@@ -135,8 +136,7 @@ def bucketed_dataset(
     Returns:
         dataset of (x, y, sample_weight) as `fit` takes it.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, received {batch_size!r}.")
+    check_integer("batch_size", batch_size)
     if not _is_text_pair(pairs.element_spec) or pairs.element_spec[0].shape.rank != 0:
         raise ValueError(
             "pairs must be a dataset of (source, target) strings, not batched yet, received "
@@ -144,7 +144,7 @@ def bucketed_dataset(
         )
     if shuffle:
         pairs = pairs.shuffle(shuffle, seed=seed)
-    buckets = tf.constant(bucket_lengths(preprocessor), tf.int64)
+    buckets = tf.constant(lengths_of_batches(preprocessor), tf.int64)
 
     def encode(source: Any, target: Any) -> tuple[Any, Any]:
         return preprocessor.encode_source(source), preprocessor.encode_target(target)

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from bertgen_tf import metrics as scores
+from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE
 from bertgen_tf.training_state import RunFolder, load_tensors, save_tensors
@@ -59,8 +60,7 @@ class GenerateCallback(keras.callbacks.Callback):
         **options: Any,
     ):
         super().__init__()
-        if every < 1:
-            raise ValueError(f"every must be at least 1, received {every!r}.")
+        check_integer("every", every)
         self.sources, self.references = list(sources), list(references)
         self.metrics = scores.expand(metrics)
         # Sources for outputs: what would go wrong after an epoch goes wrong now.

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import check_integer
 from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.progress import show_progress
-from bertgen_tf.training import bucket_lengths
+from bertgen_tf.training import lengths_of_batches
 
 Batch = tuple[dict[str, Any], Any, Any]
 LONG_TARGETS = ("cut", "skip", "error")
@@ -37,8 +38,8 @@ class TrainingData:
     """Pairs of texts, encoded once, in batches of few shapes that are a function of their number.
 
     Each epoch has every pair once, in an order that (seed, epoch) decides. Pairs of like length
-    come together: in the lengths of `bertgen_tf.training.bucket_lengths`, each of which compiles
-    the training step once. Every batch has `batch_size` rows; what a length's last batch lacks is
+    come together: in the lengths of `training.lengths_of_batches`, each of which compiles the
+    training step once. Every batch has `batch_size` rows; what a length's last batch lacks is
     filled with rows of weight 0. Batches are counted through all epochs: the epoch of step i is
     `i // steps_per_epoch`.
 
@@ -67,8 +68,7 @@ class TrainingData:
         long_targets: str = "cut",
         verbose: Any = "auto",
     ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, received {batch_size!r}.")
+        check_integer("batch_size", batch_size)
         if long_targets not in LONG_TARGETS:
             raise ValueError(
                 f"long_targets must be one of {', '.join(LONG_TARGETS)}, received {long_targets!r}."
@@ -98,7 +98,7 @@ class TrainingData:
             if not len(kept):
                 raise ValueError(f"All {len(pairs):,} pairs are skipped: {self._too_long()}.")
         self._rows = kept
-        self._lengths = bucket_lengths(preprocessor)
+        self._lengths = lengths_of_batches(preprocessor)
         longest = np.maximum(self._sources.lengths, self._targets.lengths + 1)
         self._buckets = np.searchsorted(self._lengths, longest[kept])
         counts = np.bincount(self._buckets, minlength=len(self._lengths))

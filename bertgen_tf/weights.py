@@ -12,6 +12,9 @@ from typing import Any
 import keras
 import numpy as np
 
+# Variables that only a decoder has: no encoder's checkpoint can fill them.
+NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -134,15 +137,6 @@ def assign(
         raise WeightsError(f"{source} does not fit the model: {'; '.join(shown)}.")
     for target, (name, rule) in assignments.items():
         variables[target].assign(rule.transform(np.asarray(tensors[name])))
-
-
-def first_line(error: Exception) -> str:
-    """Another library's exception in one line, to be quoted in a message of ours."""
-    lines = str(error).strip().splitlines()
-    if lines and lines[0].startswith("Graph execution error"):
-        # TensorFlow then tells where, and what last.
-        lines = [line for line in lines if line.strip() and not line.startswith((" ", "[["))][-1:]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _listed(names: Iterable[str], most: int = 10) -> str:

@@ -49,6 +49,7 @@ class BertTokenizer(TextTokenizer):
         pad_token_id, bos_token_id, eos_token_id, unk_token_id, vocab_size: int.
         sep_token_id, mask_token_id: int or None.
         lowercase: bool.
+        pieces: strings [vocab_size], the vocabulary in the order of the ids.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -83,10 +84,10 @@ class BertTokenizer(TextTokenizer):
         super().__init__(pieces, tokens, "bert_tokenizer", where)
         self.lowercase = lowercase
         with tf.init_scope():
-            self._pieces = tf.constant(pieces)
+            self.pieces = tf.constant(pieces)
             self._table = tf.lookup.StaticHashTable(
                 tf.lookup.KeyValueTensorInitializer(
-                    self._pieces, tf.range(self.vocab_size, dtype=tf.int64)
+                    self.pieces, tf.range(self.vocab_size, dtype=tf.int64)
                 ),
                 default_value=self.unk_token_id,
             )
@@ -126,7 +127,7 @@ class BertTokenizer(TextTokenizer):
         if self.mask_token_id is not None:
             hidden.append(self.mask_token_id)
         ids, row = visible_ids(ids, self.eos_token_id, hidden, self.vocab_size)
-        pieces = ids.with_flat_values(tf.gather(self._pieces, ids.flat_values))
+        pieces = ids.with_flat_values(tf.gather(self.pieces, ids.flat_values))
         text = join_word_pieces(pieces)
         return text[0] if row else text
 

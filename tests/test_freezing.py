@@ -196,7 +196,9 @@ def test_errors():
     for arguments in ({}, {"steps_per_layer": 1, "epochs_per_layer": 1}):
         with pytest.raises(ValueError, match="needs one of steps_per_layer and epochs_per_layer"):
             GradualUnfreezing(**arguments)
-    with pytest.raises(ValueError, match="epochs_per_layer must be at least 1, received 0"):
+    with pytest.raises(
+        ValueError, match="epochs_per_layer must be an integer of at least 1, received 0"
+    ):
         GradualUnfreezing(epochs_per_layer=0)
     model = make_model("all")
     freeze(model, encoder_layers="all")

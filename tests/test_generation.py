@@ -22,12 +22,8 @@ from hypothesis import strategies as st
 
 import bertgen_tf as bg
 from bertgen_tf import generation
-from bertgen_tf.generation import (
-    generation_function,
-    make_seeds,
-    start_prompt,
-    streaming_functions,
-)
+from bertgen_tf.generation import generation_function, streaming_functions
+from bertgen_tf.generation_inputs import make_seeds, start_prompt
 from bertgen_tf.generation_settings import check_config, processors_for
 
 RNG = np.random.default_rng(6)
@@ -668,7 +664,8 @@ folder = sys.argv[1]
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=.*search.*"
 import numpy as np
 import bertgen_tf as bg
-from bertgen_tf.generation import generation_function, make_seeds, start_prompt
+from bertgen_tf.generation import generation_function
+from bertgen_tf.generation_inputs import make_seeds, start_prompt
 config = bg.BertGenerationConfig(vocab_size=11, hidden_size=6, num_hidden_layers=1,
     num_attention_heads=2, intermediate_size=7, max_position_embeddings=22)
 model = bg.EncoderDecoderModel(bg.BertGenerationEncoder(config),

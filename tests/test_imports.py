@@ -45,7 +45,7 @@ ROOMS = {
     "tokenizer_interface tokenizers word_piece_tokenizer",
     "metrics": "metrics metrics_plot sari significance",
     "data": "cli_output data_presets downloads folders progress text_files",
-    "network": "layers models projections quantization weights",
+    "network": "buckets layers models projections quantization weights",
     "generation": "generation generation_inputs generation_settings generator streaming",
     "generation/search": "decoding filters logits noise sampling sequences token_scores",
     "training": "freezing lora optimizers training",
@@ -64,7 +64,6 @@ ROOMS = {
 }
 
 AGAINST_THE_FLOORS = {
-    ("data_presets", "weights"),
     ("encoder_decoder", "hub"),
     ("encoder_decoder", "huggingface"),
     ("encoder_decoder", "presets"),

@@ -245,15 +245,15 @@ def test_config(tokenizer):
         (
             {"max_source_length": 0},
             ValueError,
-            "`max_source_length` must be at least 1; received 0",
+            "max_source_length must be an integer of at least 1, received 0",
         ),
         (
             {"max_target_length": 1},
             ValueError,
-            "`max_target_length` must be at least 2; received 1",
+            "max_target_length must be an integer of at least 2, received 1",
         ),
-        ({"max_source_length": 4.0}, TypeError, "`max_source_length` must be an integer"),
-        ({"max_target_length": True}, TypeError, "`max_target_length` must be an integer"),
+        ({"max_source_length": 4.0}, ValueError, "max_source_length must be an integer"),
+        ({"max_target_length": True}, ValueError, "max_target_length must be an integer"),
         ({"hidden_token_ids": 3}, TypeError, "`hidden_token_ids` must be a list of integers"),
         ({"hidden_token_ids": [0.5]}, TypeError, "`hidden_token_ids` must be a list of integers"),
         ({"hidden_token_ids": [11]}, ValueError, "must lie in .0, 11., the vocabulary"),
@@ -265,7 +265,7 @@ def test_config(tokenizer):
         (
             {"max_source_length": 1, "add_eos": True, "add_bos": True},
             ValueError,
-            "`max_source_length` must be at least 3; received 1",
+            "max_source_length must be an integer of at least 3, received 1",
         ),
     ],
 )
@@ -280,9 +280,13 @@ def test_wrong_ids(preprocessor):
         preprocessor.pack(rows, rows[0])
     with pytest.raises(TypeError, match="must be a RaggedTensor"):
         preprocessor.pack(rows.to_tensor(), rows)
-    with pytest.raises(ValueError, match="`target_length` must be at least 2; received 1"):
+    with pytest.raises(
+        ValueError, match="target_length must be an integer of at least 2, received 1"
+    ):
         preprocessor.pack(rows, rows, 3, 1)
-    with pytest.raises(ValueError, match="`source_length` must be at least 1; received 0"):
+    with pytest.raises(
+        ValueError, match="source_length must be an integer of at least 1, received 0"
+    ):
         preprocessor.pack(rows, rows, 0, 3)
 
 

@@ -317,7 +317,11 @@ def test_pieces_equal_the_whole(jit_compile, tokens):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer >= 1, received 0"),
+        (
+            {"max_new_tokens": 0},
+            ValueError,
+            "max_new_tokens must be an integer of at least 1, received 0",
+        ),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences must be 1 without do_samp"),
         ({"filters": [lambda *a: a[0]]}, ValueError, "filters shape draws: pass do_sample=True"),
         ({"scorer": "t2t"}, ValueError, 'scorer must be "huggingface" or "gnmt"'),

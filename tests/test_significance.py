@@ -85,7 +85,7 @@ def test_a_p_value_is_that_of_sacrebleus_approximate_randomisation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"resamples": 0}, "resamples must be at least 1, received 0"),
+        ({"resamples": 0}, "resamples must be an integer of at least 1, received 0"),
         ({"confidence": 1.0}, "confidence must be between 0 and 1, received 1.0"),
     ],
 )

@@ -316,7 +316,7 @@ def test_all_that_composes_with_what_is_before_is_known():
     "pattern", [r"a(?=b)", r"\Bx", r"(?s)a.b", r"\Aa", r"(?P<name>a)", r"\pL\z"]
 )
 def test_rules_in_syntax_that_is_not_known(monkeypatch, pattern):
-    monkeypatch.setattr(text_stream, "_RULES", ((pattern, ""),))
+    monkeypatch.setattr(text_stream, "RULES", ((pattern, ""),))
     with pytest.raises(ValueError, match="Rules of prose may use only the syntax"):
         text_stream._growing_rules.__wrapped__("abx")
 
@@ -334,7 +334,7 @@ def test_python_matches_what_re2_matches():
         " " + " ".join(rng.choice(sample, 20)) for sample, _ in RULE_PIECES for _ in range(99)
     ]
     seen = set()
-    for rule, (pattern, rewrite) in zip(rules, prose._RULES, strict=True):
+    for rule, (pattern, rewrite) in zip(rules, prose.RULES, strict=True):
         expected = tf.strings.regex_replace(texts, pattern, rewrite).numpy()
         expected = [text.decode() for text in expected]
         assert [rule.match.sub(rewrite, text) for text in texts] == expected, pattern

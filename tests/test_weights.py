@@ -4,7 +4,6 @@ import weakref
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from conftest import make_model
 
 from bertgen_tf.weights import (
@@ -12,7 +11,6 @@ from bertgen_tf.weights import (
     VariablePart,
     WeightsError,
     assign,
-    first_line,
     named_variables,
 )
 
@@ -209,17 +207,6 @@ def test_random_states_and_training_are_no_weights():
     model.compile(jit_compile=False, run_eagerly=True)
     model.fit(["a man"], ["the bird"], verbose=0)
     assert list(named_variables(model)) == before
-
-
-def test_the_cause_of_an_error_in_a_graph_is_quoted():
-    function = tf.function(lambda x: tf.gather([4, 5, 6], x))
-    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
-        function(tf.constant(9))
-    line = first_line(caught.value)
-    assert "\n" not in line and line.startswith("InvalidArgumentError: ")
-    assert "Graph execution error" not in line and "9 is not in [0, 3)" in line
-    assert first_line(ValueError("one\ntwo")) == "ValueError: one"
-    assert first_line(KeyError()) == "KeyError"
 
 
 def test_tensors_of_a_file_are_never_in_memory_all_at_once():

@@ -38,7 +38,7 @@ def frequent_pieces(tokenizer: bg.BertTokenizer, texts: list[str], count: int) -
     Words whose piece is not kept fall into shorter ones, so nothing becomes unknown.
     """
     seen = collections.Counter(tokenizer(texts).flat_values.numpy().tolist())
-    pieces = [piece.decode() for piece in tokenizer._pieces.numpy()]
+    pieces = [piece.decode() for piece in tokenizer.pieces.numpy()]
     letters = {i for i, p in enumerate(pieces) if len(p.removeprefix("##")) == 1 and p.isascii()}
     letters |= {i for i in seen if len(pieces[i].removeprefix("##")) == 1}
     frequent = [i for i, _ in seen.most_common() if i not in letters]

@@ -1,0 +1,61 @@
+"""Checks of single arguments, and another library's error as one line."""
+
+import math
+import numbers
+import operator
+from typing import Any
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is an integer of Python or NumPy, and no bool."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite real number of Python or NumPy, and no bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_integer(name: str, value: Any, least: int = 1, remedy: str = "") -> int:
+    """Returns an integer of at least `least` as a Python int.
+
+    Args:
+        name: of the argument to blame.
+        remedy: what to do instead, for the end of the message.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not is_integer(value) or value < least:
+        _refuse(name, f"an integer of at least {least}", value, remedy)
+    return operator.index(value)
+
+
+def check_number(name: str, value: Any, least: float = -math.inf, remedy: str = "") -> float:
+    """Returns a number, which may be infinite, as a Python float; see `check_integer`."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not value >= least:
+        rule = "a number" if least == -math.inf else f"a number of at least {least:g}"
+        _refuse(name, rule, value, remedy)
+    return float(value)
+
+
+def check_positive(name: str, value: Any, remedy: str = "") -> float:
+    """Returns a finite number above 0 as a Python float; see `check_integer`."""
+    if not is_number(value) or value <= 0:
+        _refuse(name, "a finite number above 0", value, remedy)
+    return float(value)
+
+
+def first_line(error: Exception) -> str:
+    """Another library's exception in one line, to be quoted in a message of ours."""
+    lines = str(error).strip().splitlines()
+    if lines and lines[0].startswith("Graph execution error"):
+        # TensorFlow then tells where, and what last.
+        lines = [line for line in lines if line.strip() and not line.startswith((" ", "[["))][-1:]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _refuse(name: str, rule: str, value: Any, remedy: str) -> None:
+    remedy = f": {remedy}" if remedy else ""
+    raise ValueError(f"{name} must be {rule}, received {value!r}{remedy}.")
