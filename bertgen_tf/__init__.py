@@ -8,7 +8,7 @@ if _keras.backend.backend() != "tensorflow":
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from bertgen_tf import hub
+from bertgen_tf import hub, huggingface, presets, sources
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, export_saved_model
@@ -24,6 +24,8 @@ from bertgen_tf.training_callbacks import GenerateCallback
 from bertgen_tf.vocabulary import trim_vocabulary
 
 __version__ = "0.1.0"
+
+sources.connect(hub=hub, huggingface=huggingface, presets=presets)
 
 # The names of these classes in older documents of HuggingFace.
 BertForSeqGenerationConfig = BertGenerationConfig

@@ -4,12 +4,12 @@ B batch, T target length, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
-from bertgen_tf import freezing, lora, optimizers, streaming, training
+from bertgen_tf import freezing, lora, optimizers, sources, streaming, training
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE, WINDOW, Generator
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
@@ -115,7 +115,7 @@ class EncoderDecoderModel(keras.Model):
         num_layers: int | list[int] | None = None,
         verify: bool = True,
         **kwargs: Any,
-    ) -> "EncoderDecoderModel":
+    ) -> Self:
         """Reads one of the originals, or warm-starts from BERT modules.
 
             from_hub("https://tfhub.dev/google/bertseq2seq/roberta24_bbc/1")
@@ -131,32 +131,17 @@ class EncoderDecoderModel(keras.Model):
         Raises:
             ValueError: not one of `handle` and `encoder`, or an option of the other.
         """
-        from bertgen_tf import hub
-
-        if (handle is None) == (encoder is None):
-            raise ValueError(
-                "from_hub needs one of handle (an original, such as google/bertseq2seq/*) and "
-                f"encoder= (a BERT module to warm-start from), received {handle!r} and {encoder!r}."
-            )
-        if handle is None:
-            hub.check_options("encoder=", kwargs, hub.ORIGINAL_OPTIONS)
-            return hub.load_encoder_decoder(
-                encoder,
-                decoder,
-                share=share,
-                cross_attention=cross_attention,
-                num_layers=num_layers,
-                verify=verify,
-                **kwargs,
-            )
-        options = {
-            "decoder": decoder,
-            "share": share or None,
-            "cross_attention": None if cross_attention == "random" else cross_attention,
-            "num_layers": num_layers,
-        }
-        hub.check_options("handle", {n: v for n, v in options.items() if v is not None}, options)
-        return hub.load_original(handle, verify=verify, **kwargs)
+        return sources.hub.load(
+            handle,
+            encoder=encoder,
+            decoder=decoder,
+            share=share,
+            cross_attention=cross_attention,
+            num_layers=num_layers,
+            verify=verify,
+            model_class=cls,
+            **kwargs,
+        )
 
     @classmethod
     def from_huggingface(
@@ -170,11 +155,9 @@ class EncoderDecoderModel(keras.Model):
         num_layers: int | list[int] | None = None,
         tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
         **kwargs: Any,
-    ) -> "EncoderDecoderModel":
+    ) -> Self:
         """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_encoder_decoder`."""
-        from bertgen_tf import huggingface
-
-        return huggingface.load_encoder_decoder(
+        return sources.huggingface.load_encoder_decoder(
             folder,
             encoder=encoder,
             decoder=decoder,
@@ -182,27 +165,22 @@ class EncoderDecoderModel(keras.Model):
             cross_attention=cross_attention,
             num_layers=num_layers,
             tokenizer=tokenizer,
+            model_class=cls,
             **kwargs,
         )
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
         """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
-        from bertgen_tf import huggingface
-
-        huggingface.save(self, folder, max_shard_size)
+        sources.huggingface.save(self, folder, max_shard_size)
 
     @classmethod
-    def from_preset(cls, folder: str) -> "EncoderDecoderModel":
+    def from_preset(cls, folder: str) -> Self:
         """Reads what `save_to_preset` wrote; see `bertgen_tf.presets`."""
-        from bertgen_tf import presets
-
-        return presets.load(folder)
+        return sources.presets.load(folder, model_class=cls)
 
     def save_to_preset(self, folder: str) -> None:
         """Writes config, weights, tokenizer and settings; see `bertgen_tf.presets`."""
-        from bertgen_tf import presets
-
-        presets.save(self, folder)
+        sources.presets.save(self, folder)
 
     def quantize(self, mode: str, config: Any = None) -> None:
         """Makes the matrices int8, in place, for generation: a quarter of their memory.

@@ -21,6 +21,7 @@ from typing import Any
 from bertgen_tf import hub_encoders, hub_modules, hub_originals, pretrained
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.pretrained import Decoder, Encoder, Model
 from bertgen_tf.tokenizers import BertTokenizer
 
 
@@ -163,9 +164,63 @@ ORIGINAL_OPTIONS = (
 )
 
 
+def load(
+    handle: str | None = None,
+    *,
+    encoder: str | None = None,
+    decoder: str | None = None,
+    share: bool = False,
+    cross_attention: str = "random",
+    num_layers: int | list[int] | None = None,
+    verify: bool = True,
+    model_class: type[Model] = EncoderDecoderModel,
+    **kwargs: Any,
+) -> Model:
+    """What `EncoderDecoderModel.from_hub` gives: an original, or a warm start.
+
+    Args:
+        handle, verify: as for `load_original`, which also takes `kwargs` then.
+        encoder, decoder, share, cross_attention, num_layers: as for `load_encoder_decoder`, which
+            also takes `kwargs` then.
+        model_class: what to build.
+
+    Raises:
+        ValueError: not one of `handle` and `encoder`, or an option of the other.
+    """
+    if (handle is None) == (encoder is None):
+        raise ValueError(
+            "from_hub needs one of handle (an original, such as google/bertseq2seq/*) and "
+            f"encoder= (a BERT module to warm-start from), received {handle!r} and {encoder!r}."
+        )
+    if handle is None:
+        _check_options("encoder=", kwargs, ORIGINAL_OPTIONS)
+        return load_encoder_decoder(
+            encoder,
+            decoder,
+            share=share,
+            cross_attention=cross_attention,
+            num_layers=num_layers,
+            verify=verify,
+            model_class=model_class,
+            **kwargs,
+        )
+    options = {
+        "decoder": decoder,
+        "share": share or None,
+        "cross_attention": None if cross_attention == "random" else cross_attention,
+        "num_layers": num_layers,
+    }
+    _check_options("handle", {n: v for n, v in options.items() if v is not None}, options)
+    return load_original(handle, verify=verify, model_class=model_class, **kwargs)
+
+
 def load_encoder(
-    handle: str, *, num_layers: int | list[int] | None = None, verify: bool = True
-) -> BertGenerationEncoder:
+    handle: str,
+    *,
+    num_layers: int | list[int] | None = None,
+    verify: bool = True,
+    model_class: type[Encoder] = BertGenerationEncoder,
+) -> Encoder:
     """A `BertGenerationEncoder` with the weights of a TF Hub BERT module.
 
     Args:
@@ -174,13 +229,14 @@ def load_encoder(
             TF1 Hub format.
         num_layers: keeps the first n layers, or the layers of a list, counted from 0.
         verify: runs the module on a probe batch and raises if the encoder differs from it.
+        model_class: what to build.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: what is there is not a BERT encoder, or cannot be read; the message says what
             was expected and what was found.
     """
-    return load_encoder_with_tokenizer(handle, num_layers, verify)[0]
+    return load_encoder_with_tokenizer(handle, num_layers, verify, model_class)[0]
 
 
 def load_decoder(
@@ -189,18 +245,19 @@ def load_decoder(
     cross_attention: str = "random",
     num_layers: int | list[int] | None = None,
     verify: bool = True,
-) -> BertGenerationDecoder:
+    model_class: type[Decoder] = BertGenerationDecoder,
+) -> Decoder:
     """A causal `BertGenerationDecoder` with the weights of a TF Hub BERT module.
 
     Args:
-        handle, num_layers, verify: as for `load_encoder`.
+        handle, num_layers, verify, model_class: as for `load_encoder`.
         cross_attention: how the weights that BERT does not have begin: "random" (the paper's rule)
             or "self_attention" (a copy of each layer's self-attention, which learns to copy from
             the source much sooner).
     """
     pretrained.check_cross_attention(cross_attention)
     encoder, _ = load_encoder_with_tokenizer(handle, num_layers, verify)
-    return pretrained.build_decoder(encoder, "none", cross_attention)
+    return pretrained.build_decoder(encoder, "none", cross_attention, model_class)
 
 
 def load_encoder_decoder(
@@ -211,8 +268,9 @@ def load_encoder_decoder(
     cross_attention: str = "random",
     num_layers: int | list[int] | None = None,
     verify: bool = True,
+    model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
-) -> EncoderDecoderModel:
+) -> Model:
     """A sequence-to-sequence model warm-started from TF Hub BERT modules.
 
     Args:
@@ -222,6 +280,7 @@ def load_encoder_decoder(
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
             decoder and softmax where both are of the same module.
         cross_attention, num_layers, verify: as for `load_decoder`.
+        model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
             unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """
@@ -231,6 +290,7 @@ def load_encoder_decoder(
         decoder,
         share=share,
         cross_attention=cross_attention,
+        model_class=model_class,
         **kwargs,
     )
 
@@ -250,7 +310,8 @@ def load_original(
     eos_token_id: int | None = None,
     verify: bool = True,
     name: str = "encoder_decoder",
-) -> EncoderDecoderModel:
+    model_class: type[Model] = EncoderDecoderModel,
+) -> Model:
     """One of the originals, `google/bertseq2seq/*`, or a module like them, as a model of ours.
 
     It says what the module says: weights, tokenizer and all settings of the search are read from
@@ -286,13 +347,24 @@ def load_original(
             differs at all. This alone tells of what is not read: how the candidates of a step
             become answers and go on.
         name: of the model.
+        model_class: what to build.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
         ValueError: what is there is no such module, or another than `original`, or a setting
             cannot be read, or the two differ.
     """
-    given = {field: value for field, value in locals().items() if field in hub_originals.SETTINGS}
+    given = {
+        "pad_token_id": pad_token_id,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "max_source_length": max_source_length,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "gnmt_alpha": gnmt_alpha,
+        "hidden_token_ids": hidden_token_ids,
+        "normalize_unfinished": normalize_unfinished,
+    }
     known = known_original(handle, original)
     table: dict[str, Any] = {}
     if known is not None:
@@ -300,7 +372,7 @@ def load_original(
         table = {field: getattr(known, field, None) for field in (*given, *checked)}
         table |= {"max_new_tokens": known.max_target_length, "hidden_token_ids": ()}
         table = {field: value for field, value in table.items() if value is not None}
-    return hub_originals.read_original(os.fspath(handle), given, table, verify, name)
+    return hub_originals.read_original(os.fspath(handle), given, table, verify, name, model_class)
 
 
 def known_original(handle: str, original: str | None = None) -> Original | None:
@@ -330,7 +402,7 @@ def is_original(handle: str) -> bool:
     return hub_originals.is_original(hub_modules.read_meta_graphs(os.fspath(handle), path))
 
 
-def check_options(form: str, options: Iterable[str], others: Iterable[str]) -> None:
+def _check_options(form: str, options: Iterable[str], others: Iterable[str]) -> None:
     """Raises a ValueError for options of the other form of `EncoderDecoderModel.from_hub`."""
     wrong = sorted(set(options) & set(others))
     if wrong:
@@ -345,9 +417,12 @@ def check_options(form: str, options: Iterable[str], others: Iterable[str]) -> N
 
 
 def load_encoder_with_tokenizer(
-    handle: str, num_layers: int | list[int] | None = None, verify: bool = True
-) -> tuple[BertGenerationEncoder, BertTokenizer]:
+    handle: str,
+    num_layers: int | list[int] | None = None,
+    verify: bool = True,
+    model_class: type[Encoder] = BertGenerationEncoder,
+) -> tuple[Encoder, BertTokenizer]:
     """What `load_encoder` gives, and the tokenizer of the module."""
     encoder, tokenizer = hub_encoders.read_encoder(handle, verify)
     kept = pretrained.kept_layers(num_layers, encoder.config.num_hidden_layers)
-    return pretrained.finish_encoder(encoder, kept), tokenizer
+    return pretrained.finish_encoder(encoder, kept, model_class), tokenizer

@@ -33,6 +33,7 @@ from bertgen_tf.hub_text import (
     run_part,
 )
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.pretrained import Model
 from bertgen_tf.tokenizers import BertTokenizer
 from bertgen_tf.weights import Rule
 
@@ -65,8 +66,13 @@ _STEP = Rule("(.*/)?global_step", None)
 
 
 def read_original(
-    handle: str, given: dict[str, Any], known: dict[str, Any], verify: bool, name: str
-) -> EncoderDecoderModel:
+    handle: str,
+    given: dict[str, Any],
+    known: dict[str, Any],
+    verify: bool,
+    name: str,
+    model_class: type[Model],
+) -> Model:
     """Builds the model of an original.
 
     Args:
@@ -75,6 +81,7 @@ def read_original(
         known: the same, for what cannot be found in the graph.
         verify: compares the model with the module.
         name: of the model.
+        model_class: what to build.
     """
     module = hub_modules.open_module(handle)
     scope = _check_original(module)
@@ -130,7 +137,7 @@ def read_original(
             encoder.set_weights(encoder_weights)
             decoder.set_weights(decoder_weights)
         limit = min(values["max_new_tokens"] + 1, configs[1].max_position_embeddings)
-        return EncoderDecoderModel(
+        return model_class(
             encoder,
             decoder,
             tokenizer,

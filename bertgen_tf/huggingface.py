@@ -25,6 +25,7 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.pretrained import Decoder, Encoder, Model
 from bertgen_tf.weights import assign, named_variables
 
 _CONFIG = "config.json"
@@ -59,8 +60,9 @@ def load_encoder_decoder(
     cross_attention: str | None = None,
     num_layers: int | list[int] | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
+    model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
-) -> EncoderDecoderModel:
+) -> Model:
     """An encoder-decoder from one checkpoint of a whole one, or warm-started from encoders.
 
     Args:
@@ -82,6 +84,7 @@ def load_encoder_decoder(
             checkpoint's, the embeddings follow its pieces: a RoBERTa can so start a model with the
             SentencePiece vocabulary of the BertGeneration originals. Special tokens go by their
             roles; a piece that the checkpoint lacks gets the mean of all rows.
+        model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `generation_config` replaces the settings of
             `folder`, also those that are not supported.
 
@@ -102,6 +105,7 @@ def load_encoder_decoder(
             decoder,
             share=bool(share),
             cross_attention=cross_attention or "random",
+            model_class=model_class,
             **kwargs,
         )
     options = {"decoder": decoder, "cross_attention": cross_attention, "num_layers": num_layers}
@@ -112,12 +116,15 @@ def load_encoder_decoder(
             f"received {folder!r}."
         )
     kwargs.setdefault("source_checkpoint", {"model": os.fspath(folder)})
-    return _load_pair(files.resolve(folder), share, tokenizer, kwargs)
+    return _load_pair(files.resolve(folder), share, tokenizer, model_class, kwargs)
 
 
 def load_encoder(
-    folder: str | os.PathLike, *, num_layers: int | list[int] | None = None
-) -> BertGenerationEncoder:
+    folder: str | os.PathLike,
+    *,
+    num_layers: int | list[int] | None = None,
+    model_class: type[Encoder] = BertGenerationEncoder,
+) -> Encoder:
     """An encoder from a bert-generation, bert or roberta checkpoint.
 
     Token type 0 and, for RoBERTa, the first position (its padding id + 1) are folded into the
@@ -127,11 +134,14 @@ def load_encoder(
     Args:
         folder: the checkpoint.
         num_layers: keeps the first n layers, or those of a list, counted from 0.
+        model_class: what to build.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
     """
-    return load_encoder_with_tokenizer(folder, num_layers, None, need_ids=False)[0]
+    return load_encoder_with_tokenizer(
+        folder, num_layers, None, need_ids=False, model_class=model_class
+    )[0]
 
 
 def load_decoder(
@@ -139,7 +149,8 @@ def load_decoder(
     *,
     cross_attention: str | None = None,
     num_layers: int | list[int] | None = None,
-) -> BertGenerationDecoder:
+    model_class: type[Decoder] = BertGenerationDecoder,
+) -> Decoder:
     """A decoder from a bert-generation, bert, roberta or gpt2 checkpoint.
 
     Args:
@@ -150,6 +161,7 @@ def load_decoder(
             "self_attention", as for `pretrained.build_decoder`. None is "random" for a warm start,
             and leaves a decoder without cross-attention as it is.
         num_layers: keeps the first n layers, or those of a list, counted from 0.
+        model_class: what to build.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
@@ -160,13 +172,13 @@ def load_decoder(
     stack = _read_stack(path)
     if not stack.is_decoder:
         encoder, _ = load_encoder_with_tokenizer(path, num_layers)
-        return pretrained.build_decoder(encoder, "none", cross_attention or "random")
+        return pretrained.build_decoder(encoder, "none", cross_attention or "random", model_class)
     source = os.fspath(folder)
     if stack.kind == gpt2.GPT2:
         checkpoint = load_gpt2(path, num_layers=num_layers)
         new = not checkpoint.config.add_cross_attention and cross_attention is not None
         config = checkpoint.config
-        decoder = BertGenerationDecoder(config.replace(add_cross_attention=True) if new else config)
+        decoder = model_class(config.replace(add_cross_attention=True) if new else config)
         checkpoint.fill(decoder, new_cross_attention=new)
         if new and cross_attention == "self_attention":
             pretrained.copy_self_attention(decoder)
@@ -175,12 +187,12 @@ def load_decoder(
     names.untie_head(tensors, source)
     names.check_sizes(tensors, stack.config, source)
     kept = pretrained.kept_layers(num_layers, stack.config.num_hidden_layers)
-    whole = BertGenerationDecoder(stack.config)
+    whole = model_class(stack.config)
     assign(named_variables(whole), tensors, names.decoder_rules(), source=source)
     crossed = stack.config.add_cross_attention
     if len(kept) == len(whole.blocks) and (crossed or cross_attention is None):
         return whole
-    decoder = BertGenerationDecoder(
+    decoder = model_class(
         stack.config.replace(
             num_hidden_layers=len(kept),
             add_cross_attention=crossed or cross_attention is not None,
@@ -308,8 +320,9 @@ def _load_pair(
     path: pathlib.Path,
     share: bool | None,
     tokenizer: tokenizers.Tokenizer | None,
+    model_class: type[Model],
     kwargs: dict[str, Any],
-) -> EncoderDecoderModel:
+) -> Model:
     source = os.fspath(path)
     values = files.read_json(path / _CONFIG)
     kind = configs.model_type(values, os.fspath(path / _CONFIG))
@@ -361,7 +374,7 @@ def _load_pair(
         pair.decoder.config, encoder=None if sharing == "none" else encoder, sharing=sharing
     )
     try:
-        model = EncoderDecoderModel(encoder, decoder, tokenizer, **settings)
+        model = model_class(encoder, decoder, tokenizer, **settings)
     except (TypeError, ValueError) as error:
         if not pair.preprocessor:
             raise
@@ -379,7 +392,8 @@ def load_encoder_with_tokenizer(
     tokenizer: tokenizers.Tokenizer | None = None,
     *,
     need_ids: bool = True,
-) -> tuple[BertGenerationEncoder, tokenizers.Tokenizer | None]:
+    model_class: type[Encoder] = BertGenerationEncoder,
+) -> tuple[Encoder, tokenizers.Tokenizer | None]:
     """An encoder with its tokenizer; `need_ids` for what will be a decoder, too."""
     path = files.resolve(name)
     source = os.fspath(name)
@@ -430,9 +444,9 @@ def load_encoder_with_tokenizer(
         config = stack.config.replace(**changes)
     except ValueError as error:
         raise ValueError(f"{source} does not fit the tokenizer: {error}") from error
-    whole = BertGenerationEncoder(config)
+    whole = model_class(config)
     assign(named_variables(whole), tensors, [names.NOT_IN_ENCODER, *names.rules()], source=source)
-    return pretrained.finish_encoder(whole, kept), tokenizer or own
+    return pretrained.finish_encoder(whole, kept, model_class), tokenizer or own
 
 
 _ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")

@@ -15,12 +15,13 @@ B batch, S source length, T target length, H hidden size, V vocabulary.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import keras
 import tensorflow as tf
 from keras import ops
 
+from bertgen_tf import sources
 from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig
 from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, final_norm, padding_mask
 from bertgen_tf.projections import Dense, quantized_weights
@@ -52,26 +53,20 @@ class BertGenerationEncoder(keras.Model):
     @classmethod
     def from_hub(
         cls, handle: str, *, num_layers: int | list[int] | None = None, verify: bool = True
-    ) -> "BertGenerationEncoder":
+    ) -> Self:
         """Takes up the weights of a TF Hub BERT module; see `bertgen_tf.hub.load_encoder`."""
-        from bertgen_tf import hub
-
-        return hub.load_encoder(handle, num_layers=num_layers, verify=verify)
+        return sources.hub.load_encoder(
+            handle, num_layers=num_layers, verify=verify, model_class=cls
+        )
 
     @classmethod
-    def from_huggingface(
-        cls, folder: str, *, num_layers: int | list[int] | None = None
-    ) -> "BertGenerationEncoder":
+    def from_huggingface(cls, folder: str, *, num_layers: int | list[int] | None = None) -> Self:
         """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_encoder`."""
-        from bertgen_tf import huggingface
-
-        return huggingface.load_encoder(folder, num_layers=num_layers)
+        return sources.huggingface.load_encoder(folder, num_layers=num_layers, model_class=cls)
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
         """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
-        from bertgen_tf import huggingface
-
-        huggingface.save(self, folder, max_shard_size)
+        sources.huggingface.save(self, folder, max_shard_size)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: what the stacks share has to stay the same on both sides."""
@@ -201,12 +196,14 @@ class BertGenerationDecoder(keras.Model):
         cross_attention: str = "random",
         num_layers: int | list[int] | None = None,
         verify: bool = True,
-    ) -> "BertGenerationDecoder":
+    ) -> Self:
         """Takes up the weights of a TF Hub BERT module; see `bertgen_tf.hub.load_decoder`."""
-        from bertgen_tf import hub
-
-        return hub.load_decoder(
-            handle, cross_attention=cross_attention, num_layers=num_layers, verify=verify
+        return sources.hub.load_decoder(
+            handle,
+            cross_attention=cross_attention,
+            num_layers=num_layers,
+            verify=verify,
+            model_class=cls,
         )
 
     @classmethod
@@ -216,19 +213,15 @@ class BertGenerationDecoder(keras.Model):
         *,
         cross_attention: str | None = None,
         num_layers: int | list[int] | None = None,
-    ) -> "BertGenerationDecoder":
+    ) -> Self:
         """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_decoder`."""
-        from bertgen_tf import huggingface
-
-        return huggingface.load_decoder(
-            folder, cross_attention=cross_attention, num_layers=num_layers
+        return sources.huggingface.load_decoder(
+            folder, cross_attention=cross_attention, num_layers=num_layers, model_class=cls
         )
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
         """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
-        from bertgen_tf import huggingface
-
-        huggingface.save(self, folder, max_shard_size)
+        sources.huggingface.save(self, folder, max_shard_size)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: what the stacks share has to stay the same on both sides."""

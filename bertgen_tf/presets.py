@@ -20,6 +20,7 @@ import h5py
 from bertgen_tf import folders
 from bertgen_tf.checks import first_line
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.pretrained import Model
 from bertgen_tf.weights import VariablePart, named_variables
 
 FORMAT = "bertgen_tf preset"
@@ -93,8 +94,8 @@ def check_writable(folder: str | os.PathLike) -> None:
     folders.check_writable(folder, is_preset, "a preset")
 
 
-def load(folder: str | os.PathLike) -> EncoderDecoderModel:
-    """Reads a model that `save` wrote.
+def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderModel) -> Model:
+    """Reads a model that `save` wrote, as a `model_class`.
 
     Raises:
         FileNotFoundError: there is no such folder, or a file of it is missing.
@@ -118,7 +119,7 @@ def load(folder: str | os.PathLike) -> EncoderDecoderModel:
                 raise FileNotFoundError(
                     f"{folder} should hold {name}, but does not: copy it again."
                 )
-        model = EncoderDecoderModel.from_config(config)
+        model = model_class.from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} should hold the settings and the vocabulary of a model, but building it "

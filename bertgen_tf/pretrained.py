@@ -5,7 +5,7 @@ An encoder has everything that a decoder needs but cross-attention and the outpu
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import keras
 
@@ -18,6 +18,10 @@ from bertgen_tf.weights import NEW_IN_DECODER, Rule
 CROSS_ATTENTION = ("random", "self_attention")
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
+# Readers build the class that they are asked for: a subclass's `from_hub` gives the subclass.
+Encoder = TypeVar("Encoder", bound=BertGenerationEncoder)
+Decoder = TypeVar("Decoder", bound=BertGenerationDecoder)
+Model = TypeVar("Model", bound=EncoderDecoderModel)
 
 
 def check_cross_attention(cross_attention: str) -> None:
@@ -48,12 +52,15 @@ def kept_layers(num_layers: int | list[int] | None, depth: int) -> list[int]:
     return list(layers)
 
 
-def finish_encoder(whole: BertGenerationEncoder, kept: list[int]) -> BertGenerationEncoder:
+def finish_encoder(
+    whole: BertGenerationEncoder, kept: list[int], model_class: type[Encoder]
+) -> Encoder:
     """The encoder under today's dtype policy, with the layers `kept` of it."""
     policy = keras.config.dtype_policy()
-    if len(kept) == len(whole.blocks) and policy == whole.dtype_policy:
+    same = policy == whole.dtype_policy and type(whole) is model_class
+    if len(kept) == len(whole.blocks) and same:
         return whole
-    encoder = BertGenerationEncoder(whole.config.replace(num_hidden_layers=len(kept)))
+    encoder = model_class(whole.config.replace(num_hidden_layers=len(kept)))
     encoder.embeddings.set_weights(whole.embeddings.get_weights())
     for block, index in zip(encoder.blocks, kept, strict=True):
         block.set_weights(whole.blocks[index].get_weights())
@@ -61,8 +68,11 @@ def finish_encoder(whole: BertGenerationEncoder, kept: list[int]) -> BertGenerat
 
 
 def build_decoder(
-    encoder: BertGenerationEncoder, sharing: str = "none", cross_attention: str = "random"
-) -> BertGenerationDecoder:
+    encoder: BertGenerationEncoder,
+    sharing: str = "none",
+    cross_attention: str = "random",
+    model_class: type[Decoder] = BertGenerationDecoder,
+) -> Decoder:
     """A causal decoder with the weights of an encoder.
 
     Args:
@@ -70,8 +80,9 @@ def build_decoder(
         cross_attention: how the weights that an encoder does not have begin: "random" (the paper's
             rule) or "self_attention" (a copy of each layer's self-attention, which learns to copy
             from the source much sooner).
+        model_class: what to build.
     """
-    decoder = BertGenerationDecoder(
+    decoder = model_class(
         encoder.config.replace(add_cross_attention=True),
         encoder=None if sharing == "none" else encoder,
         sharing=sharing,
@@ -109,8 +120,9 @@ def load_encoder_decoder(
     *,
     share: bool = False,
     cross_attention: str = "random",
+    model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
-) -> EncoderDecoderModel:
+) -> Model:
     """A sequence-to-sequence model that starts from one pre-trained encoder, or from two.
 
     Args:
@@ -120,6 +132,7 @@ def load_encoder_decoder(
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
             decoder and softmax where both are of the same checkpoint.
         cross_attention: as for `build_decoder`.
+        model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
             unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """
@@ -143,7 +156,7 @@ def load_encoder_decoder(
             )
         decoder_stack = build_decoder(other, "none", cross_attention)
     source = {"encoder": os.fspath(encoder), "decoder": os.fspath(decoder or encoder)}
-    return build_pair(encoder_stack, decoder_stack, tokenizer, source, kwargs)
+    return build_pair(encoder_stack, decoder_stack, tokenizer, source, kwargs, model_class)
 
 
 def build_pair(
@@ -152,7 +165,8 @@ def build_pair(
     tokenizer: Tokenizer | None,
     source: dict[str, str],
     options: dict[str, Any],
-) -> EncoderDecoderModel:
+    model_class: type[Model] = EncoderDecoderModel,
+) -> Model:
     """The model of two stacks, with the special tokens that BERTs need; `options` go first."""
     special_tokens: dict[str, bool] = {}
     if tokenizer is not None:
@@ -160,7 +174,7 @@ def build_pair(
         mask_first = target.mask_token_id is not None
         special_tokens = {"add_bos": True, "add_eos": True, "mask_first": mask_first}
     settings = {**special_tokens, "source_checkpoint": source, **options}
-    return EncoderDecoderModel(encoder, decoder, tokenizer, **settings)
+    return model_class(encoder, decoder, tokenizer, **settings)
 
 
 def _is_same(first: str, second: str) -> bool:

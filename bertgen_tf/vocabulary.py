@@ -54,7 +54,7 @@ def trim_vocabulary(
     config["hidden_token_ids"] = [
         new_ids[old] for old in model.preprocessor.hidden_token_ids if old in new_ids
     ]
-    trimmed = EncoderDecoderModel.from_config(config)
+    trimmed = type(model).from_config(config)
 
     def rows(side: str) -> Callable[[np.ndarray], np.ndarray]:
         return lambda tensor: tensor[kept[side]]

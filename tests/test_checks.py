@@ -16,7 +16,7 @@ def test_integers_become_python_integers():
 @pytest.mark.parametrize("value", [2, -3, 3.0, True, "3", None, [3], np.float32(3), np.bool_(True)])
 def test_no_integer_of_at_least_three(value):
     with pytest.raises(
-        ValueError, match="n must be an integer of at least 3, received .*: add some\.$"
+        ValueError, match=r"^n must be an integer of at least 3, received .*: add some\.$"
     ):
         checks.check_integer("n", value, 3, "add some")
 
