@@ -15,20 +15,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import (
-    batch,
-    cli_output,
-    cli_values,
-    data_presets,
-    metrics,
-    presets,
-    significance,
-    text_files,
-)
+from bertgen_tf import batch, cli_output, cli_values, data_presets, presets, text_files
 from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.generator import BATCH_SIZE
+from bertgen_tf.metrics import scores as metrics
+from bertgen_tf.metrics import significance
 
 DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
@@ -215,7 +208,7 @@ def run(
     print(f"{len(sources):,} examples")
     print(_table(results, intervals, comparisons))
     if arguments.plot:
-        from bertgen_tf.metrics_plot import plot_by_length
+        from bertgen_tf.metrics.plot import plot_by_length
 
         names = [_name(arguments)] + ([os.path.basename(arguments.baseline)] if baseline else [])
         with _replacing(arguments.plot) as path:

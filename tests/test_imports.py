@@ -42,7 +42,6 @@ ROOMS = {
     "bertgen_tf": "__init__",
     "tokenizers": "byte_pair preprocessing prose sentencepiece_tokenizer text_stream "
     "tokenizer_interface tokenizers word_piece_tokenizer",
-    "metrics": "metrics metrics_plot sari significance",
     "data": "cli_output data_presets downloads folders progress text_files",
     "network": "buckets layers models projections quantization sources weights",
     "generation": "generation generation_inputs generation_settings generator streaming",
@@ -63,7 +62,7 @@ ROOMS = {
 }
 
 IN_FUNCTIONS = {
-    ("cli_evaluate", "metrics_plot"),  # matplotlib is an extra
+    ("cli_evaluate", "metrics.plot"),  # matplotlib is an extra
     ("cli_serve", "serving_server"),  # so are uvicorn and starlette
 }
 
@@ -77,7 +76,7 @@ HOMES = {
     "h11": ["serving_server"],
     "h5py": ["presets"],
     "huggingface_hub": ["huggingface_files"],
-    "matplotlib": ["metrics_plot"],
+    "matplotlib": ["metrics.plot"],
     "prometheus_client": ["serving_app"],
     "pyarrow": ["batch"],
     "ray": ["batch"],

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from test_metrics import corpus
 
-from bertgen_tf import metrics, significance
+from bertgen_tf import metrics
+from bertgen_tf.metrics import significance
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 

@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.metrics import MetricResult
+from bertgen_tf.metrics.scores import MetricResult
 
 
 @dataclasses.dataclass(frozen=True)

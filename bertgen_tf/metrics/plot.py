@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bertgen_tf import metrics, significance
+from bertgen_tf.metrics import scores, significance
 
 MAX_BINS = 8
 MIN_EXAMPLES = 15  # of a bin
@@ -42,7 +42,7 @@ def length_bins(lengths: Sequence[int]) -> list[np.ndarray]:
 
 
 def plot_by_length(
-    systems: Sequence[dict[str, metrics.MetricResult]],
+    systems: Sequence[dict[str, scores.MetricResult]],
     names: Sequence[str],
     sources: Sequence[str],
     path: str | os.PathLike,
@@ -75,7 +75,7 @@ def plot_by_length(
     figure = Figure(figsize=(0.6 + 3.2 * columns, 1.1 + 2.3 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).flatten()
     for system, (results, colour) in enumerate(zip(systems, _COLOURS, strict=False)):
-        parts = [metrics.subset(results, examples) for examples in bins]
+        parts = [scores.subset(results, examples) for examples in bins]
         intervals = [significance.bootstrap(part, resamples=_RESAMPLES) for part in parts]
         # Side by side, so that neither hides the other's bars.
         shift = 0.012 * np.ptp(lengths) * (system - (len(systems) - 1) / 2)

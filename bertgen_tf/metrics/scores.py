@@ -1,7 +1,7 @@
 """Scores of generated texts against references: exact match, SARI, BLEU, chrF and ROUGE.
 
 Every score is a percentage. That of a corpus comes from statistics of its examples, so that
-subsets, and the resamples of `bertgen_tf.significance`, cost sums, not strings.
+subsets, and the resamples of `bertgen_tf.metrics.significance`, cost sums, not strings.
 
 BLEU and chrF are sacrebleu's, ROUGE is rouge-score's: `pip install 'bertgen_tf[metrics]'`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.checks import check_number
-from bertgen_tf.sari import sari_scores
+from bertgen_tf.metrics.sari_scores import sari_scores
 
 METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}

@@ -1,0 +1,31 @@
+"""Scores of generated texts, their significance, and plots of them."""
+
+from bertgen_tf.metrics.scores import (
+    GROUPS,
+    METRICS,
+    TOKENIZERS,
+    MetricResult,
+    bleu,
+    chrf,
+    compute,
+    exact_match,
+    expand,
+    rouge,
+    sari,
+    subset,
+)
+
+__all__ = [
+    "GROUPS",
+    "METRICS",
+    "TOKENIZERS",
+    "MetricResult",
+    "bleu",
+    "chrf",
+    "compute",
+    "exact_match",
+    "expand",
+    "rouge",
+    "sari",
+    "subset",
+]
