@@ -16,9 +16,9 @@ from bertgen_tf.freezing import GradualUnfreezing, freeze, unfreeze
 from bertgen_tf.generator import GenerateOutput
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.optimizers import averaged_weights, default_optimizer, paper_optimizer
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import bucketed_dataset, default_loss
 from bertgen_tf.training_callbacks import GenerateCallback
 from bertgen_tf.vocabulary import trim_vocabulary

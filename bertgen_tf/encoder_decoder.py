@@ -19,9 +19,9 @@ from bertgen_tf.pair_checks import (
     check_tokenizers,
     length_or_default,
 )
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.quantization import check_quantization
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import share_of_replica
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}

@@ -19,8 +19,8 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.graph import SAME_VALUES, Graph, Node, Tensor
 from bertgen_tf.hub_layers import gathers
 from bertgen_tf.hub_modules import Module
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
 

@@ -13,7 +13,7 @@ from typing import Any
 from bertgen_tf import huggingface_generation as generations
 from bertgen_tf import huggingface_gpt2 as gpt2
 from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig, GenerationConfig
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 # The key in config.json for what HuggingFace has no place for.
 OWN = "bertgen_tf"

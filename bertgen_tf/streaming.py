@@ -12,7 +12,7 @@ from bertgen_tf.generation import streaming_functions
 from bertgen_tf.generation_inputs import check_processors, make_seeds, start_prompt
 from bertgen_tf.generation_settings import check_config
 from bertgen_tf.generator import MAX_FUNCTIONS
-from bertgen_tf.text_stream import TextStream
+from bertgen_tf.tokenizers.text_stream import TextStream
 
 
 def stream(

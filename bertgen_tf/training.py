@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from bertgen_tf.buckets import bucket_lengths
 from bertgen_tf.checks import check_integer
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "SmoothedCrossEntropy")

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from sentencepiece import sentencepiece_model_pb2
 
-from bertgen_tf.byte_pair import sentencepiece_from_byte_pair
 from bertgen_tf.tokenizers import BertGenerationTokenizer
+from bertgen_tf.tokenizers.byte_pair import sentencepiece_from_byte_pair
 
 GOLDEN = json.loads((Path(__file__).parent / "data/tokenizers.json").read_text("utf-8"))
 GPT2 = {"eos_token": "<|endoftext|>", "control_tokens": (), "append_missing": True}

@@ -15,7 +15,7 @@ import bertgen_tf as bg
 from bertgen_tf import cli, cli_evaluate, metrics, presets
 from bertgen_tf.metrics import plot as metrics_plot
 from bertgen_tf.metrics import significance
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 pytest.importorskip("rouge_score", reason="needs the extra metrics")

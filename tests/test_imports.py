@@ -40,8 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "tokenizers": "byte_pair preprocessing prose sentencepiece_tokenizer text_stream "
-    "tokenizer_interface tokenizers word_piece_tokenizer",
     "data": "cli_output data_presets downloads folders progress text_files",
     "network": "buckets layers models projections quantization sources weights",
     "generation": "generation generation_inputs generation_settings generator streaming",

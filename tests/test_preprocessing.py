@@ -4,8 +4,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 # Special ids in no usual order; pad is not 0.
 PIECES = ["a", "[SEP]", "b", "[CLS]", "[UNK]", "[PAD]", "c", "d", ".", "e", "[MASK]"]

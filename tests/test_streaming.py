@@ -15,12 +15,12 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizer_samples import BERT_PIECES, SENTENCES, SHARED, needs_shared, train_sentencepiece
 
 import bertgen_tf as bg
-from bertgen_tf import prose, streaming, text_stream
+from bertgen_tf import streaming
 from bertgen_tf.generation import StreamStep
-from bertgen_tf.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.streaming import stream
-from bertgen_tf.text_stream import TextStream
-from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, prose, text_stream
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.tokenizers.text_stream import TextStream
 
 # What the rules of prose look at, and pieces that no real vocabulary has.
 RULE_WORDS = "s t re ve ll d m S Ll tis twas em cause 90s qu Qu is was as has this s's www com org"

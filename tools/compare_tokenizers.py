@@ -112,7 +112,8 @@ def report(
             places.append((text, [side[max(same - 3, 0) : same + 5] for side in cut]))
     print(f"{total - different} of {total} texts are cut alike")
     if different:
-        # There byte-level BPE has tokens of halves of characters, see `bertgen_tf.byte_pair`.
+        # There byte-level BPE has tokens of halves of characters, see
+        # `bertgen_tf.tokenizers.byte_pair`.
         print(f"{not_ascii} of the other {different} have characters beyond ASCII")
     for text, (here, there) in places:
         print(f"  {text if len(text) < 90 else text[:87] + '...'}")

@@ -9,11 +9,11 @@ Any bytes are accepted as text: what is not valid UTF-8 is replaced by U+FFFD. S
 never added by `__call__`, and a special token that is spelled out in the text is ordinary text.
 
 On Python values both answer the calls of HuggingFace's classes of the same names, except where a
-docstring says otherwise; `bertgen_tf.tokenizer_interface` lists the calls.
+docstring says otherwise; `bertgen_tf.tokenizers.interface` lists the calls.
 """
 
-from bertgen_tf.sentencepiece_tokenizer import BertGenerationTokenizer
-from bertgen_tf.tokenizer_interface import Ids
-from bertgen_tf.word_piece_tokenizer import BertTokenizer
+from bertgen_tf.tokenizers.interface import Ids
+from bertgen_tf.tokenizers.sentencepiece import BertGenerationTokenizer
+from bertgen_tf.tokenizers.word_piece import BertTokenizer
 
 __all__ = ["BertGenerationTokenizer", "BertTokenizer", "Ids"]

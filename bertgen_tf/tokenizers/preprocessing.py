@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.tokenizer_interface import visible_ids
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, Ids
+from bertgen_tf.tokenizers.interface import visible_ids
 
 Batch = tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]
 

@@ -14,7 +14,7 @@ import tensorflow_text as tf_text
 from sentencepiece import sentencepiece_model_pb2
 from tensorflow_text.python.ops import sentencepiece_tokenizer
 
-from bertgen_tf.tokenizer_interface import (
+from bertgen_tf.tokenizers.interface import (
     Ids,
     TextTokenizer,
     kept_ids,

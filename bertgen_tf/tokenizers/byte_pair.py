@@ -7,7 +7,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-from bertgen_tf.tokenizer_interface import read_file
+from bertgen_tf.tokenizers.interface import read_file
 
 SPACE = "\u2581"
 # Characters that get a piece with their own spelling, the space first: see `_byte_pieces`.

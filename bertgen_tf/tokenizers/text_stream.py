@@ -17,8 +17,8 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 from sentencepiece import sentencepiece_model_pb2
 
-from bertgen_tf.prose import RULES
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
+from bertgen_tf.tokenizers.prose import RULES
 
 
 class TextStream:
@@ -29,7 +29,8 @@ class TextStream:
     - WordPiece with `prose=False`: further pieces are put behind and change nothing.
     - SentencePiece: the same, but bytes of a character that is not complete wait for the others.
       Models with rules for denormalisation, which are rare, give out everything at the end.
-    - WordPiece as prose: the rules of `bertgen_tf.prose` are applied one after the other to the
+    - WordPiece as prose: the rules of `bertgen_tf.tokenizers.prose` are applied one after the other
+    to the
       growing text, each as far as what may follow cannot matter, see `_Replacement`. Mostly the
       last word or mark is held back, but all from an opening quotation mark on until its partner
       comes: only then it is known that no space stands behind it.

@@ -8,8 +8,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
 
-from bertgen_tf.prose import join_word_pieces
-from bertgen_tf.tokenizer_interface import (
+from bertgen_tf.tokenizers.interface import (
     Ids,
     TextTokenizer,
     kept_ids,
@@ -19,6 +18,7 @@ from bertgen_tf.tokenizer_interface import (
     visible_ids,
     write_file,
 )
+from bertgen_tf.tokenizers.prose import join_word_pieces
 
 
 class BertTokenizer(TextTokenizer):
@@ -114,7 +114,8 @@ class BertTokenizer(TextTokenizer):
     def detokenize(self, ids: Any) -> tf.Tensor:
         """Turns ids into readable prose, up to the first eos, without pad, bos and mask tokens.
 
-        The spaces that BERT's tokenizer dropped are set by the rules of `bertgen_tf.prose`.
+        The spaces that BERT's tokenizer dropped are set by the rules of
+        `bertgen_tf.tokenizers.prose`.
 
         Args:
             ids: integers [length] or [batch, length], dense or ragged. Ids outside the vocabulary
