@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
-from bertgen_tf import cli_output, text_files
 from bertgen_tf.checks import check_integer
-from bertgen_tf.progress import show_progress
+from bertgen_tf.data import resumable
+from bertgen_tf.data import texts as text_files
+from bertgen_tf.data.progress import show_progress
 
 BATCH_SIZE = 32
 # A block is what a worker gets at once, and what is lost with it; it sorts its texts by length.
@@ -45,7 +46,7 @@ class Job(NamedTuple):
     target: str
     run: dict[str, Any]
     total: int
-    begun: cli_output.Begun | None
+    begun: resumable.Begun | None
 
 
 def generate_files(
@@ -166,7 +167,7 @@ def describe_export(export: str | os.PathLike, signature: str) -> dict[str, Any]
             f"received {signature!r}"
         )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {"export": cli_output.digest(*files), "signature": signature}
+    return {"export": resumable.digest(*files), "signature": signature}
 
 
 def find_jobs(
@@ -209,15 +210,15 @@ def find_jobs(
     jobs = []
     for target, source in targets.items():
         if os.path.isdir(output):
-            cli_output.check_path(target, overwrite, resume)
+            resumable.check_path(target, overwrite, resume)
         # Twice is little beside generating, and finds every malformed line now.
         total = sum(1 for _ in text_files.read_texts(source))
-        begun: cli_output.Begun | None = cli_output.Begun()
-        run_of_file = {"input": cli_output.digest(source), **run}
+        begun: resumable.Begun | None = resumable.Begun()
+        run_of_file = {"input": resumable.digest(source), **run}
         if resume:
-            begun = cli_output.find_begun(target, run_of_file, total)
-            if cli_output.is_complete(target):
-                cli_output.forget(target)
+            begun = resumable.find_begun(target, run_of_file, total)
+            if resumable.is_complete(target):
+                resumable.forget(target)
                 begun = None
         jobs.append(Job(source, target, run_of_file, total, begun))
     return jobs
@@ -270,19 +271,19 @@ def _write(
     advance: Callable[[int], None],
     complain: Callable[[str], None],
 ) -> None:
-    if cli_output.digest(job.source) != job.run["input"]:
+    if resumable.digest(job.source) != job.run["input"]:
         raise OSError(f"{job.source} changed while texts were generated; run again")
     first = _first(job, size)
     records = itertools.islice(_read_records(job.source), first, job.total)
     outputs = itertools.islice(outputs, job.total - first)
-    with cli_output.open_output(job.target, job.run, job.begun, complain) as file:
+    with resumable.open_output(job.target, job.run, job.begun, complain) as file:
         for number, (record, output) in enumerate(zip(records, outputs, strict=True), first):
             if number >= job.begun.lines:
                 line = json.dumps({**record, "output": output}, ensure_ascii=False)
                 # Half a character, which JSON can spell, stays as it was spelled.
                 file.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
             if (number + 1) % size == 0 or number + 1 == job.total:
-                cli_output.sync(file)
+                resumable.sync(file)
                 advance((number % size) + 1)
 
 

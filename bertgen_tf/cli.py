@@ -18,13 +18,15 @@ from typing import Any, TextIO
 
 import tensorflow as tf
 
-from bertgen_tf import cli_batch, cli_evaluate, cli_output, presets, text_files
+from bertgen_tf import cli_batch, cli_evaluate, presets
 from bertgen_tf.cli_arguments import make_parser
 from bertgen_tf.cli_common import UserError, complain, read_preset_config, user_errors
 from bertgen_tf.cli_convert import convert
 from bertgen_tf.cli_finetune import finetune
 from bertgen_tf.cli_serve import find_serve
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.data import resumable
+from bertgen_tf.data import texts as text_files
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, check_version_path, export_saved_model
 from bertgen_tf.generation_settings import check_config
@@ -88,31 +90,31 @@ def _generate(arguments: argparse.Namespace) -> None:
         _generate_on_ray(arguments)
         return
     with user_errors():
-        cli_output.check_path(path, arguments.overwrite, arguments.resume)
+        resumable.check_path(path, arguments.overwrite, arguments.resume)
     stream = arguments.input == "-" or Path(arguments.input).is_fifo()
     if stream and arguments.resume:
         raise UserError("--resume needs --input, a file that can be read again")
     config = _read_settings(arguments)
     total = run = None
-    begun = cli_output.Begun()
+    begun = resumable.Begun()
     if not stream:
         with user_errors():
             # Twice is little beside generating, and finds every malformed line now.
             total = sum(1 for _ in text_files.read_texts(arguments.input))
         if path != "-":
             run = {
-                "input": cli_output.digest(arguments.input),
+                "input": resumable.digest(arguments.input),
                 **_describe_model(arguments, config),
             }
     if arguments.resume:
         with user_errors():
-            begun = cli_output.find_begun(path, run, total)
-        if cli_output.is_complete(path):
-            cli_output.forget(path)
+            begun = resumable.find_begun(path, run, total)
+        if resumable.is_complete(path):
+            resumable.forget(path)
             complain(f"{path} is complete")
             return
     model = _load(arguments, config)
-    with cli_output.open_output(path, run, begun, complain) as file:
+    with resumable.open_output(path, run, begun, complain) as file:
         _generate_lines(arguments, model, config, begun.lines, total, file)
 
 
@@ -163,7 +165,7 @@ def _generate_lines(
         if number >= done:
             file.write(text_files.output_line(arguments.output, source, output))
         if not sources:  # the end of a window
-            cli_output.sync(file)
+            resumable.sync(file)
 
 
 def _read_texts(path: str, first: int, sources: collections.deque[str]) -> Iterator[str]:
@@ -184,9 +186,7 @@ def _describe_model(arguments: argparse.Namespace, config: GenerationConfig) -> 
     names = [presets.CONFIG_FILE, presets.WEIGHTS_FILE]
     names += sorted(name for name, _ in presets.VOCABULARIES.values())
     return {
-        "preset": cli_output.digest(
-            *(preset / name for name in names if (preset / name).is_file())
-        ),
+        "preset": resumable.digest(*(preset / name for name in names if (preset / name).is_file())),
         "quantize": arguments.quantize,
         **config.to_dict(),
     }

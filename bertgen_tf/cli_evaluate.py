@@ -15,9 +15,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import batch, cli_output, cli_values, data_presets, presets, text_files
+from bertgen_tf import batch, cli_values, presets
 from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.data import data_presets, resumable
+from bertgen_tf.data import texts as text_files
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.generator import BATCH_SIZE
 from bertgen_tf.metrics import scores as metrics
@@ -279,14 +281,14 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.output:
         if arguments.output == "-":
             raise ValueError("--output must be a file: standard output is for the scores")
-        cli_output.check_path(arguments.output, overwrite=False, resume=False)
+        resumable.check_path(arguments.output, overwrite=False, resume=False)
 
 
 def _check_report(flag: str, path: str | None) -> None:
     """Raises a ValueError if no file could be written there."""
     if path is None:
         return
-    cli_output.check_file(flag, path)
+    resumable.check_file(flag, path)
     if flag == "--plot" and Path(path).suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot must end in .png, .pdf or .svg, received {path}")
 
@@ -329,7 +331,7 @@ def _generate(
     if not arguments.output:
         return list(outputs)
     predictions = []
-    with cli_output.open_output(arguments.output, None, cli_output.Begun(), complain) as file:
+    with resumable.open_output(arguments.output, None, resumable.Begun(), complain) as file:
         for source, output in zip(task.sources, outputs, strict=True):
             file.write(text_files.output_line(arguments.output, source, output))
             predictions.append(output)

@@ -13,17 +13,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf import (
-    data_presets,
-    finetuning,
-    freezing,
-    presets,
-    text_files,
-    training_callbacks,
-)
+from bertgen_tf import finetuning, freezing, presets, training_callbacks
 from bertgen_tf import metrics as scores
 from bertgen_tf.checks import first_line
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
+from bertgen_tf.data import data_presets
+from bertgen_tf.data import texts as text_files
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_files import is_huggingface
 from bertgen_tf.optimizers import default_optimizer, paper_optimizer

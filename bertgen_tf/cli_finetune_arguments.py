@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import cli_values, data_presets, finetuning
+from bertgen_tf import cli_values, finetuning
 from bertgen_tf import metrics as scores
+from bertgen_tf.data import data_presets
 from bertgen_tf.recipes import RECIPES
 from bertgen_tf.training_data import LONG_TARGETS
 

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.data.progress import show_progress
 from bertgen_tf.generation import generation_function, hypotheses_to_text, source_buckets
 from bertgen_tf.generation_inputs import (
     Rows,
@@ -27,7 +28,6 @@ from bertgen_tf.generation_inputs import (
     with_prompts,
 )
 from bertgen_tf.generation_settings import check_config
-from bertgen_tf.progress import show_progress
 
 BATCH_SIZE = 32
 # Texts that are read, sorted and generated before the first result of them comes.

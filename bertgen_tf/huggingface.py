@@ -15,14 +15,15 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import folders, lora, pretrained
 from bertgen_tf import huggingface_config as configs
 from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_gpt2 as gpt2
 from bertgen_tf import huggingface_tokenizers as tokenizers
 from bertgen_tf import huggingface_weights as names
+from bertgen_tf import lora, pretrained
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.data import folders
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.pretrained import Decoder, Encoder, Model

@@ -17,8 +17,8 @@ from typing import Any
 
 import h5py
 
-from bertgen_tf import folders
 from bertgen_tf.checks import first_line
+from bertgen_tf.data import folders
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.pretrained import Model
 from bertgen_tf.weights import VariablePart, named_variables
@@ -51,7 +51,7 @@ def save(
         check: gets the finished folder under another name; what it raises leaves `folder` alone.
 
     Raises:
-        OSError: see `bertgen_tf.folders.check_writable`.
+        OSError: see `bertgen_tf.data.folders.check_writable`.
     """
     config = model.get_config()
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.progress import show_progress
+from bertgen_tf.data.progress import show_progress
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import lengths_of_batches
 

@@ -11,11 +11,12 @@ import sys
 import time
 import traceback
 
-from bertgen_tf import cli, cli_output
+from bertgen_tf import cli
+from bertgen_tf.data import resumable
 
 WINDOW = 256  # lines that are written together: more than what is buffered
 PAUSE = 0.05  # seconds before and after they are put on disk, when a kill is to meet them
-sync = cli_output.sync
+sync = resumable.sync
 
 
 def slow_sync(file) -> None:
@@ -28,7 +29,7 @@ def main() -> None:
     for line in sys.stdin:
         process = os.fork()
         if not process:
-            cli.WINDOW, cli_output.sync = WINDOW, slow_sync
+            cli.WINDOW, resumable.sync = WINDOW, slow_sync
             code = 1
             try:
                 code = cli.main(json.loads(line))

@@ -16,7 +16,9 @@ import tensorflow_text  # noqa: F401  registers ops of the exports
 from conftest import CORPUS, WORDS, fails, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import batch, cli, cli_output, text_files
+from bertgen_tf import batch, cli
+from bertgen_tf.data import resumable
+from bertgen_tf.data import texts as text_files
 
 # Without its favourites a random model looks at the source.
 CONFIG = bg.GenerationConfig(
@@ -159,7 +161,7 @@ def test_workers_on_a_cluster_and_workers_that_die(
     assert len(captured.err.splitlines()) < 4, captured.err
 
     killer = Killer()
-    monkeypatch.setattr(cli_output, "sync", killer)
+    monkeypatch.setattr(resumable, "sync", killer)
     outputs = batch.generate_files(
         export,
         str(lines / "*"),
@@ -191,7 +193,7 @@ def test_a_preset_here_stopped_and_resumed(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli_output, "sync", stop)
+        patched.setattr(resumable, "sync", stop)
         assert cli.main(run) == 130
     assert "a.jsonl.partial" in capsys.readouterr().err
     partial = output / "a.jsonl.partial"

@@ -17,7 +17,8 @@ import tensorflow as tf
 from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import cli, export, finetuning, text_files
+from bertgen_tf import cli, export, finetuning
+from bertgen_tf.data import texts as text_files
 
 SOURCES = [
     "the old man sang",

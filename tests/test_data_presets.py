@@ -12,8 +12,9 @@ import pytest
 from conftest import SHARED
 from test_downloads import Handler, server  # noqa: F401  a fixture
 
-from bertgen_tf import data_presets, metrics
-from bertgen_tf.data_presets import PRESETS, read
+from bertgen_tf import metrics
+from bertgen_tf.data import data_presets
+from bertgen_tf.data.data_presets import PRESETS, read
 
 DISCOFUSE = (
     "coherent_second_sentence\tdiscourse_type\tcoherent_first_sentence\t"

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from bertgen_tf import downloads
+from bertgen_tf.data import downloads
 
 CONTENT = bytes(range(256)) * 5000  # more than one block
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

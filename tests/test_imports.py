@@ -40,7 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "data": "cli_output data_presets downloads folders progress text_files",
     "network": "buckets layers models projections quantization sources weights",
     "generation": "generation generation_inputs generation_settings generator streaming",
     "generation/search": "decoding filters logits noise sampling sequences token_scores",
@@ -69,7 +68,7 @@ ANYWHERE = {"google", "keras", "numpy", "sentencepiece", "tensorflow", "tensorfl
 # All others have one home, the first; the further ones are exceptions.
 HOMES = {
     "apache_beam": ["beam"],
-    "datasets": ["data_presets"],
+    "datasets": ["data.data_presets"],
     "grpc": ["serving_transport"],
     "h11": ["serving_server"],
     "h5py": ["presets"],

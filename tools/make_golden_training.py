@@ -35,7 +35,8 @@ import numpy as np
 from make_golden_preset import make_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli, text_files, training_data, weights
+from bertgen_tf import cli, training_data, weights
+from bertgen_tf.data import texts
 
 ARCHIVE = pathlib.Path(__file__).resolve().parent.parent / "tests/data/golden_training.zip"
 TRAIN = [("a bird sang", "bird sang a"), ("birds", "a a bird"), ("sang a .", "."), ("a a", "sang")]
@@ -123,7 +124,7 @@ def encode(encoder: bg.BertGenerationEncoder) -> Any:
 
 def batch() -> tuple[list[str], list[str]]:
     """All pairs of train.tsv as sources and targets."""
-    sources, targets = zip(*text_files.read_pairs("train.tsv"), strict=True)
+    sources, targets = zip(*texts.read_pairs("train.tsv"), strict=True)
     return list(sources), list(targets)
 
 

@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
-from bertgen_tf.progress import show_progress
+from bertgen_tf.data.progress import show_progress
 
 _TIMEOUT_SECONDS = 60
 _BLOCK = 2**20

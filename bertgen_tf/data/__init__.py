@@ -1,0 +1,1 @@
+"""Files and data sets: texts, downloads, and outputs that are there whole or not at all."""
