@@ -8,13 +8,14 @@ if _keras.backend.backend() != "tensorflow":
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from bertgen_tf import hub, huggingface, presets, sources
+from bertgen_tf import hub, huggingface, presets
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.freezing import GradualUnfreezing, freeze, unfreeze
 from bertgen_tf.generator import GenerateOutput
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network import sources
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.optimizers import averaged_weights, default_optimizer, paper_optimizer
 from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer

@@ -9,17 +9,18 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
-from bertgen_tf import freezing, lora, optimizers, sources, streaming, training
+from bertgen_tf import freezing, lora, optimizers, streaming, training
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generator import BATCH_SIZE, WINDOW, Generator
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network import sources
+from bertgen_tf.network.quantization import check_quantization
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.pair_checks import (
     check_pair,
     check_preprocessor,
     check_tokenizers,
     length_or_default,
 )
-from bertgen_tf.quantization import check_quantization
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import share_of_replica

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
-from bertgen_tf import weights
 from bertgen_tf.checks import check_integer
-from bertgen_tf.weights import NEW_IN_DECODER
+from bertgen_tf.network import weights
+from bertgen_tf.network.weights import NEW_IN_DECODER
 
 
 def new_variables(model: Any) -> list[keras.Variable]:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from bertgen_tf import decoding
-from bertgen_tf.buckets import bucket_lengths
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation_settings import (
@@ -23,7 +22,8 @@ from bertgen_tf.generation_settings import (
     uses_beams,
 )
 from bertgen_tf.logits import Processor
-from bertgen_tf.quantization import integer_products
+from bertgen_tf.network.buckets import bucket_lengths
+from bertgen_tf.network.quantization import integer_products
 
 # input_ids, attention_mask, decoder_input_ids, seeds
 _SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 3 + [tf.TensorSpec([None, 2], tf.int32)]

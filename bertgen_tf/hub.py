@@ -20,7 +20,7 @@ from typing import Any
 
 from bertgen_tf import hub_encoders, hub_modules, hub_originals, pretrained
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.pretrained import Decoder, Encoder, Model
 from bertgen_tf.tokenizers import BertTokenizer
 

@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf import hub_modules, weights
+from bertgen_tf import hub_modules
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.graph import Graph
 from bertgen_tf.hub_layers import read_layers, shortest
 from bertgen_tf.hub_modules import Module
-from bertgen_tf.models import BertGenerationEncoder
+from bertgen_tf.network import weights
+from bertgen_tf.network.stacks import BertGenerationEncoder
+from bertgen_tf.network.weights import Rule
 from bertgen_tf.tokenizers import BertTokenizer
-from bertgen_tf.weights import Rule
 
 VERIFY_TOLERANCE = 1e-4
 

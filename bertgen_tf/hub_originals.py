@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf import hub_modules, weights
+from bertgen_tf import hub_modules
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
@@ -32,10 +32,11 @@ from bertgen_tf.hub_text import (
     read_tokenizer,
     run_part,
 )
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network import weights
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network.weights import Rule
 from bertgen_tf.pretrained import Model
 from bertgen_tf.tokenizers import BertTokenizer
-from bertgen_tf.weights import Rule
 
 # What must be known; only the last has a value that is right for most modules.
 SETTINGS = (

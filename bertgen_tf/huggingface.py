@@ -25,9 +25,9 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.data import folders
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network.weights import assign, named_variables
 from bertgen_tf.pretrained import Decoder, Encoder, Model
-from bertgen_tf.weights import assign, named_variables
 
 _CONFIG = "config.json"
 _GENERATION = "generation_config.json"

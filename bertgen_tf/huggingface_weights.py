@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.weights import Rule, named_variables
+from bertgen_tf.network.weights import Rule, named_variables
 
 _LAYER = "encoder.layer.N."
 

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 
 from bertgen_tf.checks import first_line
 from bertgen_tf.freezing import new_variables
-from bertgen_tf.projections import Dense, Projection
-from bertgen_tf.weights import Rule, assign, named_variables
+from bertgen_tf.network.projections import Dense, Projection
+from bertgen_tf.network.weights import Rule, assign, named_variables
 
 FORMAT = "bertgen_tf adapter"
 _SETTINGS = {"rank": int, "alpha": (int, float), "targets": list, "train_new_weights": bool}

@@ -20,8 +20,8 @@ import h5py
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.network.weights import VariablePart, named_variables
 from bertgen_tf.pretrained import Model
-from bertgen_tf.weights import VariablePart, named_variables
 
 FORMAT = "bertgen_tf preset"
 CONFIG_FILE = "config.json"

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import keras
 
-from bertgen_tf import weights
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network import weights
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network.weights import NEW_IN_DECODER, Rule
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
-from bertgen_tf.weights import NEW_IN_DECODER, Rule
 
 CROSS_ATTENTION = ("random", "self_attention")
 

@@ -15,7 +15,7 @@ from bertgen_tf import huggingface_files as files
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_gpt2 import Checkpoint
-from bertgen_tf.models import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 
 RANDOM, BERT, ROBERTA, GPT2 = "random", "bert", "roberta", "gpt2"
 # The paper uses the first 512 of GPT-2's positions.

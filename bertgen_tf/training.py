@@ -5,8 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf.buckets import bucket_lengths
 from bertgen_tf.checks import check_integer
+from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.weights import Rule, assign, named_variables
+from bertgen_tf.network.weights import Rule, assign, named_variables
 
 
 def trim_vocabulary(

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
 from bertgen_tf import cli, cli_convert
-from bertgen_tf.weights import named_variables
+from bertgen_tf.network.weights import named_variables
 
 TEXTS = ["the old man saw a house", "who sang?", "a bird left, but the woman found it"]
 

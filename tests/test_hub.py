@@ -23,7 +23,7 @@ from tensorflow_hub import resolver
 
 import bertgen_tf as bg
 from bertgen_tf import hub_modules
-from bertgen_tf.weights import named_variables
+from bertgen_tf.network.weights import named_variables
 
 MINILM = SHARED / "hub/tf2_bert_minilm_l6"
 TINY = SHARED / "hub/tf2_bert_tiny"

@@ -20,7 +20,7 @@ from bertgen_tf import huggingface
 from bertgen_tf import huggingface_config as configs
 from bertgen_tf import huggingface_generation as generations
 from bertgen_tf import huggingface_weights as names
-from bertgen_tf.weights import named_variables
+from bertgen_tf.network.weights import named_variables
 
 needs_shared = pytest.mark.skipif(
     not (SHARED / "golden/hf").is_dir(), reason="needs the folder `shared` beside the project"

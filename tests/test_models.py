@@ -7,9 +7,9 @@ import tensorflow as tf
 from conftest import PIECES, eagerly, make_model
 
 import bertgen_tf as bg
-from bertgen_tf.layers import write_cache
-from bertgen_tf.projections import Dense
-from bertgen_tf.weights import named_variables
+from bertgen_tf.network.layers import write_cache
+from bertgen_tf.network.projections import Dense
+from bertgen_tf.network.weights import named_variables
 
 RNG = np.random.default_rng(5)
 SOURCE = RNG.integers(6, len(PIECES), (3, 7)).astype(np.int32)

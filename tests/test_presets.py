@@ -11,7 +11,7 @@ import pytest
 from conftest import CORPUS, eagerly, make_model, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf.weights import named_variables
+from bertgen_tf.network.weights import named_variables
 
 GOLDEN = Path(__file__).parent / "data/golden_preset.zip"
 INPUTS = {

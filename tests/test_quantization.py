@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import bertgen_tf as bg
 from bertgen_tf import generation
-from bertgen_tf.projections import Dense
-from bertgen_tf.quantization import integer_products, quantize_matrix, quantized_linear
-from bertgen_tf.weights import Rule, WeightsError, assign, named_variables
+from bertgen_tf.network.projections import Dense
+from bertgen_tf.network.quantization import integer_products, quantize_matrix, quantized_linear
+from bertgen_tf.network.weights import Rule, WeightsError, assign, named_variables
 
 RNG = np.random.default_rng(11)
 IDS = RNG.integers(6, len(PIECES), (3, 7)).astype(np.int32)

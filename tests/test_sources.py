@@ -7,7 +7,7 @@ import pytest
 from conftest import make_small_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import sources
+from bertgen_tf.network import sources
 
 
 class Model(bg.EncoderDecoderModel):

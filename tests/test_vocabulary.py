@@ -4,7 +4,7 @@ import sentencepiece
 from conftest import CORPUS, PIECES, SHARED, eagerly, make_model, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf.weights import named_variables
+from bertgen_tf.network.weights import named_variables
 
 
 def spiece_pieces(tokenizer, folder) -> list[str]:

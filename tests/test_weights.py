@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import make_model
 
-from bertgen_tf.weights import (
+from bertgen_tf.network.weights import (
     Rule,
     VariablePart,
     WeightsError,

@@ -10,8 +10,8 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.quantization import quantize_matrix, quantized_linear
-from bertgen_tf.weights import VariablePart
+from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
+from bertgen_tf.network.weights import VariablePart
 
 
 def dense(
@@ -84,7 +84,7 @@ class Dense(keras.layers.Layer):
         parts: how many projections of equal size this one holds, one below the other. If they are
             several, files and rule tables know each as a `Projection`, and not this layer.
         quantization: "int8" for an int8 kernel with a `kernel_scale` [units]; see
-            `bertgen_tf.quantization`.
+            `bertgen_tf.network.quantization`.
 
     Attributes:
         adapters: LoRA's matrices (A [r, inputs], B [units / parts, r]) of each part, or None; see

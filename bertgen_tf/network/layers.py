@@ -15,7 +15,7 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.projections import Projection, dense, initializer, linear
+from bertgen_tf.network.projections import Projection, dense, initializer, linear
 
 # Finite, so that no row of scores can turn into NaN.
 MASKED_SCORE = -1e9

@@ -21,11 +21,17 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from bertgen_tf import sources
 from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig
-from bertgen_tf.layers import Embeddings, TransformerBlock, causal_mask, final_norm, padding_mask
-from bertgen_tf.projections import Dense, quantized_weights
-from bertgen_tf.quantization import quantize_matrix, quantized_linear
+from bertgen_tf.network import sources
+from bertgen_tf.network.layers import (
+    Embeddings,
+    TransformerBlock,
+    causal_mask,
+    final_norm,
+    padding_mask,
+)
+from bertgen_tf.network.projections import Dense, quantized_weights
+from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
 _NOT_ALONE = "A stack is not quantized alone. Call quantize of the EncoderDecoderModel."
