@@ -13,7 +13,7 @@ from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.freezing import GradualUnfreezing, freeze, unfreeze
-from bertgen_tf.generator import GenerateOutput
+from bertgen_tf.generation.generator import GenerateOutput
 from bertgen_tf.network import sources
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.optimizers import averaged_weights, default_optimizer, paper_optimizer

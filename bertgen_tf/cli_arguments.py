@@ -8,7 +8,7 @@ from bertgen_tf import __version__, cli_evaluate, cli_serve, cli_values
 from bertgen_tf.cli_common import PROGRAM
 from bertgen_tf.cli_finetune_arguments import add_finetune
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
-from bertgen_tf.generator import BATCH_SIZE
+from bertgen_tf.generation.generator import BATCH_SIZE
 
 
 class _Parser(argparse.ArgumentParser):

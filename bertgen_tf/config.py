@@ -222,7 +222,7 @@ _GENERATION_RULES = {
     "length_penalty": _NUMBER,
     "early_stopping": _Rule(_choice(True, False, "never").allows, 'True, False or "never"'),
     "gnmt_alpha": _NUMBER_FROM_0,
-    # The least that scores can be divided by, see `bertgen_tf.filters`.
+    # The least that scores can be divided by, see `bertgen_tf.generation.search.filters`.
     "temperature": _Rule(
         lambda value: is_number(value) and value >= 1e-4, "a number of at least 0.0001"
     ),

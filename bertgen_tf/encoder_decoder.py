@@ -9,9 +9,10 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
-from bertgen_tf import freezing, lora, optimizers, streaming, training
+from bertgen_tf import freezing, lora, optimizers, training
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generator import BATCH_SIZE, WINDOW, Generator
+from bertgen_tf.generation import streaming
+from bertgen_tf.generation.generator import BATCH_SIZE, WINDOW, Generator
 from bertgen_tf.network import sources
 from bertgen_tf.network.quantization import check_quantization
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
@@ -409,8 +410,8 @@ class EncoderDecoderModel(keras.Model):
             decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
                 text that is returned.
             logits_processor: functions `(logits, ids, step) -> logits` that run after those of the
-                settings, see `bertgen_tf.logits`. The compiled functions are kept by them: pass
-                the same objects again, or each call compiles anew.
+                settings, see `bertgen_tf.generation.search.logits`. The compiled functions are kept
+                by them: pass the same objects again, or each call compiles anew.
             output_scores: also give the log-probability of each token.
             output_attentions: also give the weights of cross-attention. They take 4 bytes for each
                 layer, head, output and source token: of 24 layers with 16 heads, 50 MB for an
@@ -511,7 +512,7 @@ class EncoderDecoderModel(keras.Model):
         jit_compile: bool = True,
         **options: Any,
     ) -> Iterator[str]:
-        """Generates from one text, given out in parts; see `bertgen_tf.streaming.stream`."""
+        """Generates from one text, given out in parts; see `generation.streaming.stream`."""
         return streaming.stream(
             self,
             text,

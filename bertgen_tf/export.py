@@ -51,8 +51,8 @@ from bertgen_tf.config import GenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export_check import ExportError, check_export
 from bertgen_tf.export_signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
-from bertgen_tf.generation_settings import check_config
-from bertgen_tf.logits import Processor
+from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.settings import check_config
 
 __all__ = ["ExportError", "check_version_path", "export_saved_model"]
 
@@ -81,8 +81,8 @@ def export_saved_model(
             serves the highest version in the folder NAME.
         generation_config: settings of all signatures but the further ones; by default the model's.
         signatures: further ones by name, each with its own settings.
-        logits_processor: run after the processors of the settings, see `bertgen_tf.logits`; they
-            become part of the graph.
+        logits_processor: run after the processors of the settings, see
+            `bertgen_tf.generation.search.logits`; they become part of the graph.
         max_batch_size: the most texts that a server puts into one batch, a power of two.
         warmup_xla: also write warm-up requests that compile `generate_xla` for every batch size and
             length. Only for servers with XLA switched on: no other would load the export.

@@ -14,8 +14,8 @@ import tensorflow as tf
 
 from bertgen_tf.export_files import WARMUP_FILE, text_of_length
 from bertgen_tf.export_signatures import COMPILED, ServingModule
-from bertgen_tf.generation_settings import eos_token_ids
-from bertgen_tf.logits import Processor
+from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.settings import eos_token_ids
 
 # Of log-probabilities and of weights of attention.
 TOLERANCE = 1e-3

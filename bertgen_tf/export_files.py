@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export_signatures import COMPILED, ServingModule
-from bertgen_tf.generation import source_buckets
+from bertgen_tf.generation.compiled import source_buckets
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 BATCHING_FILE = "batching_params.pbtxt"

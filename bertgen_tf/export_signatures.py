@@ -12,11 +12,11 @@ from typing import Any
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import generation_function, hypotheses_to_text
-from bertgen_tf.generation_inputs import start_prompt
-from bertgen_tf.generation_settings import eos_token_ids, total_length, uses_beams
-from bertgen_tf.logits import Processor
-from bertgen_tf.sequences import is_one_of
+from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text
+from bertgen_tf.generation.inputs import start_prompt
+from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.search.sequences import is_one_of
+from bertgen_tf.generation.settings import eos_token_ids, total_length, uses_beams
 
 # The suffix of signatures that are compiled by XLA.
 COMPILED = "_xla"

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf import filters, logits
+from bertgen_tf.generation.search import filters, logits
 
 GOLDEN = pathlib.Path(__file__).parent / "data/logits.npz"
 

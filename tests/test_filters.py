@@ -3,8 +3,8 @@ import pytest
 import tensorflow as tf
 from logits_cases import assert_equal, golden_cases, make, run
 
-from bertgen_tf import filters
-from bertgen_tf.logits import BANNED
+from bertgen_tf.generation.search import filters
+from bertgen_tf.generation.search.logits import BANNED
 
 IDS = np.zeros([3, 2], np.int32)
 RNG = np.random.default_rng(3)

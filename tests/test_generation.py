@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bertgen_tf as bg
-from bertgen_tf import generation
-from bertgen_tf.generation import generation_function, streaming_functions
-from bertgen_tf.generation_inputs import make_seeds, start_prompt
-from bertgen_tf.generation_settings import check_config, processors_for
+from bertgen_tf.generation import compiled as generation
+from bertgen_tf.generation.compiled import generation_function, streaming_functions
+from bertgen_tf.generation.inputs import make_seeds, start_prompt
+from bertgen_tf.generation.settings import check_config, processors_for
 
 RNG = np.random.default_rng(6)
 IDS = RNG.integers(6, len(PIECES), (3, 7)).astype(np.int32)
@@ -516,7 +516,7 @@ def test_processors_come_in_the_order_of_transformers(monkeypatch, model):
     )
     for name in order:
         monkeypatch.setattr(
-            f"bertgen_tf.logits.{name}",
+            f"bertgen_tf.generation.search.logits.{name}",
             lambda *args, name=name, **kwargs: (name, args, sorted(kwargs)),
         )
     config = settings_of(
@@ -664,8 +664,8 @@ folder = sys.argv[1]
 os.environ["XLA_FLAGS"] = f"--xla_dump_to={folder} --xla_dump_hlo_module_re=.*search.*"
 import numpy as np
 import bertgen_tf as bg
-from bertgen_tf.generation import generation_function
-from bertgen_tf.generation_inputs import make_seeds, start_prompt
+from bertgen_tf.generation.compiled import generation_function
+from bertgen_tf.generation.inputs import make_seeds, start_prompt
 config = bg.BertGenerationConfig(vocab_size=11, hidden_size=6, num_hidden_layers=1,
     num_attention_heads=2, intermediate_size=7, max_position_embeddings=22)
 model = bg.EncoderDecoderModel(bg.BertGenerationEncoder(config),

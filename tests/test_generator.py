@@ -10,9 +10,9 @@ import tensorflow as tf
 from conftest import PIECES, WORDS, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import generation, generator
-from bertgen_tf.generation import GenerateTensors
-from bertgen_tf.generator import Generator
+from bertgen_tf.generation import compiled, generator
+from bertgen_tf.generation.compiled import GenerateTensors
+from bertgen_tf.generation.generator import Generator
 
 RNG = np.random.default_rng(11)
 TEXTS = ["the man saw a bird, who sang.", "old house", "and the woman left", ""]
@@ -369,8 +369,8 @@ def test_prompts_of_text_and_ids_say_the_same(model):
 
 def test_iterate_gives_what_generate_gives_with_the_same_functions(monkeypatch):
     traced = []
-    search = generation._search
-    monkeypatch.setattr(generation, "_search", lambda *a: traced.append(a[2]) or search(*a))
+    search = compiled._search
+    monkeypatch.setattr(compiled, "_search", lambda *a: traced.append(a[2]) or search(*a))
     model = make_small_model(seed=6, generation_config=bg.GenerationConfig(max_new_tokens=5))
     options = {"num_beams": 3, "num_return_sequences": 2, "batch_size": 4, "jit_compile": False}
     expected = model.generate(MANY[:10], **options)

@@ -40,8 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "generation": "generation generation_inputs generation_settings generator streaming",
-    "generation/search": "decoding filters logits noise sampling sequences token_scores",
     "training": "freezing lora optimizers training",
     "models": "encoder_decoder pair_checks pretrained vocabulary",
     "checkpoints": "presets recipes",

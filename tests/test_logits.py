@@ -3,8 +3,8 @@ import pytest
 import tensorflow as tf
 from logits_cases import assert_equal, golden_cases, make, run
 
-from bertgen_tf import logits
-from bertgen_tf.logits import BANNED, compose, min_new_tokens, suppress_tokens
+from bertgen_tf.generation.search import logits
+from bertgen_tf.generation.search.logits import BANNED, compose, min_new_tokens, suppress_tokens
 
 LOGITS = tf.constant(np.linspace(-2.0, 3.0, 14, dtype=np.float32).reshape(2, 7))
 IDS = tf.zeros([2, 5], tf.int32)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from logits_cases import assert_equal, make, run
 
-from bertgen_tf import filters
+from bertgen_tf.generation.search import filters
 
 pytest.importorskip("torch", reason="needs the extra compare (transformers and torch)")
 pytest.importorskip("transformers", reason="needs the extra compare (transformers and torch)")

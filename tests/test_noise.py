@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from tables import assert_drawn_from
 
-from bertgen_tf import noise
+from bertgen_tf.generation.search import noise
 
 FORMS = {
     "eager": lambda function: function,

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bertgen_tf as bg
-from bertgen_tf import generation
+from bertgen_tf.generation import compiled as generation
 from bertgen_tf.network.projections import Dense
 from bertgen_tf.network.quantization import integer_products, quantize_matrix, quantized_linear
 from bertgen_tf.network.weights import Rule, WeightsError, assign, named_variables

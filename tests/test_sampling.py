@@ -17,9 +17,9 @@ from tables import (
     table_step,
 )
 
-from bertgen_tf import filters
-from bertgen_tf.decoding import Sampling, sample
-from bertgen_tf.logits import min_new_tokens, suppress_tokens
+from bertgen_tf.generation.search import filters
+from bertgen_tf.generation.search.beam_search import Sampling, sample
+from bertgen_tf.generation.search.logits import min_new_tokens, suppress_tokens
 
 DRAWS = 100_000
 

@@ -15,9 +15,9 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizer_samples import BERT_PIECES, SENTENCES, SHARED, needs_shared, train_sentencepiece
 
 import bertgen_tf as bg
-from bertgen_tf import streaming
-from bertgen_tf.generation import StreamStep
-from bertgen_tf.streaming import stream
+from bertgen_tf.generation import streaming
+from bertgen_tf.generation.compiled import StreamStep
+from bertgen_tf.generation.streaming import stream
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, prose, text_stream
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.tokenizers.text_stream import TextStream

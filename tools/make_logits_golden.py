@@ -6,11 +6,11 @@ the project does not depend on, so use an environment of its own:
     pip install transformers==5.23.0 torch==2.13.0 numpy
     python tools/make_logits_golden.py
 
-A case is a list of processors, each a name and arguments as in `bertgen_tf.logits` and
-`bertgen_tf.filters`. All cases have the same shapes and are stacked: `cases` (JSON), `lengths`
-[cases], `ids` [cases, rows, length], of which `lengths` count, `logits` and `expected`
-[cases, rows, vocabulary], with minus infinity for banned tokens. A source has no padding, which
-HuggingFace counts.
+A case is a list of processors, each a name and arguments as in
+`bertgen_tf.generation.search.logits` and `bertgen_tf.generation.search.filters`. All cases have the
+same shapes and are stacked: `cases` (JSON), `lengths` [cases], `ids` [cases, rows, length], of
+which `lengths` count, `logits` and `expected` [cases, rows, vocabulary], with minus infinity for
+banned tokens. A source has no padding, which HuggingFace counts.
 """
 
 import argparse

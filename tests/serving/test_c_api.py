@@ -19,7 +19,7 @@ from conftest import FURTHER, WORDS, make_model
 from serving_exports import write_export
 
 import bertgen_tf as bg
-from bertgen_tf.generation import hypotheses_to_text
+from bertgen_tf.generation.compiled import hypotheses_to_text
 from bertgen_tf.tokenizers.byte_pair import sentencepiece_from_byte_pair
 
 TEXTS = [

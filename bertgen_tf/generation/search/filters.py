@@ -1,6 +1,7 @@
 """Filters for sampling: processors that narrow or reshape what the next token is drawn from.
 
-They have the signature of `bertgen_tf.logits` and run after all processors, in the order of
+They have the signature of `bertgen_tf.generation.search.logits` and run after all processors, in
+the order of
 HuggingFace: `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`. Each follows the class of the
 same name in transformers 5.23 ("warper"), but bans with the finite `BANNED`, and among tokens of
 equal score keeps all or none, where HuggingFace's top-p goes by the order of a sort.
@@ -14,8 +15,8 @@ import math
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer, check_number
-from bertgen_tf.logits import Processor
-from bertgen_tf.token_scores import BANNED, keep_banned
+from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.search.token_scores import BANNED, keep_banned
 
 # Sorting a vocabulary costs ten times as much as finding its best few hundred tokens, and these
 # nearly always hold the mass that is asked for.

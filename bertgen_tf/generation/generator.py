@@ -15,8 +15,8 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data.progress import show_progress
-from bertgen_tf.generation import generation_function, hypotheses_to_text, source_buckets
-from bertgen_tf.generation_inputs import (
+from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text, source_buckets
+from bertgen_tf.generation.inputs import (
     Rows,
     check_decoder_text,
     check_processors,
@@ -27,7 +27,7 @@ from bertgen_tf.generation_inputs import (
     strings,
     with_prompts,
 )
-from bertgen_tf.generation_settings import check_config
+from bertgen_tf.generation.settings import check_config
 
 BATCH_SIZE = 32
 # Texts that are read, sorted and generated before the first result of them comes.
@@ -163,7 +163,7 @@ class Generator:
         logits_processor: Sequence[Callable] = (),
         output_attentions: bool = False,
     ) -> Callable:
-        """What `bertgen_tf.generation.generation_function` gives, traced once for all seeds."""
+        """What `generation.compiled.generation_function` gives, traced once for all seeds."""
         config = config.replace(seed=None)
         key = (config, bool(jit_compile), tuple(logits_processor), bool(output_attentions))
         # The one used last stands last; the first one goes.

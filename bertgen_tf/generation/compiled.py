@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from bertgen_tf import decoding
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation_settings import (
+from bertgen_tf.generation.search import beam_search as decoding
+from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.settings import (
     eos_token_ids,
     filters_for,
     processors_for,
     total_length,
     uses_beams,
 )
-from bertgen_tf.logits import Processor
 from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.network.quantization import integer_products
 
@@ -36,7 +36,7 @@ class GenerateTensors(NamedTuple):
 
     Attributes:
         sequences: int32 [B, n, T]: prompt, generated tokens, end token if it was reached, padding.
-        scores: float32 [B, n], see `bertgen_tf.decoding`.
+        scores: float32 [B, n], see `bertgen_tf.generation.search.beam_search`.
         token_scores: float32 [B, n, T - 1]: the log-probability of sequences[..., i + 1] where that
             was generated, 0 elsewhere.
         cross_attentions: float32 [B, n, layers, heads, T - 1, S], or None: the weights with which
@@ -67,7 +67,8 @@ def generation_function(
         model: with `encoder` and `decoder`.
         config: settings that `check_config` passed; its seed is not read.
         jit_compile: see above.
-        logits_processor: run after the processors of the settings, see `bertgen_tf.logits`.
+        logits_processor: run after the processors of the settings, see
+            `bertgen_tf.generation.search.logits`.
         output_attentions: also gives the weights of cross-attention.
 
     Returns:

@@ -28,11 +28,11 @@ from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
-from bertgen_tf import noise
 from bertgen_tf.checks import check_integer
-from bertgen_tf.logits import BANNED, Processor, check_token_ids, compose
-from bertgen_tf.sampling import Sampling, SamplingLoop, sample
-from bertgen_tf.sequences import (
+from bertgen_tf.generation.search import noise
+from bertgen_tf.generation.search.logits import BANNED, Processor, check_token_ids, compose
+from bertgen_tf.generation.search.sampling import Sampling, SamplingLoop, sample
+from bertgen_tf.generation.search.sequences import (
     SearchOutput,
     Step,
     check_scorer,
@@ -204,7 +204,8 @@ def beam_search(
             first ends the search. None: no such limit.
         eos_token_ids: each of them ends a sequence.
         pad_token_id: fills sequences after their end.
-        processors: run in order on the scores of the next token, see `bertgen_tf.logits`.
+        processors: run in order on the scores of the next token, see
+            `bertgen_tf.generation.search.logits`.
         filters: the same, after the processors; with `do_sample` only.
         do_sample: whether continuations are drawn.
         seeds: integers `[batch, 2]`, with `do_sample` only: a seed and the number of the example.

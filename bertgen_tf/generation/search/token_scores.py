@@ -1,6 +1,7 @@
 """Arithmetic on the scores of tokens: what is banned, and scores changed in few places.
 
-What `bertgen_tf.logits` and `bertgen_tf.filters` are made of; shapes as there. All this runs for
+What `bertgen_tf.generation.search.logits` and `bertgen_tf.generation.search.filters` are made of;
+shapes as there. All this runs for
 every token over a large vocabulary: nothing here is as large as a sequence times a vocabulary.
 """
 

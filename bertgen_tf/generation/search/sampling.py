@@ -1,7 +1,7 @@
 """Greedy search and sampling: one token at a time, every sequence on its own.
 
-The step function and the shapes are those of `bertgen_tf.decoding`. R = batch *
-num_return_sequences is the number of rows, L the length of a sequence.
+The step function and the shapes are those of `bertgen_tf.generation.search.beam_search`. R = batch
+* num_return_sequences is the number of rows, L the length of a sequence.
 """
 
 import dataclasses
@@ -10,10 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
-from bertgen_tf import noise
 from bertgen_tf.checks import check_integer
-from bertgen_tf.logits import BANNED, Processor, check_token_ids, compose
-from bertgen_tf.sequences import (
+from bertgen_tf.generation.search import noise
+from bertgen_tf.generation.search.logits import BANNED, Processor, check_token_ids, compose
+from bertgen_tf.generation.search.sequences import (
     SearchOutput,
     Step,
     check_scorer,
@@ -229,7 +229,7 @@ def sample(
     So greedy search equals a beam of one, and a filter shapes the draw, not the score.
 
     Args:
-        step: the step function, see `bertgen_tf.decoding`.
+        step: the step function, see `bertgen_tf.generation.search.beam_search`.
         state: its first state.
         start_ids: integers `[batch]`, the first token of every sequence, or `[batch, P]`, the first
             tokens. `step` is first asked about the last of them: its state holds the earlier ones.
@@ -238,7 +238,8 @@ def sample(
             first ends the search. None: no such limit.
         eos_token_ids: each of them ends a sequence; none: all run to the limit.
         pad_token_id: fills sequences after their end; `step` still receives these rows.
-        processors: run in order on the scores of the next token, see `bertgen_tf.logits`.
+        processors: run in order on the scores of the next token, see
+            `bertgen_tf.generation.search.logits`.
         filters: the same, after the processors, on what is drawn from; with `do_sample` only.
         do_sample: whether tokens are drawn.
         seeds: integers `[batch, 2]`, with `do_sample` only: a seed and the number of the example.

@@ -13,7 +13,7 @@ of transformers 5.23 that have the same names; several compose by running in ord
 being `sequence_bias`, `encoder_repetition_penalty`, `repetition_penalty`, `no_repeat_ngram`,
 `encoder_no_repeat_ngram`, `bad_words`, `min_length`, `min_new_tokens`, `forced_bos`, `forced_eos`,
 `exponential_decay_length_penalty`, `suppress_tokens`, `begin_suppress_tokens`, the user's own, and
-last, for sampling, those of `bertgen_tf.filters`.
+last, for sampling, those of `bertgen_tf.generation.search.filters`.
 
 Where HuggingFace uses minus infinity, a token is banned with the finite `BANNED`. Scores at or
 below `BANNED / 2` (a model's own minus infinity, too) count as banned, and stay so whatever a later
@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer, check_number, check_positive
-from bertgen_tf.token_scores import (
+from bertgen_tf.generation.search.token_scores import (
     BANNED,
     allow_only,
     ban,

@@ -5,8 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import filters, logits
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation.search import filters, logits
 
 
 def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -> None:

@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import streaming_functions
-from bertgen_tf.generation_inputs import check_processors, make_seeds, start_prompt
-from bertgen_tf.generation_settings import check_config
-from bertgen_tf.generator import MAX_FUNCTIONS
+from bertgen_tf.generation.compiled import streaming_functions
+from bertgen_tf.generation.generator import MAX_FUNCTIONS
+from bertgen_tf.generation.inputs import check_processors, make_seeds, start_prompt
+from bertgen_tf.generation.settings import check_config
 from bertgen_tf.tokenizers.text_stream import TextStream
 
 

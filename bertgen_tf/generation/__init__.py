@@ -1,0 +1,1 @@
+"""From a model and texts to hypotheses: inputs, settings, compiled functions, streams."""
