@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf import finetuning, freezing, presets, training_callbacks
+from bertgen_tf import finetuning, presets, training_callbacks
 from bertgen_tf import metrics as scores
 from bertgen_tf.checks import first_line
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
@@ -21,9 +21,10 @@ from bertgen_tf.data import data_presets
 from bertgen_tf.data import texts as text_files
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_files import is_huggingface
-from bertgen_tf.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.recipes import warm_start
-from bertgen_tf.training import default_loss
+from bertgen_tf.training import freezing
+from bertgen_tf.training.losses import default_loss
+from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer
 from bertgen_tf.training_data import TrainingData
 from bertgen_tf.training_state import (
     ADAPTER_FILE,

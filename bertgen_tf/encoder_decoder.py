@@ -9,7 +9,6 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
-from bertgen_tf import freezing, lora, optimizers, training
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation import streaming
 from bertgen_tf.generation.generator import BATCH_SIZE, WINDOW, Generator
@@ -24,7 +23,9 @@ from bertgen_tf.pair_checks import (
 )
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training import share_of_replica
+from bertgen_tf.training import freezing, lora, optimizers
+from bertgen_tf.training import losses as training
+from bertgen_tf.training.losses import share_of_replica
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
@@ -224,7 +225,7 @@ class EncoderDecoderModel(keras.Model):
         targets: Sequence[str] = ("query", "value"),
         train_new_weights: bool = True,
     ) -> None:
-        """Freezes the model and puts small matrices beside its projections; see `bertgen_tf.lora`.
+        """Freezes the model and puts small matrices beside its projections; see `training.lora`.
 
         Presets and `.keras` files keep them as they are. Compile afterwards.
 
@@ -247,7 +248,7 @@ class EncoderDecoderModel(keras.Model):
         lora.merge(self)
 
     def save_adapter(self, path: str) -> None:
-        """Writes what trains with LoRA as one safetensors file; see `bertgen_tf.lora`."""
+        """Writes what trains with LoRA as one safetensors file; see `bertgen_tf.training.lora`."""
         lora.save(self, path)
 
     def load_adapter(self, path: str) -> None:
@@ -286,7 +287,7 @@ class EncoderDecoderModel(keras.Model):
         weighted_metrics: Any = "auto",
         **kwargs: Any,
     ) -> None:
-        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.optimizers`.
+        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.training.optimizers`.
 
         Args:
             optimizer: by default AdamW of `optimizers.default_optimizer()`.

@@ -10,12 +10,13 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from bertgen_tf import freezing, hub, huggingface, pretrained
+from bertgen_tf import hub, huggingface, pretrained
 from bertgen_tf import huggingface_files as files
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_gpt2 import Checkpoint
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
+from bertgen_tf.training import freezing
 
 RANDOM, BERT, ROBERTA, GPT2 = "random", "bert", "roberta", "gpt2"
 # The paper uses the first 512 of GPT-2's positions.

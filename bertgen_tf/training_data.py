@@ -13,7 +13,7 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training import lengths_of_batches
+from bertgen_tf.training.losses import lengths_of_batches
 
 Batch = tuple[dict[str, Any], Any, Any]
 LONG_TARGETS = ("cut", "skip", "error")

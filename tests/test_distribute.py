@@ -17,7 +17,7 @@ import numpy as np
 from conftest import make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf.freezing import GradualUnfreezing
+from bertgen_tf.training.freezing import GradualUnfreezing
 
 SOURCES = ["the man saw a bird", "old house", "and the woman left", "the bird sang"] * 2
 # Of equal length: losses are averages of the replicas' averages.

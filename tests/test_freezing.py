@@ -6,7 +6,7 @@ import pytest
 from conftest import make_model, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf.freezing import GradualUnfreezing, freeze, new_variables, unfreeze
+from bertgen_tf.training.freezing import GradualUnfreezing, freeze, new_variables, unfreeze
 
 SOURCES = ["the man saw a bird", "old house", "and the woman left", "the bird sang", "who", "a"]
 TARGETS = ["a bird saw", "house old.", "left, the woman", "old", "the man", "house"]

@@ -40,7 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "training": "freezing lora optimizers training",
     "models": "encoder_decoder pair_checks pretrained vocabulary",
     "checkpoints": "presets recipes",
     "checkpoints/hub": "graph hub hub_encoders hub_layers hub_modules hub_originals hub_search "
@@ -74,7 +73,7 @@ HOMES = {
     "prometheus_client": ["serving_app"],
     "pyarrow": ["batch"],
     "ray": ["batch"],
-    "safetensors": ["huggingface_files", "lora", "training_state"],
+    "safetensors": ["huggingface_files", "training.lora", "training_state"],
     "starlette": ["serving_app"],
     "tensorboard": ["training_callbacks"],
     "tensorflow_hub": ["hub_modules"],
@@ -280,7 +279,6 @@ def test_modules_in_folders_are_in_the_room_of_their_folder(tmp_path):
         tmp_path,
         {
             "checks.py": "",
-            "training.py": "",
             "models/encoder_decoder.py": "",
             "models/__init__.py": "",
             "checkpoints/presets.py": "",
@@ -294,7 +292,6 @@ def test_modules_in_folders_are_in_the_room_of_their_folder(tmp_path):
     rooms = {module: package.room(module) for module in package.files}
     assert rooms == {
         "checks": "checks",
-        "training": "training",
         "models": "models",  # models.py, the stacks, is in another
         "models.encoder_decoder": "models",
         "checkpoints.presets": "checkpoints",

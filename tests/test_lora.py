@@ -9,8 +9,8 @@ from conftest import make_model, make_small_model
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
-from bertgen_tf import freezing
 from bertgen_tf.network.weights import named_variables
+from bertgen_tf.training import freezing
 
 SOURCES = ["the man saw a bird", "old house", "and the woman left"]
 TARGETS = ["a bird saw", "house old.", "left, the woman"]

@@ -1,7 +1,8 @@
 import pytest
 
 import bertgen_tf as bg
-from bertgen_tf import freezing, optimizers, training
+from bertgen_tf.training import freezing, optimizers
+from bertgen_tf.training import losses as training
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,13 @@ import pytest
 from conftest import make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import optimizers
-from bertgen_tf.optimizers import BertAdamW, InverseSquareRoot, LinearWarmup, averaged_weights
+from bertgen_tf.training import optimizers
+from bertgen_tf.training.optimizers import (
+    BertAdamW,
+    InverseSquareRoot,
+    LinearWarmup,
+    averaged_weights,
+)
 
 SOURCES = ["the man saw a bird", "old house", "and the woman left", "the bird sang"]
 TARGETS = ["a bird saw", "house old.", "left, the woman", "old"]

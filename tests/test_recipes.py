@@ -6,8 +6,8 @@ import pytest
 from conftest import write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import freezing
 from bertgen_tf.network.weights import named_variables
+from bertgen_tf.training import freezing
 
 BERT_ROWS = ("RND2RND", "BERT2RND", "RND2BERT", "BERT2BERT", "BERTSHARE")
 WORDS = "embeddings/word_embeddings/embeddings"

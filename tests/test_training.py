@@ -7,7 +7,7 @@ import tensorflow as tf
 from conftest import PIECES, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import training
+from bertgen_tf.training import losses as training
 
 PAIRS = [
     ("the man saw a bird", "a bird saw the man"),

@@ -88,7 +88,7 @@ class Dense(keras.layers.Layer):
 
     Attributes:
         adapters: LoRA's matrices (A [r, inputs], B [units / parts, r]) of each part, or None; see
-            `bertgen_tf.lora`.
+            `bertgen_tf.training.lora`.
     """
 
     def __init__(

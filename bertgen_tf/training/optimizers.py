@@ -99,7 +99,7 @@ class BertAdamW(keras.optimizers.AdamW):
         *args, **kwargs: of Keras's `AdamW`.
         new_weights_factor: what the learning rate of new weights is multiplied by.
         new_weights: the paths of these variables; by default `EncoderDecoderModel.compile` fills
-            in those of `bertgen_tf.freezing.new_variables`.
+            in those of `bertgen_tf.training.freezing.new_variables`.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ def default_optimizer(
             warm-up and fall.
         weight_decay: decoupled, for kernels and embeddings only.
         new_weights_learning_rate: the highest value for weights that no checkpoint gave, see
-            `bertgen_tf.freezing.new_variables`; by default the same.
+            `bertgen_tf.training.freezing.new_variables`; by default the same.
         global_clipnorm: gradients of a greater norm, all taken together, are scaled to it; None
             leaves them.
         gradient_accumulation_steps: batches for one update. Their gradients are averaged, so a

@@ -3,7 +3,8 @@
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A projection `x W^T`
 becomes `x W^T + (alpha / rank) x A^T B^T`, A [rank, inputs] random and B [units, rank] zero at
 first: shapes, scale and start are those of HuggingFace's `peft`. A warm-started model also has
-weights that no checkpoint gave, such as cross-attention, see `bertgen_tf.freezing.new_variables`.
+weights that no checkpoint gave, such as cross-attention, see
+`bertgen_tf.training.freezing.new_variables`.
 Beside them adapters make no sense: they train as a whole, unless told otherwise.
 
 An adapter file is a safetensors file with what trained: `PROJECTION/lora_a` and `PROJECTION/lora_b`
@@ -22,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bertgen_tf.checks import first_line
-from bertgen_tf.freezing import new_variables
 from bertgen_tf.network.projections import Dense, Projection
 from bertgen_tf.network.weights import Rule, assign, named_variables
+from bertgen_tf.training.freezing import new_variables
 
 FORMAT = "bertgen_tf adapter"
 _SETTINGS = {"rank": int, "alpha": (int, float), "targets": list, "train_new_weights": bool}
