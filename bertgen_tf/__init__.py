@@ -10,9 +10,10 @@ if _keras.backend.backend() != "tensorflow":
 
 from bertgen_tf import hub, huggingface, presets
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generation.generator import GenerateOutput
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.vocabulary import trim_vocabulary
 from bertgen_tf.network import sources
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
@@ -22,7 +23,6 @@ from bertgen_tf.training.freezing import GradualUnfreezing, freeze, unfreeze
 from bertgen_tf.training.losses import bucketed_dataset, default_loss
 from bertgen_tf.training.optimizers import averaged_weights, default_optimizer, paper_optimizer
 from bertgen_tf.training_callbacks import GenerateCallback
-from bertgen_tf.vocabulary import trim_vocabulary
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ from bertgen_tf import hub, huggingface, presets
 from bertgen_tf.compare import Check, Model, compare_with_huggingface
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_files import is_huggingface
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
 

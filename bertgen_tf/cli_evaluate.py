@@ -20,10 +20,10 @@ from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import data_presets, resumable
 from bertgen_tf.data import texts as text_files
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,

@@ -19,8 +19,9 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
 from bertgen_tf.data import data_presets
 from bertgen_tf.data import texts as text_files
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_files import is_huggingface
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.vocabulary import trim_vocabulary
 from bertgen_tf.recipes import warm_start
 from bertgen_tf.training import freezing
 from bertgen_tf.training.losses import default_loss
@@ -33,7 +34,6 @@ from bertgen_tf.training_state import (
     RunFolder,
     digest_weights,
 )
-from bertgen_tf.vocabulary import trim_vocabulary
 
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 # What decides the weights, besides the data and the model to start from.

@@ -10,8 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_generation import write_generation
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 
 Model = EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder

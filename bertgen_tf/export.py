@@ -48,11 +48,11 @@ import tensorflow as tf
 
 from bertgen_tf import export_files
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.export_check import ExportError, check_export
 from bertgen_tf.export_signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.settings import check_config
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training import lora
 
 __all__ = ["ExportError", "check_version_path", "export_saved_model"]

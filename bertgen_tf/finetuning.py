@@ -17,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training.optimizers import averaged_weights
 from bertgen_tf.training_data import Batch, TrainingData
 from bertgen_tf.training_state import RunFolder, State, assign_variables, read_variables

@@ -18,10 +18,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bertgen_tf import hub_encoders, hub_modules, hub_originals, pretrained
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf import hub_encoders, hub_modules, hub_originals
+from bertgen_tf.models import pretrained
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.pretrained import Decoder, Encoder, Model
 from bertgen_tf.tokenizers import BertTokenizer
 
 

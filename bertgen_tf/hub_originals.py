@@ -16,7 +16,6 @@ import tensorflow as tf
 from bertgen_tf import hub_modules
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.graph import Graph, Tensor
 from bertgen_tf.hub_encoders import VERIFY_TOLERANCE, depth, exact, layer_rules, scope_of
 from bertgen_tf.hub_layers import normalized, read_layers
@@ -32,10 +31,11 @@ from bertgen_tf.hub_text import (
     read_tokenizer,
     run_part,
 )
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import weights
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import Rule
-from bertgen_tf.pretrained import Model
 from bertgen_tf.tokenizers import BertTokenizer
 
 # What must be known; only the last has a value that is right for most modules.

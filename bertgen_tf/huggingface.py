@@ -20,14 +20,14 @@ from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_gpt2 as gpt2
 from bertgen_tf import huggingface_tokenizers as tokenizers
 from bertgen_tf import huggingface_weights as names
-from bertgen_tf import pretrained
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.data import folders
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models import pretrained
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import assign, named_variables
-from bertgen_tf.pretrained import Decoder, Encoder, Model
 from bertgen_tf.training import lora
 
 _CONFIG = "config.json"

@@ -11,8 +11,8 @@ import numpy as np
 
 from bertgen_tf import huggingface_files as files
 from bertgen_tf import huggingface_tokenizers as tokenizers
-from bertgen_tf import pretrained
 from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.models import pretrained
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import NEW_IN_DECODER, Rule, assign, named_variables
 

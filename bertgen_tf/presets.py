@@ -19,9 +19,9 @@ import h5py
 
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network.weights import VariablePart, named_variables
-from bertgen_tf.pretrained import Model
 
 FORMAT = "bertgen_tf preset"
 CONFIG_FILE = "config.json"

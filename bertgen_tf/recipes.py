@@ -10,11 +10,12 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from bertgen_tf import hub, huggingface, pretrained
+from bertgen_tf import hub, huggingface
 from bertgen_tf import huggingface_files as files
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.huggingface_gpt2 import Checkpoint
+from bertgen_tf.models import pretrained
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.training import freezing
 

@@ -40,7 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "models": "encoder_decoder pair_checks pretrained vocabulary",
     "checkpoints": "presets recipes",
     "checkpoints/hub": "graph hub hub_encoders hub_layers hub_modules hub_originals hub_search "
     "hub_text",

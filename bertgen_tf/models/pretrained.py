@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import keras
 
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network import weights
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import NEW_IN_DECODER, Rule

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.weights import Rule, assign, named_variables
 
 

@@ -12,15 +12,15 @@ import tensorflow as tf
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation import streaming
 from bertgen_tf.generation.generator import BATCH_SIZE, WINDOW, Generator
-from bertgen_tf.network import sources
-from bertgen_tf.network.quantization import check_quantization
-from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.pair_checks import (
+from bertgen_tf.models.pair_checks import (
     check_pair,
     check_preprocessor,
     check_tokenizers,
     length_or_default,
 )
+from bertgen_tf.network import sources
+from bertgen_tf.network.quantization import check_quantization
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import freezing, lora, optimizers

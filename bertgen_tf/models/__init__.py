@@ -1,0 +1,1 @@
+"""The encoder-decoder model, and how its two stacks come together."""
