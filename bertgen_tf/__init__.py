@@ -8,7 +8,8 @@ if _keras.backend.backend() != "tensorflow":
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from bertgen_tf import hub, huggingface, presets
+from bertgen_tf import huggingface, presets
+from bertgen_tf.checkpoints.hub import loading as hub
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generation.generator import GenerateOutput

@@ -7,7 +7,8 @@ import pathlib
 
 import numpy as np
 
-from bertgen_tf import hub, huggingface, presets
+from bertgen_tf import huggingface, presets
+from bertgen_tf.checkpoints import hub
 from bertgen_tf.compare import Check, Model, compare_with_huggingface
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders

@@ -10,8 +10,9 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from bertgen_tf import hub, huggingface
+from bertgen_tf import huggingface
 from bertgen_tf import huggingface_files as files
+from bertgen_tf.checkpoints import hub
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.huggingface_gpt2 import Checkpoint
 from bertgen_tf.models import pretrained

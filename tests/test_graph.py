@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bertgen_tf.graph import Graph, parse
+from bertgen_tf.checkpoints.hub.graph import Graph, parse
 
 v1 = tf.compat.v1
 

@@ -22,7 +22,7 @@ from conftest import PIECES, SHARED, write_checkpoint
 from tensorflow_hub import resolver
 
 import bertgen_tf as bg
-from bertgen_tf import hub_modules
+from bertgen_tf.checkpoints.hub import modules as hub_modules
 from bertgen_tf.network.weights import named_variables
 
 MINILM = SHARED / "hub/tf2_bert_minilm_l6"

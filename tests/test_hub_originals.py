@@ -13,7 +13,8 @@ import tensorflow_hub
 from conftest import CORPUS, PIECES, SHARED
 
 import bertgen_tf as bg
-from bertgen_tf import hub, hub_originals
+from bertgen_tf.checkpoints.hub import loading as hub
+from bertgen_tf.checkpoints.hub import originals as hub_originals
 
 KINDS = ("shared", "unshared")
 WIKISPLIT = SHARED / "data/wikisplit/validation.tsv"

@@ -17,7 +17,7 @@ import tensorflow_hub
 from conftest import CORPUS, PIECES
 
 import bertgen_tf as bg
-from bertgen_tf import graph
+from bertgen_tf.checkpoints.hub import graph
 
 TEXTS = [
     *CORPUS,

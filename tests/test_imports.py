@@ -41,8 +41,6 @@ ONLY = {"generation/search": {"checks"}}
 ROOMS = {
     "bertgen_tf": "__init__",
     "checkpoints": "presets recipes",
-    "checkpoints/hub": "graph hub hub_encoders hub_layers hub_modules hub_originals hub_search "
-    "hub_text",
     "checkpoints/huggingface": "compare huggingface huggingface_config huggingface_files "
     "huggingface_generation huggingface_gpt2 huggingface_tokenizers huggingface_weights",
     "export": "export export_check export_files export_probe export_signatures",
@@ -75,7 +73,7 @@ HOMES = {
     "safetensors": ["huggingface_files", "training.lora", "training_state"],
     "starlette": ["serving_app"],
     "tensorboard": ["training_callbacks"],
-    "tensorflow_hub": ["hub_modules"],
+    "tensorflow_hub": ["checkpoints.hub.modules"],
     # The probe imports nothing of bertgen_tf.
     "tensorflow_serving": ["serving_transport", "export_files", "export_probe"],
     "torch": ["compare", "huggingface_files"],

@@ -20,7 +20,7 @@ import tensorflow as tf
 import tensorflow_hub
 
 import bertgen_tf as bg
-from bertgen_tf import hub_modules
+from bertgen_tf.checkpoints.hub import modules as hub_modules
 
 
 def read_texts(path: str, count: int) -> list[str]:

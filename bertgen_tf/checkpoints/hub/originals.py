@@ -13,15 +13,19 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf import hub_modules
-from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig, GenerationConfig
-from bertgen_tf.graph import Graph, Tensor
-from bertgen_tf.hub_encoders import VERIFY_TOLERANCE, depth, exact, layer_rules, scope_of
-from bertgen_tf.hub_layers import normalized, read_layers
-from bertgen_tf.hub_modules import Module, Tensors
-from bertgen_tf.hub_search import Found, read_search
-from bertgen_tf.hub_text import (
+from bertgen_tf.checkpoints.hub import modules
+from bertgen_tf.checkpoints.hub.encoders import (
+    VERIFY_TOLERANCE,
+    depth,
+    exact,
+    layer_rules,
+    scope_of,
+)
+from bertgen_tf.checkpoints.hub.graph import Graph, Tensor
+from bertgen_tf.checkpoints.hub.layers import normalized, read_layers
+from bertgen_tf.checkpoints.hub.modules import Module, Tensors
+from bertgen_tf.checkpoints.hub.search import Found, read_search
+from bertgen_tf.checkpoints.hub.text import (
     PROBES,
     Text,
     check_answers,
@@ -31,6 +35,8 @@ from bertgen_tf.hub_text import (
     read_tokenizer,
     run_part,
 )
+from bertgen_tf.checks import first_line
+from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import weights
@@ -84,9 +90,9 @@ def read_original(
         name: of the model.
         model_class: what to build.
     """
-    module = hub_modules.open_module(handle)
+    module = modules.open_module(handle)
     scope = _check_original(module)
-    hub_modules.check_names(module)
+    modules.check_names(module)
     graph = module.graph()
     tensors = module.tensors.without(scope)
     shared = not any(n.startswith("bert/decoder/layer_") for n in tensors)
@@ -236,7 +242,7 @@ def _check_original(module: Module) -> str:
         raise ValueError(
             f"{module.handle} should be an encoder-decoder as google/bertseq2seq/*, with the "
             f"variables of google-research/bert, but it has no {', '.join(missing)}. "
-            f"Found {hub_modules.found_variables(module)}. "
+            f"Found {modules.found_variables(module)}. "
             "from_hub(encoder=...) warm-starts from BERT encoders."
         )
     return scope or ""

@@ -28,9 +28,9 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_hub import resolver
 
+from bertgen_tf.checkpoints.hub.graph import Graph
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
-from bertgen_tf.graph import Graph
 
 # The largest original is 3.1 GB; an archive that unpacks to more is no module of these kinds.
 MAX_UNPACKED_BYTES = 8 * 2**30

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf import hub_modules
+from bertgen_tf.checkpoints.hub import modules
+from bertgen_tf.checkpoints.hub.graph import Graph
+from bertgen_tf.checkpoints.hub.layers import read_layers, shortest
+from bertgen_tf.checkpoints.hub.modules import Module
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.graph import Graph
-from bertgen_tf.hub_layers import read_layers, shortest
-from bertgen_tf.hub_modules import Module
 from bertgen_tf.network import weights
 from bertgen_tf.network.stacks import BertGenerationEncoder
 from bertgen_tf.network.weights import Rule
@@ -160,7 +160,7 @@ class Source:
 
 def read_encoder(handle: str, verify: bool) -> tuple[BertGenerationEncoder, BertTokenizer]:
     """The encoder of a module, with all of its layers and in float32, and its tokenizer."""
-    module = hub_modules.open_module(handle)
+    module = modules.open_module(handle)
     scope = scope_of(module.tensors)
     source = _read_tf2(module) if scope is None else _read_tf1(module, scope)
     encoder = BertGenerationEncoder(source.config, dtype="float32")
@@ -186,10 +186,10 @@ def _read_tf2(module: Module) -> Source:
         raise ValueError(
             f"{handle} should be a BERT encoder in TF2 SavedModel format, with the variables of "
             f"Model Garden's BERT, or in TF1 Hub format, but it has no {lacking}. "
-            f"Found {hub_modules.found_variables(module)}. "
+            f"Found {modules.found_variables(module)}. "
             "MobileBERT, ALBERT and preprocessing modules are not BERT encoders."
         )
-    hub_modules.check_names(module)
+    modules.check_names(module)
     tokenizer = _read_tf2_tokenizer(handle, module.loaded)
     word, positions, types, query, intermediate = (tensors[name] for name in _TF2_REQUIRED)
     hidden_act, layer_norm_eps = _read_tf2_graph(module)
@@ -236,9 +236,9 @@ def _read_tf1(module: Module, scope: str) -> Source:
         raise ValueError(
             f"{handle} should be a BERT encoder in TF1 Hub format, with the variables of "
             f"google-research/bert, but it has no {', '.join(missing)}. "
-            f"Found {hub_modules.found_variables(module)}. {remedy}"
+            f"Found {modules.found_variables(module)}. {remedy}"
         )
-    hub_modules.check_names(module)
+    modules.check_names(module)
     graph = module.graph()
     tokenizer = _read_tf1_tokenizer(module, graph)
     word, positions, _, _, intermediate = (stored.shapes[name] for name in _TF1_REQUIRED)

@@ -15,10 +15,10 @@ import numpy as np
 import sentencepiece
 import tensorflow as tf
 
+from bertgen_tf.checkpoints.hub.graph import SAME_VALUES, Graph, Node, Tensor
+from bertgen_tf.checkpoints.hub.layers import gathers
+from bertgen_tf.checkpoints.hub.modules import Module
 from bertgen_tf.checks import first_line
-from bertgen_tf.graph import SAME_VALUES, Graph, Node, Tensor
-from bertgen_tf.hub_layers import gathers
-from bertgen_tf.hub_modules import Module
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 

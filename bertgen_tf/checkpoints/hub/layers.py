@@ -13,8 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checkpoints.hub.graph import SAME_VALUE, SAME_VALUES, Graph, Node, Tensor
 from bertgen_tf.config import HIDDEN_ACTS
-from bertgen_tf.graph import SAME_VALUE, SAME_VALUES, Graph, Node, Tensor
 from bertgen_tf.network.layers import activation
 
 MATMULS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bertgen_tf import hub_encoders, hub_modules, hub_originals
+from bertgen_tf.checkpoints.hub import encoders, modules, originals
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
@@ -161,7 +161,7 @@ ORIGINALS: Mapping[str, Original] = {
 # Keywords of `load_original` that say nothing to a warm start.
 ORIGINAL_OPTIONS = (
     "original",
-    *(f for f in hub_originals.SETTINGS if f not in ("max_source_length", "hidden_token_ids")),
+    *(f for f in originals.SETTINGS if f not in ("max_source_length", "hidden_token_ids")),
 )
 
 
@@ -373,7 +373,7 @@ def load_original(
         table = {field: getattr(known, field, None) for field in (*given, *checked)}
         table |= {"max_new_tokens": known.max_target_length, "hidden_token_ids": ()}
         table = {field: value for field, value in table.items() if value is not None}
-    return hub_originals.read_original(os.fspath(handle), given, table, verify, name, model_class)
+    return originals.read_original(os.fspath(handle), given, table, verify, name, model_class)
 
 
 def known_original(handle: str, original: str | None = None) -> Original | None:
@@ -399,8 +399,8 @@ def is_original(handle: str) -> bool:
     Raises:
         FileNotFoundError, ValueError: as `load_encoder`, where there is no module.
     """
-    path = hub_modules.resolve(os.fspath(handle))
-    return hub_originals.is_original(hub_modules.read_meta_graphs(os.fspath(handle), path))
+    path = modules.resolve(os.fspath(handle))
+    return originals.is_original(modules.read_meta_graphs(os.fspath(handle), path))
 
 
 def _check_options(form: str, options: Iterable[str], others: Iterable[str]) -> None:
@@ -424,6 +424,6 @@ def load_encoder_with_tokenizer(
     model_class: type[Encoder] = BertGenerationEncoder,
 ) -> tuple[Encoder, BertTokenizer]:
     """What `load_encoder` gives, and the tokenizer of the module."""
-    encoder, tokenizer = hub_encoders.read_encoder(handle, verify)
+    encoder, tokenizer = encoders.read_encoder(handle, verify)
     kept = pretrained.kept_layers(num_layers, encoder.config.num_hidden_layers)
     return pretrained.finish_encoder(encoder, kept, model_class), tokenizer

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from bertgen_tf.graph import SAME_VALUES, Graph, Loop, Node, Tensor
-from bertgen_tf.hub_layers import MATMULS, gathers, normalized, shortest
-from bertgen_tf.hub_text import COMPARISONS, shown_ids
+from bertgen_tf.checkpoints.hub.graph import SAME_VALUES, Graph, Loop, Node, Tensor
+from bertgen_tf.checkpoints.hub.layers import MATMULS, gathers, normalized, shortest
+from bertgen_tf.checkpoints.hub.text import COMPARISONS, shown_ids
 
 _TOP = ("TopKV2", "TopK")
 _SLICES = ("StridedSlice", "Slice", "GatherV2", "Gather", "GatherNd")

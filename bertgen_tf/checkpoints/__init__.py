@@ -1,0 +1,1 @@
+"""Reads and writes models: presets, TF Hub modules, HuggingFace checkpoints, recipes."""
