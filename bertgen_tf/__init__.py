@@ -8,8 +8,9 @@ if _keras.backend.backend() != "tensorflow":
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from bertgen_tf import huggingface, presets
+from bertgen_tf import presets
 from bertgen_tf.checkpoints.hub import loading as hub
+from bertgen_tf.checkpoints.huggingface import loading as huggingface
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generation.generator import GenerateOutput

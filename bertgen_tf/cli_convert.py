@@ -7,12 +7,13 @@ import pathlib
 
 import numpy as np
 
-from bertgen_tf import huggingface, presets
+from bertgen_tf import presets
 from bertgen_tf.checkpoints import hub
-from bertgen_tf.compare import Check, Model, compare_with_huggingface
+from bertgen_tf.checkpoints.huggingface import loading as huggingface
+from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
+from bertgen_tf.checkpoints.huggingface.files import is_huggingface
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
-from bertgen_tf.huggingface_files import is_huggingface
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")

@@ -10,11 +10,10 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from bertgen_tf import huggingface
-from bertgen_tf import huggingface_files as files
-from bertgen_tf.checkpoints import hub
+from bertgen_tf.checkpoints import hub, huggingface
+from bertgen_tf.checkpoints.huggingface import files as files
+from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.huggingface_gpt2 import Checkpoint
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder

@@ -6,7 +6,12 @@ import pytest
 from conftest import make_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf.compare import Check, _compare, _random_ids, compare_with_huggingface
+from bertgen_tf.checkpoints.huggingface.comparison import (
+    Check,
+    _compare,
+    _random_ids,
+    compare_with_huggingface,
+)
 
 NEEDS = 'needs transformers and torch: pip install -e ".[compare]"'
 

@@ -11,7 +11,8 @@ import tensorflow as tf
 from conftest import CORPUS, PIECES, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import compare, huggingface
+from bertgen_tf.checkpoints.huggingface import comparison
+from bertgen_tf.checkpoints.huggingface import loading as huggingface
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -77,7 +78,7 @@ def test_language_model_gives_the_logits_of_transformers(gpt2):
         expected = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(decoder(ids), expected, atol=1e-4)
     assert decoder.config.max_position_embeddings == SIZES["n_positions"]
-    (check,) = compare.compare_with_huggingface(decoder, folder)
+    (check,) = comparison.compare_with_huggingface(decoder, folder)
     assert check.passed, check.result
 
 

@@ -16,10 +16,10 @@ from conftest import PIECES, SHARED, WORDS, make_model, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
-from bertgen_tf import huggingface
-from bertgen_tf import huggingface_config as configs
-from bertgen_tf import huggingface_generation as generations
-from bertgen_tf import huggingface_weights as names
+from bertgen_tf.checkpoints import huggingface
+from bertgen_tf.checkpoints.huggingface import config as configs
+from bertgen_tf.checkpoints.huggingface import generation_settings as generations
+from bertgen_tf.checkpoints.huggingface import weights as names
 from bertgen_tf.network.weights import named_variables
 
 needs_shared = pytest.mark.skipif(

@@ -41,8 +41,6 @@ ONLY = {"generation/search": {"checks"}}
 ROOMS = {
     "bertgen_tf": "__init__",
     "checkpoints": "presets recipes",
-    "checkpoints/huggingface": "compare huggingface huggingface_config huggingface_files "
-    "huggingface_generation huggingface_gpt2 huggingface_tokenizers huggingface_weights",
     "export": "export export_check export_files export_probe export_signatures",
     "finetuning": "finetuning training_callbacks training_data training_state",
     "serving": "batch beam serving_app serving_batching serving_client serving_json "
@@ -65,19 +63,19 @@ HOMES = {
     "grpc": ["serving_transport"],
     "h11": ["serving_server"],
     "h5py": ["presets"],
-    "huggingface_hub": ["huggingface_files"],
+    "huggingface_hub": ["checkpoints.huggingface.files"],
     "matplotlib": ["metrics.plot"],
     "prometheus_client": ["serving_app"],
     "pyarrow": ["batch"],
     "ray": ["batch"],
-    "safetensors": ["huggingface_files", "training.lora", "training_state"],
+    "safetensors": ["checkpoints.huggingface.files", "training.lora", "training_state"],
     "starlette": ["serving_app"],
     "tensorboard": ["training_callbacks"],
     "tensorflow_hub": ["checkpoints.hub.modules"],
     # The probe imports nothing of bertgen_tf.
     "tensorflow_serving": ["serving_transport", "export_files", "export_probe"],
-    "torch": ["compare", "huggingface_files"],
-    "transformers": ["compare"],
+    "torch": ["checkpoints.huggingface.comparison", "checkpoints.huggingface.files"],
+    "transformers": ["checkpoints.huggingface.comparison"],
     "urllib3": ["serving_transport"],
     "uvicorn": ["serving_server"],
 }

@@ -39,7 +39,7 @@ def build(
 ) -> dict[str, Any]:
     """Writes a model with random weights; returns the bytes of them, shared ones counted once."""
     import bertgen_tf as bg
-    from bertgen_tf import huggingface_files
+    from bertgen_tf.checkpoints.huggingface import files as huggingface_files
 
     config = bg.BertGenerationConfig(
         vocab_size=size["vocab_size"],

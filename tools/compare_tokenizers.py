@@ -22,8 +22,8 @@ from typing import Any
 import tensorflow as tf
 
 import bertgen_tf as bg
-from bertgen_tf import huggingface_tokenizers
-from bertgen_tf.huggingface_files import read_json
+from bertgen_tf.checkpoints.huggingface import tokenizers as huggingface_tokenizers
+from bertgen_tf.checkpoints.huggingface.files import read_json
 
 BATCH = 512
 # Where the ids of GPT-2 begin in the vocabulary of the originals.

@@ -13,7 +13,8 @@ import sys
 from importlib import metadata
 
 import bertgen_tf as bg
-from bertgen_tf import compare, huggingface
+from bertgen_tf.checkpoints import huggingface
+from bertgen_tf.checkpoints.huggingface import comparison
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             "encoder": bg.BertGenerationEncoder,
             "decoder": bg.BertGenerationDecoder,
         }[kind].from_huggingface(arguments.folder)
-        checks = compare.compare_with_huggingface(
+        checks = comparison.compare_with_huggingface(
             model, arguments.folder, tolerance=arguments.tolerance, seed=arguments.seed
         )
     except (ImportError, OSError, ValueError) as error:

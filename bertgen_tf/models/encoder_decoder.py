@@ -159,7 +159,7 @@ class EncoderDecoderModel(keras.Model):
         tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_encoder_decoder`."""
+        """Reads a HuggingFace checkpoint; see `checkpoints.huggingface.load_encoder_decoder`."""
         return sources.huggingface.load_encoder_decoder(
             folder,
             encoder=encoder,
@@ -173,7 +173,7 @@ class EncoderDecoderModel(keras.Model):
         )
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
+        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
     @classmethod

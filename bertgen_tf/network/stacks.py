@@ -67,11 +67,11 @@ class BertGenerationEncoder(keras.Model):
 
     @classmethod
     def from_huggingface(cls, folder: str, *, num_layers: int | list[int] | None = None) -> Self:
-        """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_encoder`."""
+        """Reads a HuggingFace checkpoint; see `bertgen_tf.checkpoints.huggingface.load_encoder`."""
         return sources.huggingface.load_encoder(folder, num_layers=num_layers, model_class=cls)
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
+        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
@@ -220,13 +220,13 @@ class BertGenerationDecoder(keras.Model):
         cross_attention: str | None = None,
         num_layers: int | list[int] | None = None,
     ) -> Self:
-        """Reads a HuggingFace checkpoint; see `bertgen_tf.huggingface.load_decoder`."""
+        """Reads a HuggingFace checkpoint; see `bertgen_tf.checkpoints.huggingface.load_decoder`."""
         return sources.huggingface.load_decoder(
             folder, cross_attention=cross_attention, num_layers=num_layers, model_class=cls
         )
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.huggingface.save`."""
+        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:

@@ -10,8 +10,8 @@ import inspect
 import math
 from typing import Any
 
-from bertgen_tf import huggingface_generation as generations
-from bertgen_tf import huggingface_gpt2 as gpt2
+from bertgen_tf.checkpoints.huggingface import generation_settings as generations
+from bertgen_tf.checkpoints.huggingface import gpt2 as gpt2
 from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 

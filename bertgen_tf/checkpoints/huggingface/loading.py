@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import huggingface_config as configs
-from bertgen_tf import huggingface_files as files
-from bertgen_tf import huggingface_gpt2 as gpt2
-from bertgen_tf import huggingface_tokenizers as tokenizers
-from bertgen_tf import huggingface_weights as names
+from bertgen_tf.checkpoints.huggingface import config as configs
+from bertgen_tf.checkpoints.huggingface import files as files
+from bertgen_tf.checkpoints.huggingface import gpt2 as gpt2
+from bertgen_tf.checkpoints.huggingface import tokenizers as tokenizers
+from bertgen_tf.checkpoints.huggingface import weights as names
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.data import folders

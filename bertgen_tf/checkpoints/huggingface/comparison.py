@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checkpoints.huggingface.generation_settings import write_generation
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.huggingface_generation import write_generation
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from bertgen_tf.checkpoints.huggingface.files import read_json, write_json
 from bertgen_tf.checks import first_line
-from bertgen_tf.huggingface_files import read_json, write_json
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.byte_pair import sentencepiece_from_byte_pair
 

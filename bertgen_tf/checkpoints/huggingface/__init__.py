@@ -1,0 +1,23 @@
+"""HuggingFace checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts."""
+
+from bertgen_tf.checkpoints.huggingface.loading import (
+    kind_of,
+    load_decoder,
+    load_encoder,
+    load_encoder_decoder,
+    load_encoder_with_tokenizer,
+    load_gpt2,
+    read_config,
+    save,
+)
+
+__all__ = [
+    "kind_of",
+    "load_decoder",
+    "load_encoder",
+    "load_encoder_decoder",
+    "load_encoder_with_tokenizer",
+    "load_gpt2",
+    "read_config",
+    "save",
+]
