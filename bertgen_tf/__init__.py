@@ -8,17 +8,14 @@ if _keras.backend.backend() != "tensorflow":
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
-from bertgen_tf import presets
-from bertgen_tf.checkpoints.hub import loading as hub
-from bertgen_tf.checkpoints.huggingface import loading as huggingface
+from bertgen_tf.checkpoints import hub
+from bertgen_tf.checkpoints.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.export import ExportError, export_saved_model
 from bertgen_tf.generation.generator import GenerateOutput
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.vocabulary import trim_vocabulary
-from bertgen_tf.network import sources
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training.freezing import GradualUnfreezing, freeze, unfreeze
@@ -27,8 +24,6 @@ from bertgen_tf.training.optimizers import averaged_weights, default_optimizer, 
 from bertgen_tf.training_callbacks import GenerateCallback
 
 __version__ = "0.1.0"
-
-sources.connect(hub=hub, huggingface=huggingface, presets=presets)
 
 # The names of these classes in older documents of HuggingFace.
 BertForSeqGenerationConfig = BertGenerationConfig

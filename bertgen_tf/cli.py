@@ -18,7 +18,8 @@ from typing import Any, TextIO
 
 import tensorflow as tf
 
-from bertgen_tf import cli_batch, cli_evaluate, presets
+from bertgen_tf import cli_batch, cli_evaluate
+from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli_arguments import make_parser
 from bertgen_tf.cli_common import UserError, complain, read_preset_config, user_errors
 from bertgen_tf.cli_convert import convert

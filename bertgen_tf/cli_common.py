@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from bertgen_tf import presets
+from bertgen_tf.checkpoints import presets
 
 PROGRAM = "bertgen-tf"
 

@@ -7,8 +7,7 @@ import pathlib
 
 import numpy as np
 
-from bertgen_tf import presets
-from bertgen_tf.checkpoints import hub
+from bertgen_tf.checkpoints import hub, presets
 from bertgen_tf.checkpoints.huggingface import loading as huggingface
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
 from bertgen_tf.checkpoints.huggingface.files import is_huggingface

@@ -15,7 +15,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import batch, cli_values, presets
+from bertgen_tf import batch, cli_values
+from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import data_presets, resumable

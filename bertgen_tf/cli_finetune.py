@@ -13,16 +13,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf import finetuning, presets, training_callbacks
+from bertgen_tf import finetuning, training_callbacks
 from bertgen_tf import metrics as scores
+from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.huggingface.files import is_huggingface
+from bertgen_tf.checkpoints.recipes import warm_start
 from bertgen_tf.checks import first_line
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
 from bertgen_tf.data import data_presets
 from bertgen_tf.data import texts as text_files
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.vocabulary import trim_vocabulary
-from bertgen_tf.recipes import warm_start
 from bertgen_tf.training import freezing
 from bertgen_tf.training.losses import default_loss
 from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer

@@ -6,8 +6,8 @@ from typing import Any
 
 from bertgen_tf import cli_values, finetuning
 from bertgen_tf import metrics as scores
+from bertgen_tf.checkpoints.recipes import RECIPES
 from bertgen_tf.data import data_presets
-from bertgen_tf.recipes import RECIPES
 from bertgen_tf.training_data import LONG_TARGETS
 
 

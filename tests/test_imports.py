@@ -40,7 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "checkpoints": "presets recipes",
     "export": "export export_check export_files export_probe export_signatures",
     "finetuning": "finetuning training_callbacks training_data training_state",
     "serving": "batch beam serving_app serving_batching serving_client serving_json "
@@ -62,7 +61,7 @@ HOMES = {
     "datasets": ["data.data_presets"],
     "grpc": ["serving_transport"],
     "h11": ["serving_server"],
-    "h5py": ["presets"],
+    "h5py": ["checkpoints.presets"],
     "huggingface_hub": ["checkpoints.huggingface.files"],
     "matplotlib": ["metrics.plot"],
     "prometheus_client": ["serving_app"],

@@ -8,7 +8,7 @@ import pytest
 import recipe_table
 
 import bertgen_tf as bg
-from bertgen_tf import recipes
+from bertgen_tf.checkpoints import recipes
 from bertgen_tf.checkpoints.huggingface import loading as huggingface
 from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
 from bertgen_tf.models import pretrained

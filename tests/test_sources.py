@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory) -> str:
 def test_the_readers_are_connected():
     assert sources.hub is bg.hub
     assert sources.huggingface.__name__ == "bertgen_tf.checkpoints.huggingface"
-    assert sources.presets.__name__ == "bertgen_tf.presets"
+    assert sources.presets.__name__ == "bertgen_tf.checkpoints.presets"
 
 
 @pytest.mark.parametrize("num_layers", [None, 1])

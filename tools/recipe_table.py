@@ -12,7 +12,7 @@ import argparse
 import keras
 
 import bertgen_tf as bg
-from bertgen_tf import recipes
+from bertgen_tf.checkpoints import recipes
 
 BERT = bg.BertGenerationConfig(
     vocab_size=28996,

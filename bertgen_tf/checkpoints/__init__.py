@@ -1,1 +1,6 @@
 """Reads and writes models: presets, TF Hub modules, HuggingFace checkpoints, recipes."""
+
+from bertgen_tf.checkpoints import hub, huggingface, presets
+from bertgen_tf.network import sources
+
+sources.connect(hub=hub, huggingface=huggingface, presets=presets)

@@ -178,11 +178,11 @@ class EncoderDecoderModel(keras.Model):
 
     @classmethod
     def from_preset(cls, folder: str) -> Self:
-        """Reads what `save_to_preset` wrote; see `bertgen_tf.presets`."""
+        """Reads what `save_to_preset` wrote; see `bertgen_tf.checkpoints.presets`."""
         return sources.presets.load(folder, model_class=cls)
 
     def save_to_preset(self, folder: str) -> None:
-        """Writes config, weights, tokenizer and settings; see `bertgen_tf.presets`."""
+        """Writes config, weights, tokenizer and settings; see `bertgen_tf.checkpoints.presets`."""
         sources.presets.save(self, folder)
 
     def quantize(self, mode: str, config: Any = None) -> None:

@@ -9,9 +9,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from bertgen_tf import presets as presets
     from bertgen_tf.checkpoints import hub as hub
     from bertgen_tf.checkpoints import huggingface as huggingface
+    from bertgen_tf.checkpoints import presets as presets
 
 
 def connect(**readers: ModuleType) -> None:
