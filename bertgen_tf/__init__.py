@@ -11,7 +11,7 @@ if _keras.backend.backend() != "tensorflow":
 from bertgen_tf.checkpoints import hub
 from bertgen_tf.checkpoints.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
-from bertgen_tf.export import ExportError, export_saved_model
+from bertgen_tf.export.saved_model import ExportError, export_saved_model
 from bertgen_tf.generation.generator import GenerateOutput
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.vocabulary import trim_vocabulary

@@ -10,7 +10,7 @@ from typing import Any
 
 from bertgen_tf import batch
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.export import export_saved_model
+from bertgen_tf.export.saved_model import export_saved_model
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 RAY_FLAGS = ("export", "workers", "cpus_per_worker", "ray_address", "signature")

@@ -17,8 +17,9 @@ import tensorflow as tf
 from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import cli, export, finetuning
+from bertgen_tf import cli, finetuning
 from bertgen_tf.data import texts as text_files
+from bertgen_tf.export import saved_model
 
 SOURCES = [
     "the old man sang",
@@ -64,7 +65,7 @@ def preset(tmp_path_factory) -> str:
 def checks(monkeypatch) -> list[Path]:
     """The exports that were to be checked; tests/test_export_check.py has the check itself."""
     checked = []
-    monkeypatch.setattr(export, "check_export", lambda folder, *args: checked.append(folder))
+    monkeypatch.setattr(saved_model, "check_export", lambda folder, *args: checked.append(folder))
     return checked
 
 

@@ -18,7 +18,7 @@ from conftest import FURTHER, PIECES, make_small_model
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bertgen_tf as bg
-from bertgen_tf import export_signatures
+from bertgen_tf.export import signatures as export_signatures
 
 TEXTS = [
     "the man saw a bird, who sang.",

@@ -11,7 +11,10 @@ import tensorflow as tf
 from conftest import make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import export, export_check, export_files, export_signatures
+from bertgen_tf.export import check as export_check
+from bertgen_tf.export import files as export_files
+from bertgen_tf.export import saved_model
+from bertgen_tf.export import signatures as export_signatures
 
 OPTIONS = {"num_beams": 2, "max_new_tokens": 5}
 
@@ -154,7 +157,7 @@ def test_an_export_that_says_something_else(tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_signatures, "hypotheses_to_text", shout)
     with pytest.raises(bg.ExportError, match="serving_default, output text"):
-        export.export_saved_model(model, tmp_path / "name/1", max_new_tokens=5)
+        saved_model.export_saved_model(model, tmp_path / "name/1", max_new_tokens=5)
     assert list((tmp_path / "name").iterdir()) == []
 
 

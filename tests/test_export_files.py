@@ -14,7 +14,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 from tensorflow_serving.config import model_server_config_pb2
 
 import bertgen_tf as bg
-from bertgen_tf import export_files
+from bertgen_tf.export import files as export_files
 
 ROOT = Path(__file__).resolve().parent.parent
 BRIEF = bg.GenerationConfig(max_new_tokens=4)

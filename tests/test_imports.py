@@ -40,7 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "export": "export export_check export_files export_probe export_signatures",
     "finetuning": "finetuning training_callbacks training_data training_state",
     "serving": "batch beam serving_app serving_batching serving_client serving_json "
     "serving_models serving_server serving_transport",
@@ -72,7 +71,7 @@ HOMES = {
     "tensorboard": ["training_callbacks"],
     "tensorflow_hub": ["checkpoints.hub.modules"],
     # The probe imports nothing of bertgen_tf.
-    "tensorflow_serving": ["serving_transport", "export_files", "export_probe"],
+    "tensorflow_serving": ["serving_transport", "export.files", "export.probe"],
     "torch": ["checkpoints.huggingface.comparison", "checkpoints.huggingface.files"],
     "transformers": ["checkpoints.huggingface.comparison"],
     "urllib3": ["serving_transport"],

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.export_signatures import COMPILED, ServingModule
+from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.compiled import source_buckets
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"

@@ -46,10 +46,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import export_files
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.export_check import ExportError, check_export
-from bertgen_tf.export_signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
+from bertgen_tf.export import files
+from bertgen_tf.export.check import ExportError, check_export
+from bertgen_tf.export.signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.settings import check_config
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -113,7 +113,7 @@ def export_saved_model(
     _check_names(signatures)
     for settings in (config, every_hypothesis(config), *signatures.values()):
         check_config(settings, model)
-    sizes = export_files.batch_sizes(max_batch_size)
+    sizes = files.batch_sizes(max_batch_size)
     name = path.resolve().parent.name
     path.parent.mkdir(parents=True, exist_ok=True)
     # A server that polls the folder skips names that are no integers.
@@ -126,13 +126,9 @@ def export_saved_model(
             for signature, function in module.functions.items()
         }
         tf.saved_model.save(module, str(temporary), signatures=traced)
-        export_files.write_batching_parameters(temporary, sizes)
-        export_files.write_warmup(
-            temporary, name, model, module.functions, sizes, compiled=warmup_xla
-        )
-        export_files.write_metadata(
-            temporary, name, int(path.name), model, module, signatures, sizes
-        )
+        files.write_batching_parameters(temporary, sizes)
+        files.write_warmup(temporary, name, model, module.functions, sizes, compiled=warmup_xla)
+        files.write_metadata(temporary, name, int(path.name), model, module, signatures, sizes)
         if check:
             check_export(temporary, model, module, logits_processor)
         os.chmod(temporary, 0o755)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.export_files import WARMUP_FILE, text_of_length
-from bertgen_tf.export_signatures import COMPILED, ServingModule
+from bertgen_tf.export.files import WARMUP_FILE, text_of_length
+from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.settings import eos_token_ids
 
