@@ -12,6 +12,7 @@ from bertgen_tf.checkpoints import hub
 from bertgen_tf.checkpoints.recipes import RECIPES, WarmStartReport, warm_start, warm_start_report
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.export.saved_model import ExportError, export_saved_model
+from bertgen_tf.finetuning.callbacks import GenerateCallback
 from bertgen_tf.generation.generator import GenerateOutput
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.vocabulary import trim_vocabulary
@@ -21,7 +22,6 @@ from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training.freezing import GradualUnfreezing, freeze, unfreeze
 from bertgen_tf.training.losses import bucketed_dataset, default_loss
 from bertgen_tf.training.optimizers import averaged_weights, default_optimizer, paper_optimizer
-from bertgen_tf.training_callbacks import GenerateCallback
 
 __version__ = "0.1.0"
 

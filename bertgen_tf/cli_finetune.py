@@ -13,7 +13,6 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from bertgen_tf import finetuning, training_callbacks
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.huggingface.files import is_huggingface
@@ -22,19 +21,21 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.cli_common import PROGRAM, UserError, complain, read_preset_config, user_errors
 from bertgen_tf.data import data_presets
 from bertgen_tf.data import texts as text_files
-from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.models.vocabulary import trim_vocabulary
-from bertgen_tf.training import freezing
-from bertgen_tf.training.losses import default_loss
-from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer
-from bertgen_tf.training_data import TrainingData
-from bertgen_tf.training_state import (
+from bertgen_tf.finetuning import callbacks as training_callbacks
+from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf.finetuning.data import TrainingData
+from bertgen_tf.finetuning.state import (
     ADAPTER_FILE,
     BEST_FILE,
     OtherModel,
     RunFolder,
     digest_weights,
 )
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.vocabulary import trim_vocabulary
+from bertgen_tf.training import freezing
+from bertgen_tf.training.losses import default_loss
+from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer
 
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 # What decides the weights, besides the data and the model to start from.

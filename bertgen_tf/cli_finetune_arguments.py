@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import cli_values, finetuning
+from bertgen_tf import cli_values
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints.recipes import RECIPES
 from bertgen_tf.data import data_presets
-from bertgen_tf.training_data import LONG_TARGETS
+from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf.finetuning.data import LONG_TARGETS
 
 
 def add_finetune(commands: Any, add_warm_start: Callable[[Any], None]) -> None:

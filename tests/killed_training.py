@@ -5,7 +5,7 @@ import signal
 import sys
 
 from bertgen_tf import cli
-from bertgen_tf.training_data import TrainingData
+from bertgen_tf.finetuning.data import TrainingData
 
 tokens = TrainingData.tokens
 

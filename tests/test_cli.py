@@ -17,9 +17,10 @@ import tensorflow as tf
 from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
-from bertgen_tf import cli, finetuning
+from bertgen_tf import cli
 from bertgen_tf.data import texts as text_files
 from bertgen_tf.export import saved_model
+from bertgen_tf.finetuning import loop as finetuning
 
 SOURCES = [
     "the old man sang",

@@ -16,8 +16,10 @@ import pytest
 from conftest import WORDS, fails, make_model, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli, finetuning, training_state
-from bertgen_tf.training_data import TrainingData
+from bertgen_tf import cli
+from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf.finetuning import state as training_state
+from bertgen_tf.finetuning.data import TrainingData
 
 ROOT = Path(__file__).parent.parent
 RANDOM = np.random.default_rng(0)

@@ -12,9 +12,11 @@ import pytest
 from conftest import WORDS, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import finetuning, metrics, training_callbacks
-from bertgen_tf.training_data import TrainingData
-from bertgen_tf.training_state import RunFolder
+from bertgen_tf import metrics
+from bertgen_tf.finetuning import callbacks as training_callbacks
+from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf.finetuning.data import TrainingData
+from bertgen_tf.finetuning.state import RunFolder
 
 TESTS = Path(__file__).parent
 RANDOM = np.random.default_rng(0)

@@ -27,8 +27,9 @@ from make_golden_training import (
 )
 
 import bertgen_tf as bg
-from bertgen_tf import cli, training_callbacks
-from bertgen_tf.training_data import TrainingData
+from bertgen_tf import cli
+from bertgen_tf.finetuning import callbacks as training_callbacks
+from bertgen_tf.finetuning.data import TrainingData
 
 ARCHIVE = Path(__file__).parent / "data/golden_training.zip"
 # Of weights after steps of about 0.01. CPUs differ by about 1e-6.

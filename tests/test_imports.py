@@ -40,7 +40,6 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "finetuning": "finetuning training_callbacks training_data training_state",
     "serving": "batch beam serving_app serving_batching serving_client serving_json "
     "serving_models serving_server serving_transport",
     "cli": "cli cli_arguments cli_batch cli_common cli_convert cli_evaluate cli_finetune "
@@ -66,9 +65,9 @@ HOMES = {
     "prometheus_client": ["serving_app"],
     "pyarrow": ["batch"],
     "ray": ["batch"],
-    "safetensors": ["checkpoints.huggingface.files", "training.lora", "training_state"],
+    "safetensors": ["checkpoints.huggingface.files", "training.lora", "finetuning.state"],
     "starlette": ["serving_app"],
-    "tensorboard": ["training_callbacks"],
+    "tensorboard": ["finetuning.callbacks"],
     "tensorflow_hub": ["checkpoints.hub.modules"],
     # The probe imports nothing of bertgen_tf.
     "tensorflow_serving": ["serving_transport", "export.files", "export.probe"],

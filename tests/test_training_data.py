@@ -7,9 +7,9 @@ from conftest import WORDS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training_data import TrainingData
 
 RANDOM = np.random.default_rng(0)
 PAIRS = [

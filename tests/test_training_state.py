@@ -4,7 +4,13 @@ import keras
 import numpy as np
 import pytest
 
-from bertgen_tf.training_state import OtherModel, RunFolder, State, assign_variables, read_variables
+from bertgen_tf.finetuning.state import (
+    OtherModel,
+    RunFolder,
+    State,
+    assign_variables,
+    read_variables,
+)
 
 SETTINGS = {"--seed": 3, "--train": "digest"}
 
@@ -63,7 +69,7 @@ def test_what_cannot_be_written_leaves_the_earlier_state(folder, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bertgen_tf.training_state.os.fsync", full)
+    monkeypatch.setattr("bertgen_tf.finetuning.state.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         folder.save(state(8))
     assert states(folder) == ["state-00000004.safetensors"]

@@ -35,8 +35,9 @@ import numpy as np
 from make_golden_preset import make_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli, training_data
+from bertgen_tf import cli
 from bertgen_tf.data import texts
+from bertgen_tf.finetuning import data as training_data
 from bertgen_tf.network import weights
 
 ARCHIVE = pathlib.Path(__file__).resolve().parent.parent / "tests/data/golden_training.zip"

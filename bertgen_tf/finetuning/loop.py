@@ -17,10 +17,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.finetuning.data import Batch, TrainingData
+from bertgen_tf.finetuning.state import RunFolder, State, assign_variables, read_variables
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training.optimizers import averaged_weights
-from bertgen_tf.training_data import Batch, TrainingData
-from bertgen_tf.training_state import RunFolder, State, assign_variables, read_variables
 
 STRATEGIES = ("auto", "none", "mirrored", "tpu")
 _SOON = 30.0  # seconds of training that are not to be lost while an epoch is measured

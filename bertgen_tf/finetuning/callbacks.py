@@ -16,8 +16,8 @@ import tensorflow as tf
 from bertgen_tf import metrics as scores
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.finetuning.state import RunFolder, load_tensors, save_tensors
 from bertgen_tf.generation.generator import BATCH_SIZE
-from bertgen_tf.training_state import RunFolder, load_tensors, save_tensors
 
 _INTERVAL = 10.0  # seconds between lines, where there is no terminal
 _SHOWN = 8  # texts for TensorBoard
