@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import batch
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.saved_model import export_saved_model
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.serving import ray_files
 
 RAY_FLAGS = ("export", "workers", "cpus_per_worker", "ray_address", "signature")
 HYPOTHESES = "hypotheses"
@@ -29,7 +29,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.export is None:
         if arguments.signature is not None:
             raise ValueError("--signature applies to --export only, not to --preset")
-        if batch.cluster_address(arguments.ray_address) is not None:
+        if ray_files.cluster_address(arguments.ray_address) is not None:
             raise ValueError(
                 "--preset is on this machine only: export it where all machines of the Ray cluster "
                 "find it, then use --export"
@@ -44,7 +44,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         raise ValueError("--no-xla chooses a signature of its own, not --signature")
 
 
-def find_jobs(arguments: argparse.Namespace, run: dict[str, Any] | None) -> list[batch.Job]:
+def find_jobs(arguments: argparse.Namespace, run: dict[str, Any] | None) -> list[ray_files.Job]:
     """What is to be done.
 
     Args:
@@ -54,11 +54,11 @@ def find_jobs(arguments: argparse.Namespace, run: dict[str, Any] | None) -> list
     Raises:
         ImportError, OSError, ValueError: what the user can mend.
     """
-    batch.import_ray()
+    ray_files.import_ray()
     if run is None:
-        run = batch.describe_export(arguments.export, _signature(arguments))
+        run = ray_files.describe_export(arguments.export, _signature(arguments))
     run = {**run, "no_xla": arguments.no_xla, "batch_size": arguments.batch_size}
-    return batch.find_jobs(
+    return ray_files.find_jobs(
         arguments.input,
         arguments.output,
         run,
@@ -69,7 +69,7 @@ def find_jobs(arguments: argparse.Namespace, run: dict[str, Any] | None) -> list
 
 def run_jobs(
     arguments: argparse.Namespace,
-    jobs: list[batch.Job],
+    jobs: list[ray_files.Job],
     model: EncoderDecoderModel | None,
     config: GenerationConfig | None,
     complain: Callable[[str], None],
@@ -94,7 +94,7 @@ def run_jobs(
             )
             if several:
                 signature = HYPOTHESES if arguments.no_xla else f"{HYPOTHESES}_xla"
-        batch.run_jobs(
+        ray_files.run_jobs(
             jobs,
             export,
             signature=signature,

@@ -15,7 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import batch, cli_values
+from bertgen_tf import cli_values
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli_common import complain
 from bertgen_tf.config import GenerationConfig
@@ -25,6 +25,7 @@ from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.serving import ray_files
 
 DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
@@ -162,7 +163,7 @@ def prepare(arguments: argparse.Namespace) -> Task:
     for flag in ("json", "plot"):
         _check_report(f"--{flag}", getattr(arguments, flag))
     if arguments.export:
-        batch.describe_export(arguments.export, _signature(arguments))
+        ray_files.describe_export(arguments.export, _signature(arguments))
     sources, references, place = _read_references(arguments)
     predictions, baseline = (
         path and _read_outputs(path, place, sources)

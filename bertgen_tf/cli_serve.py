@@ -72,13 +72,13 @@ def add_serve_arguments(
 
 
 def find_serve() -> Callable[..., Any]:
-    """`bertgen_tf.serving_server.serve`.
+    """`bertgen_tf.serving.server.serve`.
 
     Raises:
         ImportError: a package is not installed.
     """
     try:
-        from bertgen_tf.serving_server import serve
+        from bertgen_tf.serving.server import serve
     except ModuleNotFoundError as error:
         if error.name not in _PACKAGES:
             raise

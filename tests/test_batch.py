@@ -16,9 +16,10 @@ import tensorflow_text  # noqa: F401  registers ops of the exports
 from conftest import CORPUS, WORDS, fails, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import batch, cli
+from bertgen_tf import cli
 from bertgen_tf.data import resumable
 from bertgen_tf.data import texts as text_files
+from bertgen_tf.serving import ray_files
 
 # Without its favourites a random model looks at the source.
 CONFIG = bg.GenerationConfig(
@@ -162,7 +163,7 @@ def test_workers_on_a_cluster_and_workers_that_die(
 
     killer = Killer()
     monkeypatch.setattr(resumable, "sync", killer)
-    outputs = batch.generate_files(
+    outputs = ray_files.generate_files(
         export,
         str(lines / "*"),
         tmp_path / "again",
@@ -251,7 +252,7 @@ def test_workers_need_tensorflow_alone(export):
     texts = ["a bird sang", *CORPUS, "the house"]
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, export, "beams", *texts],
-        input=ray.cloudpickle.dumps(batch._worker_class()),
+        input=ray.cloudpickle.dumps(ray_files._worker_class()),
         stdout=subprocess.PIPE,
         check=True,
         timeout=300,
@@ -273,7 +274,7 @@ def no_ray(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(batch, "_ray_running", refuse)
+    monkeypatch.setattr(ray_files, "_ray_running", refuse)
     monkeypatch.setattr(bg.EncoderDecoderModel, "from_preset", refuse)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
@@ -329,7 +330,7 @@ def test_errors_with_a_preset(no_ray, preset, lines, tmp_path, capsys, monkeypat
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert message in fails(capsys, *run)
     with pytest.raises(ImportError, match="bertgen_tf\\[ray\\]"):
-        batch.generate_files("export", "*", tmp_path / "out")
+        ray_files.generate_files("export", "*", tmp_path / "out")
 
 
 def test_existing_outputs(export, lines, tmp_path):
@@ -337,8 +338,8 @@ def test_existing_outputs(export, lines, tmp_path):
     output.mkdir()
     run = {"of": "a test"}
 
-    def find(**options) -> list[batch.Job]:
-        return batch.find_jobs(str(lines / "[bd].t*"), output, run, **options)
+    def find(**options) -> list[ray_files.Job]:
+        return ray_files.find_jobs(str(lines / "[bd].t*"), output, run, **options)
 
     assert [(job.target, job.total, job.begun.lines) for job in find()] == [
         (str(output / "b.jsonl"), 3, 0),
@@ -373,15 +374,15 @@ def test_existing_outputs(export, lines, tmp_path):
 def test_bad_counts(export, lines, tmp_path, options, message):
     pytest.importorskip("ray")
     with pytest.raises(ValueError, match=message):
-        batch.generate_files(export, str(lines / "*"), tmp_path / "out", **options)
+        ray_files.generate_files(export, str(lines / "*"), tmp_path / "out", **options)
 
 
 def test_a_file_that_changes(tmp_path):
     source = tmp_path / "x.txt"
     source.write_text("a\nb\nc\n")
-    (job,) = batch.find_jobs(str(source), tmp_path / "out", {})
+    (job,) = ray_files.find_jobs(str(source), tmp_path / "out", {})
     (tmp_path / "out").mkdir()
     source.write_text("a\nb\nx\n")
     with pytest.raises(OSError, match="x.txt changed while texts were generated"):
-        batch._write(job, iter("ABC"), 16, lambda count: None, lambda message: None)
+        ray_files._write(job, iter("ABC"), 16, lambda count: None, lambda message: None)
     assert not os.path.exists(job.target)

@@ -60,7 +60,7 @@ def run(export: str, folder, options: list[str], **handler_options) -> list[dict
     from apache_beam.ml.inference.base import RunInference
     from apache_beam.options.pipeline_options import PipelineOptions
 
-    from bertgen_tf.beam import SavedModelHandler
+    from bertgen_tf.serving.beam import SavedModelHandler
 
     handler = SavedModelHandler(export, max_batch_size=4, **handler_options)
     with beam.Pipeline(options=PipelineOptions(["--runner=DirectRunner", *options])) as pipeline:
@@ -105,7 +105,7 @@ def test_pipelines_answer_as_the_export(
 
 
 def test_all_hypotheses_and_details(beam, export):
-    from bertgen_tf.beam import SavedModelHandler
+    from bertgen_tf.serving.beam import SavedModelHandler
 
     handler = SavedModelHandler(export, "beams", min_batch_size=2, max_batch_size=8)
     assert handler.batch_elements_kwargs() == {"min_batch_size": 2, "max_batch_size": 8}
@@ -136,7 +136,7 @@ def test_all_hypotheses_and_details(beam, export):
 
 
 def test_the_example_runs_as_printed(beam, export, expected, folder):
-    module = importlib.import_module("bertgen_tf.beam")
+    module = importlib.import_module("bertgen_tf.serving.beam")
     lines = module.__doc__.splitlines()
     example = "\n".join(line[4:] for line in lines if line.startswith("    "))
     sources = [text for text in TEXTS if "\x00" not in text]
@@ -148,6 +148,6 @@ def test_the_example_runs_as_printed(beam, export, expected, folder):
 
 def test_without_beam(monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam.ml.inference.base", None)
-    monkeypatch.delitem(sys.modules, "bertgen_tf.beam", raising=False)
+    monkeypatch.delitem(sys.modules, "bertgen_tf.serving.beam", raising=False)
     with pytest.raises(ImportError, match='pip install "bertgen_tf\\[beam\\]"'):
-        importlib.import_module("bertgen_tf.beam")
+        importlib.import_module("bertgen_tf.serving.beam")

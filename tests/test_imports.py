@@ -40,41 +40,39 @@ ONLY = {"generation/search": {"checks"}}
 # there a module is in the room of its folder. `config` and `checks` are rooms and files.
 ROOMS = {
     "bertgen_tf": "__init__",
-    "serving": "batch beam serving_app serving_batching serving_client serving_json "
-    "serving_models serving_server serving_transport",
     "cli": "cli cli_arguments cli_batch cli_common cli_convert cli_evaluate cli_finetune "
     "cli_finetune_arguments cli_serve cli_values",
 }
 
 IN_FUNCTIONS = {
     ("cli_evaluate", "metrics.plot"),  # matplotlib is an extra
-    ("cli_serve", "serving_server"),  # so are uvicorn and starlette
+    ("cli_serve", "serving.server"),  # so are uvicorn and starlette
 }
 
 # Third-party packages that any module may import.
 ANYWHERE = {"google", "keras", "numpy", "sentencepiece", "tensorflow", "tensorflow_text"}
 # All others have one home, the first; the further ones are exceptions.
 HOMES = {
-    "apache_beam": ["beam"],
+    "apache_beam": ["serving.beam"],
     "datasets": ["data.data_presets"],
-    "grpc": ["serving_transport"],
-    "h11": ["serving_server"],
+    "grpc": ["serving.transport"],
+    "h11": ["serving.server"],
     "h5py": ["checkpoints.presets"],
     "huggingface_hub": ["checkpoints.huggingface.files"],
     "matplotlib": ["metrics.plot"],
-    "prometheus_client": ["serving_app"],
-    "pyarrow": ["batch"],
-    "ray": ["batch"],
+    "prometheus_client": ["serving.app"],
+    "pyarrow": ["serving.ray_files"],
+    "ray": ["serving.ray_files"],
     "safetensors": ["checkpoints.huggingface.files", "training.lora", "finetuning.state"],
-    "starlette": ["serving_app"],
+    "starlette": ["serving.app"],
     "tensorboard": ["finetuning.callbacks"],
     "tensorflow_hub": ["checkpoints.hub.modules"],
     # The probe imports nothing of bertgen_tf.
-    "tensorflow_serving": ["serving_transport", "export.files", "export.probe"],
+    "tensorflow_serving": ["serving.transport", "export.files", "export.probe"],
     "torch": ["checkpoints.huggingface.comparison", "checkpoints.huggingface.files"],
     "transformers": ["checkpoints.huggingface.comparison"],
-    "urllib3": ["serving_transport"],
-    "uvicorn": ["serving_server"],
+    "urllib3": ["serving.transport"],
+    "uvicorn": ["serving.server"],
 }
 
 

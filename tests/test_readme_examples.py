@@ -24,7 +24,7 @@ NOT_RUN = {
     "bg.export_saved_model(": "an export takes 20 seconds: tests/test_export.py",
 }
 # What an example needs that is not always installed.
-NEEDS = {"bleu": "sacrebleu", "bertgen_tf.serving_client": "urllib3", "import grpc": "grpc"}
+NEEDS = {"bleu": "sacrebleu", "bertgen_tf.serving.client": "urllib3", "import grpc": "grpc"}
 MODULE = "path/or/url/of/a/tf_hub_bert_module"
 ORIGINAL = "https://tfhub.dev/google/bertseq2seq/roberta24_bbc/1"
 # Few layers, as each is traced anew in each example; 64 tokens are generated somewhere.

@@ -14,9 +14,9 @@ pytest.importorskip("prometheus_client")
 
 from serving_exports import VOCABULARY, write_export
 
-from bertgen_tf import serving_app
-from bertgen_tf.serving_app import ServingApp
-from bertgen_tf.serving_models import Models
+from bertgen_tf.serving import app as serving_app
+from bertgen_tf.serving.app import ServingApp
+from bertgen_tf.serving.exports import Models
 
 PREDICT = "/v1/models/name:predict"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from bertgen_tf.serving_batching import Batcher, QueueFull, is_client_error
+from bertgen_tf.serving.batching import Batcher, QueueFull, is_client_error
 
 SECONDS = 60  # until a test that hangs fails
 

@@ -17,8 +17,9 @@ import pytest
 import tensorflow as tf
 from conftest import EXPORT_OPTIONS
 
-from bertgen_tf import serving_client, serving_transport
-from bertgen_tf.serving_client import Client, DeadlineExceeded, ServingError
+from bertgen_tf.serving import client as serving_client
+from bertgen_tf.serving import transport as serving_transport
+from bertgen_tf.serving.client import Client, DeadlineExceeded, ServingError
 
 pytest.importorskip("urllib3")
 grpc = pytest.importorskip("grpc")

@@ -11,7 +11,7 @@ from serving_exports import VOCABULARY, write_export
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from bertgen_tf.export import files as export_files
-from bertgen_tf.serving_models import Models, NotLoadedYet, Signature, Version
+from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
 
 
 @pytest.fixture(scope="module")

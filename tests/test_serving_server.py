@@ -27,14 +27,14 @@ from serving_requests import malformed_requests, post, send_bytes
 
 from bertgen_tf.cli import main
 from bertgen_tf.cli_arguments import make_parser
-from bertgen_tf.serving_server import _listen, _Protocol, serve
+from bertgen_tf.serving.server import _listen, _Protocol, serve
 
 PREDICT = "/v1/models/name:predict"
 SECONDS = 120  # until a test that hangs fails
 CLI = "import sys; from bertgen_tf.cli import main; sys.exit(main())"
 IMPATIENT = """
 import sys
-from bertgen_tf.serving_server import serve
+from bertgen_tf.serving.server import serve
 serve(sys.argv[1], port=0, receive_timeout=0.5, max_connections=4)
 """
 
@@ -346,7 +346,7 @@ def test_new_version_while_clients_ask_then_sigterm(tmp_path):
 def test_killed_and_started_again_under_load(folder, tmp_path):
     """Clients that try again lose nothing."""
     pytest.importorskip("urllib3")
-    from bertgen_tf.serving_client import Client
+    from bertgen_tf.serving.client import Client
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -428,7 +428,7 @@ def test_port_in_use(folder, capsys):
 
 def test_missing_extra(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "bertgen_tf.serving_server")
+    monkeypatch.delitem(sys.modules, "bertgen_tf.serving.server")
     check_one_line(capsys, [folder], "pip install 'bertgen_tf[serving]'")
 
 

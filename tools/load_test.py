@@ -353,7 +353,7 @@ class LoadTest:
 
     def restart(self, server: Server, **environment: str) -> Server:
         """Kills the server while clients ask; returns the one that is started on its port."""
-        from bertgen_tf.serving_client import Client
+        from bertgen_tf.serving.client import Client
 
         answered = threading.Semaphore(0)
         counts = {"equal": 0, "rounded": 0, "wrong": 0}

@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  (registers ops)
 
-from bertgen_tf.serving_client import Client, ServingError
+from bertgen_tf.serving.client import Client, ServingError
 
 urllib3 = pytest.importorskip("urllib3")
 

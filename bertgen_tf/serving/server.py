@@ -18,8 +18,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertgen_tf.serving_app import ServingApp
-from bertgen_tf.serving_models import Models
+from bertgen_tf.serving.app import ServingApp
+from bertgen_tf.serving.exports import Models
 
 _MAX_HEADER_BYTES = 2**16
 # Seconds for which an idle connection stays open.
@@ -56,7 +56,7 @@ def serve(
     """Serves the exports of a folder until SIGTERM or Ctrl-C.
 
     Args:
-        folder: see `bertgen_tf.serving_models`.
+        folder: see `bertgen_tf.serving.exports`.
         host: address to listen on.
         port: the same; 0 for any that is free, which the log tells.
         poll_seconds: between two looks for new versions.

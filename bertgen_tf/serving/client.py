@@ -28,7 +28,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.serving_transport import (
+from bertgen_tf.serving.transport import (
     DeadlineExceeded,
     GrpcTransport,
     RestTransport,

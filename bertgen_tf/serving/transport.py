@@ -1,6 +1,6 @@
 """One request to a TensorFlow Serving, over REST or gRPC, and its answer checked.
 
-The two transports are alike to `bertgen_tf.serving_client`, which cuts calls into requests and
+The two transports are alike to `bertgen_tf.serving.client`, which cuts calls into requests and
 sends again what may pass: `predict`, `status` and `metadata` give arrays or TensorFlow Serving's
 own messages, or raise `ServingError`, whatever comes in place of an answer.
 """

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.serving_models import Signature
+from bertgen_tf.serving.exports import Signature
 
 _log = logging.getLogger(__name__)
 

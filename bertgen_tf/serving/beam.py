@@ -3,7 +3,7 @@
     import apache_beam as beam
     from apache_beam.io import ReadFromText, WriteToText
     from apache_beam.ml.inference.base import RunInference
-    from bertgen_tf.beam import SavedModelHandler
+    from bertgen_tf.serving.beam import SavedModelHandler
 
     with beam.Pipeline() as pipeline:
         (
@@ -29,8 +29,8 @@ try:
     from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 except ImportError as error:
     raise ImportError(
-        'bertgen_tf.beam needs Apache Beam: pip install "bertgen_tf[beam]", in an environment of '
-        "its own, as Beam needs an older protobuf than others."
+        'bertgen_tf.serving.beam needs Apache Beam: pip install "bertgen_tf[beam]", in an '
+        "environment of its own, as Beam needs an older protobuf than others."
     ) from error
 
 

@@ -26,7 +26,7 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf.export.files import read_warmup
-from bertgen_tf.serving_json import DEFAULT_SIGNATURE
+from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
 
 GRAPH_FILE = "saved_model.pb"
 METADATA_FILE = "metadata.json"

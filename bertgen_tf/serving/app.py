@@ -2,7 +2,7 @@
 
 | path | |
 | --- | --- |
-| POST /v1/models/NAME[/versions/V]:predict | runs a signature, see `bertgen_tf.serving_json` |
+| POST /v1/models/NAME[/versions/V]:predict | runs a signature, see `bertgen_tf.serving.rest_json` |
 | GET /v1/models/NAME[/versions/V] | state of the versions |
 | GET /v1/models/NAME[/versions/V]/metadata | signatures |
 | GET /v1/models | all models, with what their exports tell of themselves |
@@ -32,15 +32,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from bertgen_tf.serving_batching import Batcher, QueueFull, Result, is_client_error
-from bertgen_tf.serving_json import (
+from bertgen_tf.serving.batching import Batcher, QueueFull, Result, is_client_error
+from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
+from bertgen_tf.serving.rest_json import (
     DEFAULT_SIGNATURE,
     RequestError,
     parse_request,
     read_inputs,
     write_outputs,
 )
-from bertgen_tf.serving_models import Models, NotLoadedYet, Signature, Version
 
 PAGE_FILE = "playground.html"
 _PAGE_HEADERS = {
@@ -332,7 +332,7 @@ class ServingApp:
         return _error(503, f"The server is not ready: {why}", {"Retry-After": "1"})
 
     async def _page(self, request: Request) -> Response:
-        page = importlib.resources.files("bertgen_tf") / PAGE_FILE
+        page = importlib.resources.files("bertgen_tf.serving") / PAGE_FILE
         try:
             return Response(page.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
         except FileNotFoundError:
