@@ -21,7 +21,7 @@ from make_hub_module import make_hub_module, variable_sources
 from safetensors.numpy import save_file
 
 import bertgen_tf as bg
-from bertgen_tf import cli
+from bertgen_tf.cli import main as cli
 
 SHARED = Path(__file__).resolve().parent.parent / ".." / "shared"
 

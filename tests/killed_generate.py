@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 
-from bertgen_tf import cli
+from bertgen_tf.cli import main as cli
 from bertgen_tf.data import resumable
 
 WINDOW = 256  # lines that are written together: more than what is buffered

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-from bertgen_tf import cli
+from bertgen_tf.cli import main as cli
 from bertgen_tf.finetuning.data import TrainingData
 
 tokens = TrainingData.tokens

@@ -16,7 +16,7 @@ import tensorflow_text  # noqa: F401  registers ops of the exports
 from conftest import CORPUS, WORDS, fails, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli
+from bertgen_tf.cli import main as cli
 from bertgen_tf.data import resumable
 from bertgen_tf.data import texts as text_files
 from bertgen_tf.serving import ray_files

@@ -11,7 +11,8 @@ from make_tf1_module import make_shared_original
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
-from bertgen_tf import cli, cli_convert
+from bertgen_tf.cli import convert as cli_convert
+from bertgen_tf.cli import main as cli
 from bertgen_tf.network.weights import named_variables
 
 TEXTS = ["the old man saw a house", "who sang?", "a bird left, but the woman found it"]

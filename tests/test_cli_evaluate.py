@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bertgen_tf as bg
-from bertgen_tf import cli, cli_evaluate, metrics
+from bertgen_tf import metrics
 from bertgen_tf.checkpoints import presets
+from bertgen_tf.cli import evaluate as cli_evaluate
+from bertgen_tf.cli import main as cli
 from bertgen_tf.metrics import plot as metrics_plot
 from bertgen_tf.metrics import significance
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor

@@ -27,7 +27,7 @@ from make_golden_training import (
 )
 
 import bertgen_tf as bg
-from bertgen_tf import cli
+from bertgen_tf.cli import main as cli
 from bertgen_tf.finetuning import callbacks as training_callbacks
 from bertgen_tf.finetuning.data import TrainingData
 

@@ -36,17 +36,12 @@ BESIDE = {
 # The search knows no model and no text: of the floors below it sees nothing else.
 ONLY = {"generation/search": {"checks"}}
 
-# The rooms of files in bertgen_tf/ itself, which leave this table when they move into a folder:
-# there a module is in the room of its folder. `config` and `checks` are rooms and files.
-ROOMS = {
-    "bertgen_tf": "__init__",
-    "cli": "cli cli_arguments cli_batch cli_common cli_convert cli_evaluate cli_finetune "
-    "cli_finetune_arguments cli_serve cli_values",
-}
+# A module is in the room of its folder; these files of bertgen_tf/ itself are rooms.
+FILES = {"__init__": "bertgen_tf", "__main__": "cli", "checks": "checks", "config": "config"}
 
 IN_FUNCTIONS = {
-    ("cli_evaluate", "metrics.plot"),  # matplotlib is an extra
-    ("cli_serve", "serving.server"),  # so are uvicorn and starlette
+    ("cli.evaluate", "metrics.plot"),  # matplotlib is an extra
+    ("cli.serve", "serving.server"),  # so are uvicorn and starlette
 }
 
 # Third-party packages that any module may import.
@@ -111,10 +106,7 @@ class Package:
         """Of a module; None if it is in no room."""
         path = self.files[module]
         if len(path.parts) == 1:
-            if path.stem in ("config", "checks"):
-                return path.stem
-            fitting = [room for room, names in ROOMS.items() if path.stem in names.split()]
-            return fitting[0] if len(fitting) == 1 else None
+            return FILES.get(path.stem)
         rooms = {room for floor in FLOORS for room in floor}
         folders = [parent.as_posix() for parent in path.parents]
         return next((folder for folder in folders if folder in rooms), None)
@@ -194,16 +186,13 @@ def package() -> Package:
 
 
 def test_every_module_is_in_one_room(package):
-    problems = [
-        f"{package.files[module]} must be in one room: put it into the folder of a room of FLOORS, "
-        "or name it in ROOMS, once"
-        for module in package.files
-        if package.room(module) is None
-    ]
-    flat = {path.stem for path in package.files.values() if len(path.parts) == 1}
-    listed = {name for names in ROOMS.values() for name in names.split()}
-    problems += [f"{name}.py is gone: remove it from ROOMS" for name in sorted(listed - flat)]
-    _report(problems)
+    _report(
+        [
+            f"{package.files[module]} is in no room: put it into the folder of one"
+            for module in package.files
+            if package.room(module) is None
+        ]
+    )
 
 
 def test_rooms_import_lower_floors_only(package):
@@ -282,7 +271,7 @@ def test_modules_in_folders_are_in_the_room_of_their_folder(tmp_path):
     rooms = {module: package.room(module) for module in package.files}
     assert rooms == {
         "checks": "checks",
-        "models": "models",  # models.py, the stacks, is in another
+        "models": "models",
         "models.encoder_decoder": "models",
         "checkpoints.presets": "checkpoints",
         "checkpoints.hub": "checkpoints/hub",

@@ -25,8 +25,8 @@ pytest.importorskip("prometheus_client")
 from serving_exports import write_export
 from serving_requests import malformed_requests, post, send_bytes
 
-from bertgen_tf.cli import main
-from bertgen_tf.cli_arguments import make_parser
+from bertgen_tf.cli.arguments import make_parser
+from bertgen_tf.cli.main import main
 from bertgen_tf.serving.server import _listen, _Protocol, serve
 
 PREDICT = "/v1/models/name:predict"

@@ -40,7 +40,7 @@ except ImportError:  # told in failures
 script, versions = sys.argv[1], []
 for start in (
     lambda: runpy.run_path(script, run_name="__main__"),
-    lambda: runpy.run_module("bertgen_tf.cli", run_name="__main__"),  # python -m
+    lambda: runpy.run_module("bertgen_tf", run_name="__main__"),  # python -m
 ):
     sys.argv = [script, "--version"]
     try:

@@ -35,7 +35,7 @@ import numpy as np
 from make_golden_preset import make_model
 
 import bertgen_tf as bg
-from bertgen_tf import cli
+from bertgen_tf.cli import main as cli
 from bertgen_tf.data import texts
 from bertgen_tf.finetuning import data as training_data
 from bertgen_tf.network import weights

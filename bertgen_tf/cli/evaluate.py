@@ -15,9 +15,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf import cli_values
 from bertgen_tf.checkpoints import presets
-from bertgen_tf.cli_common import complain
+from bertgen_tf.cli import values
+from bertgen_tf.cli.common import complain
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import data_presets, resumable
 from bertgen_tf.data import texts as text_files
@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     )
     scores.add_argument(
         "--resamples",
-        type=cli_values.at_least(1),
+        type=values.at_least(1),
         default=1000,
         metavar="N",
         help="of the bootstrap (default: %(default)s)",
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     generate.add_argument("--output", metavar="FILE", help="keep what was generated")
     generate.add_argument(
         "--batch-size",
-        type=cli_values.at_least(1),
+        type=values.at_least(1),
         default=BATCH_SIZE,
         metavar="N",
         help="texts that are generated together (default: %(default)s)",

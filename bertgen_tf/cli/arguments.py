@@ -4,9 +4,10 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
-from bertgen_tf import __version__, cli_evaluate, cli_serve, cli_values
-from bertgen_tf.cli_common import PROGRAM
-from bertgen_tf.cli_finetune_arguments import add_finetune
+from bertgen_tf import __version__
+from bertgen_tf.cli import evaluate, serve, values
+from bertgen_tf.cli.common import PROGRAM
+from bertgen_tf.cli.finetune_arguments import add_finetune
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
 from bertgen_tf.generation.generator import BATCH_SIZE
 
@@ -58,7 +59,7 @@ def _add_warm_start(group: Any) -> None:
     )
     group.add_argument(
         "--num-layers",
-        type=cli_values.layers,
+        type=values.layers,
         metavar="N",
         help="keep the first N, or those of a list counted from 0, such as 0,2,4 (default: all)",
     )
@@ -115,7 +116,7 @@ examples:
     )
     parser.add_argument(
         "--batch-size",
-        type=cli_values.at_least(1),
+        type=values.at_least(1),
         default=BATCH_SIZE,
         metavar="N",
         help="texts that are generated together (default: %(default)s); fewer need less memory",
@@ -130,11 +131,11 @@ def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="score outputs, or a model, against references",
-        description=cli_evaluate.DESCRIPTION,
-        epilog=cli_evaluate.EPILOG,
+        description=evaluate.DESCRIPTION,
+        epilog=evaluate.EPILOG,
     )
     outputs = parser.add_mutually_exclusive_group(required=True)
-    cli_evaluate.add_arguments(parser, outputs)
+    evaluate.add_arguments(parser, outputs)
     _add_preset(parser, outputs)
     # One output of each text is scored.
     _add_generation_config(parser, leave_out="num_return_sequences")
@@ -150,7 +151,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help="local: one file in this process; ray: files on Ray, here or on a cluster (default: "
         "%(default)s)",
     )
-    count = {"type": cli_values.at_least(1), "metavar": "N"}
+    count = {"type": values.at_least(1), "metavar": "N"}
     group.add_argument(
         "--workers",
         **count,
@@ -189,7 +190,7 @@ example:
     )
     parser.add_argument(
         "--max-batch-size",
-        type=cli_values.power_of_two,
+        type=values.power_of_two,
         default=32,
         metavar="N",
         help="the most texts that a server with batching runs together, a power of two (default: "
@@ -248,10 +249,10 @@ def _add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="serve exports on this machine",
-        description=cli_serve.DESCRIPTION,
-        epilog=cli_serve.EPILOG,
+        description=serve.DESCRIPTION,
+        epilog=serve.EPILOG,
     )
-    cli_serve.add_serve_arguments(parser, cli_values.at_least(1), cli_values.positive_number)
+    serve.add_serve_arguments(parser, values.at_least(1), values.positive_number)
 
 
 def _add_preset(parser: argparse.ArgumentParser, instead: Any = None) -> None:
@@ -289,23 +290,23 @@ def _add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "")
         )
 
 
-_TOKEN_IDS = {"type": cli_values.ids, "metavar": "ID,ID"}
-_END_IDS = {"type": cli_values.none_or(cli_values.one_or_more_ids), "metavar": "ID,ID|none"}
+_TOKEN_IDS = {"type": values.ids, "metavar": "ID,ID"}
+_END_IDS = {"type": values.none_or(values.one_or_more_ids), "metavar": "ID,ID|none"}
 # By the name or the type of a field.
 _GENERATION_KINDS: dict[Any, dict[str, Any]] = {
     int: {"type": int, "metavar": "N"},
-    int | None: {"type": cli_values.none_or(cli_values.integer), "metavar": "N|none"},
-    float: {"type": cli_values.number, "metavar": "X"},
-    bool: {"type": cli_values.boolean, "metavar": "true|false"},
+    int | None: {"type": values.none_or(values.integer), "metavar": "N|none"},
+    float: {"type": values.number, "metavar": "X"},
+    bool: {"type": values.boolean, "metavar": "true|false"},
     "beam_scorer": {"choices": BEAM_SCORERS},
-    "early_stopping": {"type": cli_values.early_stopping, "metavar": "true|false|never"},
-    "bad_words_ids": {"type": cli_values.id_sequences, "metavar": "ID,ID;ID"},
-    "sequence_bias": {"type": cli_values.biases, "metavar": "ID,ID:X;ID:X"},
+    "early_stopping": {"type": values.early_stopping, "metavar": "true|false|never"},
+    "bad_words_ids": {"type": values.id_sequences, "metavar": "ID,ID;ID"},
+    "sequence_bias": {"type": values.biases, "metavar": "ID,ID:X;ID:X"},
     "suppress_tokens": _TOKEN_IDS,
     "begin_suppress_tokens": _TOKEN_IDS,
     "forced_eos_token_id": _END_IDS,
     "exponential_decay_length_penalty": {
-        "type": cli_values.none_or(cli_values.start_and_factor),
+        "type": values.none_or(values.start_and_factor),
         "metavar": "N,X|none",
     },
     "eos_token_id": _END_IDS,

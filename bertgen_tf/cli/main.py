@@ -18,13 +18,13 @@ from typing import Any, TextIO
 
 import tensorflow as tf
 
-from bertgen_tf import cli_batch, cli_evaluate
 from bertgen_tf.checkpoints import presets
-from bertgen_tf.cli_arguments import make_parser
-from bertgen_tf.cli_common import UserError, complain, read_preset_config, user_errors
-from bertgen_tf.cli_convert import convert
-from bertgen_tf.cli_finetune import finetune
-from bertgen_tf.cli_serve import find_serve
+from bertgen_tf.cli import evaluate, generate
+from bertgen_tf.cli.arguments import make_parser
+from bertgen_tf.cli.common import UserError, complain, read_preset_config, user_errors
+from bertgen_tf.cli.convert import convert
+from bertgen_tf.cli.finetune import finetune
+from bertgen_tf.cli.serve import find_serve
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import resumable
 from bertgen_tf.data import texts as text_files
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 def _generate(arguments: argparse.Namespace) -> None:
     path = arguments.output
     with user_errors():
-        cli_batch.check_flags(arguments)
+        generate.check_flags(arguments)
     if arguments.engine == "ray":
         _generate_on_ray(arguments)
         return
@@ -125,13 +125,13 @@ def _generate_on_ray(arguments: argparse.Namespace) -> None:
         config = _read_settings(arguments)
         run = _describe_model(arguments, config)
     with user_errors():
-        jobs = cli_batch.find_jobs(arguments, run)
+        jobs = generate.find_jobs(arguments, run)
     if all(job.begun is None for job in jobs):
         complain(f"{arguments.output} is complete")
         return
     if arguments.preset:
         model = _load(arguments, config)
-    cli_batch.run_jobs(arguments, jobs, model, config, complain)
+    generate.run_jobs(arguments, jobs, model, config, complain)
 
 
 def _generate_lines(
@@ -196,11 +196,11 @@ def _describe_model(arguments: argparse.Namespace, config: GenerationConfig) -> 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = model = None
     with user_errors():
-        task = cli_evaluate.prepare(arguments)
+        task = evaluate.prepare(arguments)
     if arguments.preset:
         config = _read_settings(arguments).replace(num_return_sequences=1)
         model = _load(arguments, config)
-    cli_evaluate.run(arguments, task, model, config)
+    evaluate.run(arguments, task, model, config)
 
 
 def _export(arguments: argparse.Namespace) -> None:

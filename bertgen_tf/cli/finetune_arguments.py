@@ -4,9 +4,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf import cli_values
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints.recipes import RECIPES
+from bertgen_tf.cli import values
 from bertgen_tf.data import data_presets
 from bertgen_tf.finetuning import loop as finetuning
 from bertgen_tf.finetuning.data import LONG_TARGETS
@@ -93,7 +93,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         "By default as the preset has it, or as the paper trained on --data; with --encoder 128 "
         "tokens, or\nwhat the model allows if that is less.",
     )
-    lengths = {"type": cli_values.at_least(1), "metavar": "TOKENS"}
+    lengths = {"type": values.at_least(1), "metavar": "TOKENS"}
     group.add_argument("--max-source-length", **lengths, help="longer sources are cut")
     group.add_argument(
         "--max-target-length",
@@ -111,7 +111,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("training")
-    count, count_or_zero = ({"type": cli_values.at_least(n), "metavar": "N"} for n in (1, 0))
+    count, count_or_zero = ({"type": values.at_least(n), "metavar": "N"} for n in (1, 0))
     group.add_argument(
         "--epochs", **count, default=3, help="passes over the pairs (default: %(default)s)"
     )
@@ -139,7 +139,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "size), falling with the square root of the steps, without weight decay and clipping "
         "(default: %(default)s)",
     )
-    rate = {"type": cli_values.positive_number, "metavar": "X"}
+    rate = {"type": values.positive_number, "metavar": "X"}
     group.add_argument(
         "--learning-rate",
         **rate,
@@ -159,28 +159,28 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--clip-norm",
-        type=cli_values.none_or(cli_values.positive_number),
+        type=values.none_or(values.positive_number),
         default=0.0,
         metavar="X|none",
         help="gradients of a greater norm are scaled to it (default: 1, or the paper's none)",
     )
     group.add_argument(
         "--label-smoothing",
-        type=cli_values.share,
+        type=values.share,
         default=0.0,
         metavar="X",
         help="share of each label that goes to all other tokens, such as 0.1 (default: 0)",
     )
     group.add_argument(
         "--ema",
-        type=cli_values.share,
+        type=values.share,
         metavar="X",
         help="validate and save an exponential moving average of the weights, with this share of "
         "the old ones at each update, such as 0.999 (default: the weights themselves)",
     )
     group.add_argument(
         "--freeze",
-        type=cli_values.frozen,
+        type=values.frozen,
         default={},
         metavar="PART,PART",
         help="what does not train: embeddings, encoder, decoder, or their lowest layers, such as "
@@ -225,7 +225,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 
 def _add_watching(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("while it runs")
-    count = {"type": cli_values.at_least(1), "metavar": "N"}
+    count = {"type": values.at_least(1), "metavar": "N"}
     again = group.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
@@ -238,7 +238,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--checkpoint-every",
-        type=cli_values.interval,
+        type=values.interval,
         default=(None, 600),
         metavar="N|TIME",
         help="steps, such as 500, or a time, such as 90s or 1h: what kill -9 loses at most "
@@ -251,7 +251,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--metrics",
-        type=cli_values.names,
+        type=values.names,
         metavar="NAME,NAME",
         help="generate from --validation when it validates, and score the outputs: "
         f"{', '.join((*scores.METRICS, *scores.GROUPS))}",

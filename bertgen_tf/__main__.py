@@ -1,0 +1,7 @@
+"""`python -m bertgen_tf`: the command `bertgen-tf`."""
+
+import sys
+
+from bertgen_tf.cli.main import main
+
+sys.exit(main())
