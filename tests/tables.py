@@ -3,7 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.generation.search.beam_search import beam_search, sample
+from bertgen_tf.generation.search.beam_search import beam_search
+from bertgen_tf.generation.search.sampling import sample
 
 START, EOS, PAD = 2, 1, 0
 SCORERS = ("huggingface", "gnmt")

@@ -17,8 +17,7 @@ from conftest import CORPUS, WORDS, fails, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf.cli import main as cli
-from bertgen_tf.data import resumable
-from bertgen_tf.data import texts as text_files
+from bertgen_tf.data import resumable, text_files
 from bertgen_tf.serving import ray_files
 
 # Without its favourites a random model looks at the source.

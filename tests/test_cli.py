@@ -18,7 +18,7 @@ from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
 from bertgen_tf.cli import main as cli
-from bertgen_tf.data import texts as text_files
+from bertgen_tf.data import text_files
 from bertgen_tf.export import saved_model
 from bertgen_tf.finetuning import loop as finetuning
 

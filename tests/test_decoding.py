@@ -23,9 +23,10 @@ from tables import (
     table_step,
 )
 
-from bertgen_tf.generation.search.beam_search import beam_search, sample
+from bertgen_tf.generation.search.beam_search import beam_search
 from bertgen_tf.generation.search.filters import temperature, top_k
 from bertgen_tf.generation.search.logits import min_new_tokens, suppress_tokens
+from bertgen_tf.generation.search.sampling import sample
 
 HERE = pathlib.Path(__file__).parent
 T2T_GOLDEN = HERE.parent.parent / "shared/golden/t2t_beam_search.npz"

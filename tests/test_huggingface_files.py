@@ -17,7 +17,7 @@ from conftest import make_model
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
-from bertgen_tf.checkpoints.huggingface import files as files
+from bertgen_tf.checkpoints.huggingface import files
 
 
 @pytest.fixture

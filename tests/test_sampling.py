@@ -18,8 +18,8 @@ from tables import (
 )
 
 from bertgen_tf.generation.search import filters
-from bertgen_tf.generation.search.beam_search import Sampling, sample
 from bertgen_tf.generation.search.logits import min_new_tokens, suppress_tokens
+from bertgen_tf.generation.search.sampling import Sampling, sample
 
 DRAWS = 100_000
 

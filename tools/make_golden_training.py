@@ -36,7 +36,7 @@ from make_golden_preset import make_model
 
 import bertgen_tf as bg
 from bertgen_tf.cli import main as cli
-from bertgen_tf.data import texts
+from bertgen_tf.data import text_files
 from bertgen_tf.finetuning import data as training_data
 from bertgen_tf.network import weights
 
@@ -126,7 +126,7 @@ def encode(encoder: bg.BertGenerationEncoder) -> Any:
 
 def batch() -> tuple[list[str], list[str]]:
     """All pairs of train.tsv as sources and targets."""
-    sources, targets = zip(*texts.read_pairs("train.tsv"), strict=True)
+    sources, targets = zip(*text_files.read_pairs("train.tsv"), strict=True)
     return list(sources), list(targets)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertgen_tf.checkpoints import hub, huggingface
-from bertgen_tf.checkpoints.huggingface import files as files
+from bertgen_tf.checkpoints.huggingface import files
 from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.models import pretrained

@@ -19,8 +19,7 @@ from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.cli.common import complain
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.data import data_presets, resumable
-from bertgen_tf.data import texts as text_files
+from bertgen_tf.data import data_presets, resumable, text_files
 from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance

@@ -19,8 +19,7 @@ from bertgen_tf.checkpoints.huggingface.files import is_huggingface
 from bertgen_tf.checkpoints.recipes import warm_start
 from bertgen_tf.checks import first_line
 from bertgen_tf.cli.common import PROGRAM, UserError, complain, read_preset_config, user_errors
-from bertgen_tf.data import data_presets
-from bertgen_tf.data import texts as text_files
+from bertgen_tf.data import data_presets, text_files
 from bertgen_tf.finetuning import callbacks as training_callbacks
 from bertgen_tf.finetuning import loop as finetuning
 from bertgen_tf.finetuning.data import TrainingData

@@ -26,8 +26,7 @@ from bertgen_tf.cli.convert import convert
 from bertgen_tf.cli.finetune import finetune
 from bertgen_tf.cli.serve import find_serve
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.data import resumable
-from bertgen_tf.data import texts as text_files
+from bertgen_tf.data import resumable, text_files
 from bertgen_tf.export.saved_model import ExportError, check_version_path, export_saved_model
 from bertgen_tf.generation.generator import WINDOW
 from bertgen_tf.generation.settings import check_config

@@ -13,8 +13,10 @@ import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation.search import beam_search as decoding
+from bertgen_tf.generation.search.beam_search import beam_search
 from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.search.sampling import Sampling, SamplingLoop, sample
+from bertgen_tf.generation.search.sequences import Step
 from bertgen_tf.generation.settings import (
     eos_token_ids,
     filters_for,
@@ -108,7 +110,7 @@ def generation_function(
 class StreamState(NamedTuple):
     """What a streamed search keeps between two steps: tensors, padded to their buckets."""
 
-    loop: decoding.SamplingLoop
+    loop: SamplingLoop
     cross: Any  # keys and values of the source
     inputs: "_Inputs"
     batch: tf.Tensor  # int32 []: rows that are asked for
@@ -159,17 +161,17 @@ def streaming_functions(
     check_integer("tokens_per_step", tokens_per_step)
 
     @tf.function(jit_compile=jit_compile, autograph=False)
-    def begin(inputs: _Inputs) -> tuple[decoding.SamplingLoop, Any]:
+    def begin(inputs: _Inputs) -> tuple[SamplingLoop, Any]:
         with integer_products(jit_compile):
             prepared = _prepare(model, config, inputs)
         # Processors are for what comes then.
-        sampling = decoding.Sampling(**_options(model, config, ()))
+        sampling = Sampling(**_options(model, config, ()))
         return sampling.start(prepared.state, **_start(config, inputs)), prepared.cross
 
     @tf.function(jit_compile=jit_compile, autograph=False)
-    def run(loop: decoding.SamplingLoop, cross: Any, inputs: _Inputs) -> tuple[Any, ...]:
+    def run(loop: SamplingLoop, cross: Any, inputs: _Inputs) -> tuple[Any, ...]:
         processors = _processors(model, config, inputs, logits_processor)
-        sampling = decoding.Sampling(**_options(model, config, processors))
+        sampling = Sampling(**_options(model, config, processors))
         step = _step_function(model, cross, inputs.attention_mask)
         with integer_products(jit_compile):
             loop = sampling.advance(step, loop, tokens_per_step)
@@ -238,7 +240,7 @@ def _search(
     processors = _processors(model, config, inputs, logits_processor)
     options = {**_options(model, config, processors), **_start(config, inputs)}
     if uses_beams(config):
-        output = decoding.beam_search(
+        output = beam_search(
             step,
             prepared.state,
             num_beams=config.num_beams,
@@ -247,7 +249,7 @@ def _search(
             **options,
         )
     else:
-        output = decoding.sample(step, prepared.state, **options)
+        output = sample(step, prepared.state, **options)
     attentions = None
     if output_attentions:
         attentions = _cross_attentions(model, config, inputs, prepared.memory, output.sequences)
@@ -275,7 +277,7 @@ def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared
     return _Prepared(memory, cache.pop("cross"), cache)
 
 
-def _step_function(model: Any, cross: Any, attention_mask: tf.Tensor) -> decoding.Step:
+def _step_function(model: Any, cross: Any, attention_mask: tf.Tensor) -> Step:
     def step(ids: tf.Tensor, index: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
         # [rows, 1, V]
         token_logits, cache = model.decoder(

@@ -22,8 +22,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.data import resumable
-from bertgen_tf.data import texts as text_files
+from bertgen_tf.data import resumable, text_files
 from bertgen_tf.data.progress import show_progress
 
 BATCH_SIZE = 32

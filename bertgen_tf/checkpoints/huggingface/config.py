@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
-from bertgen_tf.checkpoints.huggingface import gpt2 as gpt2
+from bertgen_tf.checkpoints.huggingface import gpt2
 from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bertgen_tf.checkpoints.huggingface import files as files
-from bertgen_tf.checkpoints.huggingface import tokenizers as tokenizers
+from bertgen_tf.checkpoints.huggingface import files, tokenizers
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder

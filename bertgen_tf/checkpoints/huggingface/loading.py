@@ -16,9 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import config as configs
-from bertgen_tf.checkpoints.huggingface import files as files
-from bertgen_tf.checkpoints.huggingface import gpt2 as gpt2
-from bertgen_tf.checkpoints.huggingface import tokenizers as tokenizers
+from bertgen_tf.checkpoints.huggingface import files, gpt2, tokenizers
 from bertgen_tf.checkpoints.huggingface import weights as names
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig

@@ -31,7 +31,6 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.generation.search import noise
 from bertgen_tf.generation.search.logits import BANNED, Processor, check_token_ids, compose
-from bertgen_tf.generation.search.sampling import Sampling, SamplingLoop, sample
 from bertgen_tf.generation.search.sequences import (
     SearchOutput,
     Step,
@@ -46,8 +45,6 @@ from bertgen_tf.generation.search.sequences import (
     with_shapes_of,
     write,
 )
-
-__all__ = ["Sampling", "SamplingLoop", "SearchOutput", "Step", "beam_search", "sample"]
 
 # Score of a hypothesis that does not exist, tensor2tensor's value. Whatever continues it, or went
 # over a banned token, stays below _ALIVE and no real hypothesis comes near that.
