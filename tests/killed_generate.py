@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 
+from bertgen_tf.cli import generate
 from bertgen_tf.cli import main as cli
 from bertgen_tf.data import resumable
 
@@ -29,7 +30,7 @@ def main() -> None:
     for line in sys.stdin:
         process = os.fork()
         if not process:
-            cli.WINDOW, resumable.sync = WINDOW, slow_sync
+            generate.WINDOW, resumable.sync = WINDOW, slow_sync
             code = 1
             try:
                 code = cli.main(json.loads(line))

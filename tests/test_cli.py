@@ -17,6 +17,7 @@ import tensorflow as tf
 from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
+from bertgen_tf.cli import generate
 from bertgen_tf.cli import main as cli
 from bertgen_tf.data import text_files
 from bertgen_tf.export import saved_model
@@ -410,7 +411,7 @@ def echo(preset, loaded, monkeypatch):
                 yield outputs if config.num_return_sequences > 1 else outputs[0]
 
     monkeypatch.setattr(bg.EncoderDecoderModel, "iterate", iterate)
-    monkeypatch.setattr(cli, "WINDOW", 32)
+    monkeypatch.setattr(generate, "WINDOW", 32)
     return calls
 
 
@@ -827,7 +828,7 @@ def test_killed_at_any_moment(flags, killed, tmp_path, monkeypatch):
     make_small_model(generation_config=settings).save_to_preset(preset)
     run = ["generate", "--preset", preset, "--input", str(sources), "--no-xla", *flags]
     expected = tmp_path / "expected.jsonl"
-    monkeypatch.setattr(cli, "WINDOW", killed_generate.WINDOW)
+    monkeypatch.setattr(generate, "WINDOW", killed_generate.WINDOW)
     assert cli.main([*run, "--output", str(expected)]) == 0
     lines = [json.loads(line) for line in expected.read_text().splitlines()]
     assert len(lines) == count

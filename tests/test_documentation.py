@@ -21,7 +21,7 @@ import pytest
 from documents import DOCUMENTS, ROOT, Block, all_blocks, read_blocks
 
 import bertgen_tf
-from bertgen_tf.cli.arguments import make_parser
+from bertgen_tf.cli.main import make_parser
 
 LANGUAGES = {"", "bash", "json", "python", "sh", "yaml"}
 # Programs of others in shell blocks.

@@ -25,13 +25,12 @@ pytest.importorskip("prometheus_client")
 from serving_exports import write_export
 from serving_requests import malformed_requests, post, send_bytes
 
-from bertgen_tf.cli.arguments import make_parser
-from bertgen_tf.cli.main import main
+from bertgen_tf.cli.main import main, make_parser
 from bertgen_tf.serving.server import _listen, _Protocol, serve
 
 PREDICT = "/v1/models/name:predict"
 SECONDS = 120  # until a test that hangs fails
-CLI = "import sys; from bertgen_tf.cli import main; sys.exit(main())"
+CLI = "import sys; from bertgen_tf.cli.main import main; sys.exit(main())"
 IMPATIENT = """
 import sys
 from bertgen_tf.serving.server import serve

@@ -43,7 +43,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from serving_requests import malformed_requests, send_bytes
 
-CLI = "import sys; from bertgen_tf.cli import main; sys.exit(main())"
+CLI = "import sys; from bertgen_tf.cli.main import main; sys.exit(main())"
 TOLERANCE = 1e-3  # of scores
 MAX_ROUNDED = 0.01
 MIN_RATIO = 3.0

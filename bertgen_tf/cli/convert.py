@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from bertgen_tf.checkpoints import hub, presets
 from bertgen_tf.checkpoints.huggingface import loading as huggingface
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
 from bertgen_tf.checkpoints.huggingface.files import is_huggingface
+from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -18,12 +20,48 @@ from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
 
 
-def convert(arguments: argparse.Namespace) -> None:
-    """Runs the command.
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert TF Hub modules, HuggingFace checkpoints and presets",
+        description="Writes a TF Hub module or a HuggingFace checkpoint as a preset, or a preset as"
+        " a HuggingFace\nfolder. Shows what was read, and runs both sides to see that they agree.",
+        epilog="""\
+sources:
+  a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
+                   encoder, which becomes the start of an encoder-decoder
+  HuggingFace      a folder, or a name such as org/name: a BertGeneration encoder-decoder, or a
+                   BertGeneration, BERT or RoBERTa encoder
+  a preset         what this command or finetune saved; becomes a HuggingFace folder
 
-    Raises:
-        ImportError, OSError, ValueError: what the user can mend.
-    """
+examples:
+  bertgen-tf convert path/to/bertseq2seq_module my_model
+  bertgen-tf convert my_model my_huggingface_model""",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to read")
+    parser.add_argument(
+        "target", metavar="TARGET", help="folder to write: new, empty, or of the same kind"
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="convert without running anything"
+    )
+    parser.add_argument(
+        "--original",
+        metavar="NAME",
+        help="which of the originals a module is, such as roberta24_bbc, if it does not tell all "
+        "that is needed",
+    )
+    add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    with user_errors():
+        _convert(arguments)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
     source, target, verify = arguments.source, arguments.target, arguments.verify
     kind = kind_of(source)
     if kind == "preset":
@@ -138,8 +176,9 @@ def _read(arguments: argparse.Namespace, kind: str) -> EncoderDecoderModel:
         if getattr(arguments, name) is not None
     }
     if given and kind not in ("TF Hub encoder", "HuggingFace encoder"):
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags} applies to an encoder, and {arguments.source} is a {kind}")
+        raise ValueError(
+            f"{flags(given)} applies to an encoder, and {arguments.source} is a {kind}"
+        )
     if arguments.original and kind != "TF Hub original":
         raise ValueError(f"--original applies to an original, and {arguments.source} is a {kind}")
     if kind == "preset":

@@ -17,7 +17,15 @@ import tensorflow as tf
 
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
-from bertgen_tf.cli.common import complain
+from bertgen_tf.cli.common import (
+    add_generation_config,
+    add_preset,
+    complain,
+    flags,
+    load_model,
+    read_settings,
+    user_errors,
+)
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import data_presets, resumable, text_files
 from bertgen_tf.generation.generator import BATCH_SIZE
@@ -26,10 +34,10 @@ from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.serving import ray_files
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
 chrF and ROUGE, in percent, with bootstrap confidence intervals."""
-EPILOG = """\
+_EPILOG = """\
 files, in UTF-8, one example a line:
   --references   .tsv, .txt     source<TAB>reference<TAB>further references
                  .jsonl, .json  {"source": "...", "target": "..." or ["...", ...]}
@@ -69,13 +77,15 @@ class Task:
     normaliser: EncoderDecoderModel | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
-    """Adds all but the preset and its settings.
-
-    Args:
-        parser: of the command.
-        outputs: a group of it, for what the outputs come from.
-    """
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score outputs, or a model, against references",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
+    outputs = parser.add_mutually_exclusive_group(required=True)
     outputs.add_argument("--predictions", metavar="FILE", help="outputs that were generated before")
     outputs.add_argument(
         "--export", metavar="NAME/VERSION", help="generate with what export wrote, as it is"
@@ -146,9 +156,23 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     generate.add_argument(
         "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
     )
+    add_preset(parser, outputs)
+    # One output of each text is scored.
+    add_generation_config(parser, leave_out="num_return_sequences")
 
 
-def prepare(arguments: argparse.Namespace) -> Task:
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    config = model = None
+    with user_errors():
+        task = _prepare(arguments)
+    if arguments.preset:
+        config = read_settings(arguments).replace(num_return_sequences=1)
+        model = load_model(arguments, config)
+    _run(arguments, task, model, config)
+
+
+def _prepare(arguments: argparse.Namespace) -> Task:
     """Reads the files, and finds what would fail after hours of generating.
 
     Raises:
@@ -177,7 +201,7 @@ def prepare(arguments: argparse.Namespace) -> Task:
     return task
 
 
-def run(
+def _run(
     arguments: argparse.Namespace,
     task: Task,
     model: EncoderDecoderModel | None,
@@ -187,7 +211,7 @@ def run(
 
     Args:
         arguments: of the command.
-        task: of `prepare`.
+        task: of `_prepare`.
         model: of --preset, or None.
         config: its settings, or None.
     """
@@ -277,8 +301,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         given = [n for n in ("data_folder", "split", "reverse") if getattr(arguments, n)]
         needs = "--data"
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags} applies to {needs} only")
+        raise ValueError(f"{flags(given)} applies to {needs} only")
     if arguments.output:
         if arguments.output == "-":
             raise ValueError("--output must be a file: standard output is for the scores")

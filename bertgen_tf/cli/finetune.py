@@ -18,7 +18,15 @@ from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.huggingface.files import is_huggingface
 from bertgen_tf.checkpoints.recipes import warm_start
 from bertgen_tf.checks import first_line
-from bertgen_tf.cli.common import PROGRAM, UserError, complain, read_preset_config, user_errors
+from bertgen_tf.cli.common import (
+    PROGRAM,
+    UserError,
+    complain,
+    flags,
+    read_preset_config,
+    user_errors,
+)
+from bertgen_tf.cli.finetune_arguments import add_command as add_command
 from bertgen_tf.data import data_presets, text_files
 from bertgen_tf.finetuning import callbacks as training_callbacks
 from bertgen_tf.finetuning import loop as finetuning
@@ -71,7 +79,7 @@ START = "model to start from"
 Pairs = list[tuple[str, str]]
 
 
-def finetune(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
@@ -142,12 +150,12 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.preset:
         given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
         if given:
-            raise UserError(f"{_flags(given)} applies to --encoder only, not to --preset")
+            raise UserError(f"{flags(given)} applies to --encoder only, not to --preset")
         read_preset_config(arguments.preset)
     names = ("metrics", "monitor", "patience", "validate_every")
     given = [name for name in names if getattr(arguments, name) is not None]
     if given and not arguments.validation and not arguments.data:
-        raise UserError(f"{_flags(given)} needs --validation")
+        raise UserError(f"{flags(given)} needs --validation")
     if arguments.data:
         preset = data_presets.find(arguments.data)
         for name in ("max_source_length", "max_target_length"):
@@ -155,7 +163,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
                 setattr(arguments, name, getattr(preset, name))
     elif arguments.data_folder or arguments.reverse:
         given = ["data_folder"] if arguments.data_folder else ["reverse"]
-        raise UserError(f"{_flags(given)} applies to --data only")
+        raise UserError(f"{flags(given)} applies to --data only")
     with user_errors():
         if arguments.metrics is not None:
             arguments.metrics = scores.expand(arguments.metrics)
@@ -221,7 +229,7 @@ def _settings(
         for text in texts:
             digest.update(text)
         settings[name] = digest.hexdigest()
-    return settings | {_flags([name]): getattr(arguments, name) for name in SETTINGS}
+    return settings | {flags([name]): getattr(arguments, name) for name in SETTINGS}
 
 
 def _make_model(
@@ -488,7 +496,3 @@ def _errors(replicas: finetuning.Replicas) -> Iterator[None]:
             f"interrupted after step {error.step:,}, which is saved: the same command with "
             "--resume goes on"
         ) from error
-
-
-def _flags(names: list[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in names)

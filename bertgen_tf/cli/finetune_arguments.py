@@ -1,24 +1,19 @@
 """The arguments of `bertgen-tf finetune`."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints.recipes import RECIPES
 from bertgen_tf.cli import values
+from bertgen_tf.cli.common import add_warm_start
 from bertgen_tf.data import data_presets
 from bertgen_tf.finetuning import loop as finetuning
 from bertgen_tf.finetuning.data import LONG_TARGETS
 
 
-def add_finetune(commands: Any, add_warm_start: Callable[[Any], None]) -> None:
-    """Adds the command.
-
-    Args:
-        commands: argparse's.
-        add_warm_start: adds how an encoder becomes an encoder-decoder to a group.
-    """
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
     parser = commands.add_parser(
         "finetune",
         help="train a model on pairs of texts",

@@ -1,14 +1,17 @@
-"""`bertgen-tf serve`: its arguments, and what it needs."""
+"""`bertgen-tf serve`: its flags, and what it needs; the server is `bertgen_tf.serving.server`."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-DESCRIPTION = """\
+from bertgen_tf.cli import values
+from bertgen_tf.cli.common import user_errors
+
+_DESCRIPTION = """\
 Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
 together, and a page in the browser to try the models. Ends by Ctrl-C or SIGTERM, when all that it
 accepted is answered."""
-EPILOG = """\
+_EPILOG = """\
 FOLDER is what holds the exports, NAME/VERSION, such as saved_models. It can be one model, NAME, or
 one export, NAME/VERSION, too. Of each model the highest version is served. Versions and models that
 come later are loaded while the others answer. Signatures that end in _xla are compiled when they
@@ -27,18 +30,14 @@ example:
 _PACKAGES = ("h11", "prometheus_client", "starlette", "uvicorn")
 
 
-def add_serve_arguments(
-    parser: argparse.ArgumentParser,
-    count: Callable[[str], int],
-    seconds: Callable[[str], float],
-) -> None:
-    """Adds them.
-
-    Args:
-        parser: of the command.
-        count: reads a number of at least 1.
-        seconds: reads a number above 0.
-    """
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve exports on this machine",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
     parser.add_argument("folder", metavar="FOLDER", help="see below")
     where = parser.add_argument_group("where")
     where.add_argument(
@@ -57,7 +56,11 @@ def add_serve_arguments(
         ("--shutdown-timeout", 30.0, "to answer what was accepted when it shall end"),
     ):
         times.add_argument(
-            flag, type=seconds, default=default, metavar="X", help=f"{text} (default: {default:g})"
+            flag,
+            type=values.positive_number,
+            default=default,
+            metavar="X",
+            help=f"{text} (default: {default:g})",
         )
     limits = parser.add_argument_group("limits")
     for flag, default, text in (
@@ -67,11 +70,24 @@ def add_serve_arguments(
         ("--max-connections", 512, "that are open; more gets 503"),
     ):
         limits.add_argument(
-            flag, type=count, default=default, metavar="N", help=f"{text} (default: {default:,})"
+            flag,
+            type=values.at_least(1),
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {default:,})",
         )
 
 
-def find_serve() -> Callable[..., Any]:
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    options = vars(arguments).copy()
+    del options["command"]
+    with user_errors():
+        serve = _find_serve()
+    serve(**options)
+
+
+def _find_serve() -> Callable[..., Any]:
     """`bertgen_tf.serving.server.serve`.
 
     Raises:
