@@ -266,16 +266,3 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
         assert status == 2, arguments
         assert message in err and err.count("\n") == 1, err
         assert not Path(target).exists()
-
-
-def test_names_on_the_huggingface_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "here" / "there").mkdir(parents=True)
-    assert not cli_convert.is_huggingface("here/elsewhere")
-    assert not cli_convert.is_huggingface("elsewhere/module.tar.gz")
-    assert cli_convert.is_huggingface("google/bert_for_seq_generation_L-24_bbc_encoder")
-    assert not cli_convert.is_huggingface("here/there")
-    assert not cli_convert.is_huggingface("./elsewhere")
-    assert not cli_convert.is_huggingface("https://example.com/x")
-    assert not cli_convert.is_huggingface("a/b/c")
-    assert not cli_convert.is_huggingface("name")

@@ -8,8 +8,7 @@ import pytest
 import recipe_table
 
 import bertgen_tf as bg
-from bertgen_tf.checkpoints import recipes
-from bertgen_tf.checkpoints.huggingface import loading as huggingface
+from bertgen_tf.checkpoints import huggingface, recipes
 from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
 from bertgen_tf.models import pretrained
 
@@ -41,7 +40,7 @@ def model_of(monkeypatch):
     def gpt2(handle, **kwargs):
         return Unread(handle, CONFIGS[handle], {}, None)
 
-    monkeypatch.setattr(recipes.files, "is_huggingface", lambda handle: True)
+    monkeypatch.setattr(recipes, "family_of", lambda handle: recipes.HUGGINGFACE)
     monkeypatch.setattr(huggingface, "read_config", lambda handle: (handle, CONFIGS[handle]))
     monkeypatch.setattr(
         huggingface,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertgen_tf.checkpoints import hub, huggingface
-from bertgen_tf.checkpoints.huggingface import files
+from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.models import pretrained
@@ -144,7 +144,7 @@ def warm_start(
     replaced = None if recipe.decoder == recipe.encoder == RANDOM else tokenizer
 
     def read(handle: str) -> tuple[BertGenerationEncoder, pretrained.Tokenizer | None]:
-        if files.is_huggingface(handle):
+        if family_of(handle) == HUGGINGFACE:
             return huggingface.load_encoder_with_tokenizer(handle, num_layers, replaced)
         return hub.load_encoder_with_tokenizer(handle, num_layers, verify)
 
@@ -323,7 +323,7 @@ def _check_kinds(name: str, recipe: Recipe, handles: dict[str, Any], tokenizer: 
         kind = getattr(recipe, side)
         if handle is None:
             continue
-        if not files.is_huggingface(handle):
+        if family_of(handle) != HUGGINGFACE:
             if kind in (ROBERTA, GPT2):
                 raise ValueError(
                     f"{name} needs {side}= to be a HuggingFace checkpoint of type {kind}, received "

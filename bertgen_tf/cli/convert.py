@@ -2,16 +2,15 @@
 
 import argparse
 import importlib.util
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
-from bertgen_tf.checkpoints import hub, presets
+from bertgen_tf.checkpoints import presets
+from bertgen_tf.checkpoints.handles import kind_of
 from bertgen_tf.checkpoints.huggingface import loading as huggingface
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
-from bertgen_tf.checkpoints.huggingface.files import is_huggingface
 from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
@@ -93,20 +92,6 @@ def _convert(arguments: argparse.Namespace) -> None:
     save = huggingface.save if kind == "preset" else presets.save
     save(model, target, check=check if verify else None)
     print(f"written: {target}")
-
-
-def kind_of(source: str) -> str:
-    """What a source is, in words: "preset", "TF Hub original", "HuggingFace encoder-decoder", ...
-
-    Raises:
-        OSError, ValueError: there is nothing, or nothing that can be read.
-    """
-    if is_huggingface(source):
-        return f"HuggingFace {huggingface.kind_of(source)}"
-    if os.path.isfile(os.path.join(source, presets.CONFIG_FILE)):
-        presets.read_config(source)
-        return "preset"
-    return "TF Hub original" if hub.is_original(source) else "TF Hub encoder"
 
 
 def describe(model: EncoderDecoderModel) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints import presets
-from bertgen_tf.checkpoints.huggingface.files import is_huggingface
+from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.recipes import warm_start
 from bertgen_tf.checks import first_line
 from bertgen_tf.cli.common import (
@@ -280,7 +280,7 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
             model = warm_start(arguments.recipe, **handles, **given)
         else:
             read = EncoderDecoderModel.from_hub
-            if is_huggingface(arguments.encoder):
+            if family_of(arguments.encoder) == HUGGINGFACE:
                 read = EncoderDecoderModel.from_huggingface
             model = read(**handles, share=bool(arguments.share), **given)
         if model.tokenizer is None:
