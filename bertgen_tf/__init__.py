@@ -19,8 +19,9 @@ from bertgen_tf.models.vocabulary import trim_vocabulary
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.training.batches import bucketed_dataset
 from bertgen_tf.training.freezing import GradualUnfreezing, freeze, unfreeze
-from bertgen_tf.training.losses import bucketed_dataset, default_loss
+from bertgen_tf.training.losses import default_loss
 from bertgen_tf.training.optimizers import averaged_weights, default_optimizer, paper_optimizer
 
 __version__ = "0.1.0"

@@ -22,6 +22,7 @@ from conftest import PIECES, SHARED, write_checkpoint
 from tensorflow_hub import resolver
 
 import bertgen_tf as bg
+from bertgen_tf.checkpoints.hub import fetch
 from bertgen_tf.checkpoints.hub import modules as hub_modules
 from bertgen_tf.network.weights import named_variables
 
@@ -989,7 +990,7 @@ def test_a_folder_with_a_size_leaves_no_room_for_a_header(kind, tmp_path):
     buffer.seek(0)
     messages = {"folder": "'assets' of the archive is no plain", "name": "a name of 819[12] char"}
     with pytest.raises(ValueError, match=messages[kind]):
-        hub_modules.unpack(buffer, str(tmp_path / "folder"))
+        fetch.unpack(buffer, str(tmp_path / "folder"))
 
 
 def test_long_names_and_many_files_are_read(tmp_path):
@@ -1006,7 +1007,7 @@ def test_long_names_and_many_files_are_read(tmp_path):
                 archive.addfile(member, io.BytesIO(content))
         folder = tmp_path / str(form)
         buffer.seek(0)
-        hub_modules.unpack(buffer, str(folder))
+        fetch.unpack(buffer, str(folder))
         for path, content in contents.items():
             assert (folder / path).read_bytes() == content
 
@@ -1033,8 +1034,8 @@ HOSTILE = {
 @pytest.mark.parametrize("source", ["url", "file"])
 @pytest.mark.parametrize("case", HOSTILE)
 def test_archives_cannot_escape_nor_fill_the_disk(case, source, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub_modules, "MAX_UNPACKED_BYTES", 9999)
-    monkeypatch.setattr(hub_modules, "MAX_MEMBERS", 20)
+    monkeypatch.setattr(fetch, "MAX_UNPACKED_BYTES", 9999)
+    monkeypatch.setattr(fetch, "MAX_MEMBERS", 20)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/secret").write_text("secret")
     (tmp_path / "secret").write_text("secret")
@@ -1107,7 +1108,7 @@ def test_without_a_cache_modules_are_kept_for_the_user_alone(xdg, module_of, uns
     (unset / "model.tar.gz").write_bytes(content)
     umask = os.umask(0)
     try:
-        path = hub_modules.resolve(str(unset / "model.tar.gz"))
+        path = fetch.resolve(str(unset / "model.tar.gz"))
     finally:
         os.umask(umask)
     root = unset / ("xdg" if xdg == "XDG" else "home/.cache") / "bertgen_tf/hub"
@@ -1119,12 +1120,12 @@ def test_without_a_cache_modules_are_kept_for_the_user_alone(xdg, module_of, uns
     monkeypatch.setattr(tensorflow_hub, "resolve", lambda _: resolver.tfhub_cache_dir() + "/own")
     (root / "own").mkdir()
     (root / "own/saved_model.pb").touch()
-    assert hub_modules.resolve("gs://bucket/module.tar.gz") == str(root / "own")
+    assert fetch.resolve("gs://bucket/module.tar.gz") == str(root / "own")
     assert "TFHUB_CACHE_DIR" not in os.environ
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(unset))
     (unset / "own").mkdir()
     (unset / "own/saved_model.pb").touch()
-    assert hub_modules.resolve("gs://bucket/module.tar.gz") == str(unset / "own")
+    assert fetch.resolve("gs://bucket/module.tar.gz") == str(unset / "own")
     assert os.environ["TFHUB_CACHE_DIR"] == str(unset)
 
 
@@ -1150,7 +1151,7 @@ def test_a_cache_that_others_can_write_is_refused(module_of, unset, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(os, "getuid", lambda: root.parent.stat().st_uid + 1)
         check_error(unset / "model.tar.gz", ValueError, "should be a folder of the user's own")
-    hub_modules.resolve(str(unset / "model.tar.gz"))
+    fetch.resolve(str(unset / "model.tar.gz"))
     monkeypatch.setenv("TFHUB_CACHE_DIR", str(unset / "model.tar.gz" / "below"))
     check_error(unset / "model.tar.gz", ValueError, "no folder for that: .*, or set TFHUB_")
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 from conftest import PIECES, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf.training import losses as training
+from bertgen_tf.training.losses import default_loss
 
 PAIRS = [
     ("the man saw a bird", "a bird saw the man"),
@@ -104,7 +104,7 @@ def test_compiled_and_plain_training_agree():
         optimizer = bg.default_optimizer(
             1e-3, gradient_accumulation_steps=2, ema_momentum=0.9, new_weights_learning_rate=1e-2
         )
-        loss = training.default_loss(label_smoothing=0.1)
+        loss = default_loss(label_smoothing=0.1)
         built(model, optimizer, loss=loss, jit_compile=jit_compile)
         losses.append(model.fit(preprocessed(model), epochs=4, verbose=0).history["loss"])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
@@ -195,7 +195,7 @@ def test_label_smoothing(smoothing):
     logits = rng.normal(0, 3, (3, 5, 7)).astype(np.float32)
     labels = rng.integers(0, 7, (3, 5))
     weight = (rng.random((3, 5)) < 0.6).astype(np.float32)
-    loss = training.default_loss(smoothing)
+    loss = default_loss(smoothing)
     value = float(loss(labels, logits, sample_weight=weight))
     torch = pytest.importorskip("torch")
     each = torch.nn.functional.cross_entropy(
@@ -215,7 +215,7 @@ def test_label_smoothing(smoothing):
 
 def test_label_smoothing_out_of_range():
     with pytest.raises(ValueError, match="label_smoothing must be at least 0 and below 1"):
-        training.default_loss(1.0)
+        default_loss(1.0)
 
 
 def test_bucketed_dataset_loses_no_pair_and_has_few_shapes():

@@ -20,7 +20,7 @@ import tensorflow as tf
 import tensorflow_hub
 
 import bertgen_tf as bg
-from bertgen_tf.checkpoints.hub import modules as hub_modules
+from bertgen_tf.checkpoints.hub.fetch import resolve
 
 
 def read_texts(path: str, count: int) -> list[str]:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         model = bg.EncoderDecoderModel.from_hub(
             arguments.module, original=arguments.original, verify=False
         )
-        module = tensorflow_hub.load(hub_modules.resolve(arguments.module))
+        module = tensorflow_hub.load(resolve(arguments.module))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

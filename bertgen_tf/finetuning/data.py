@@ -13,7 +13,7 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training.losses import lengths_of_batches
+from bertgen_tf.training.batches import lengths_of_batches
 
 Batch = tuple[dict[str, Any], Any, Any]
 LONG_TARGETS = ("cut", "skip", "error")
@@ -38,7 +38,7 @@ class TrainingData:
     """Pairs of texts, encoded once, in batches of few shapes that are a function of their number.
 
     Each epoch has every pair once, in an order that (seed, epoch) decides. Pairs of like length
-    come together: in the lengths of `training.lengths_of_batches`, each of which compiles the
+    come together: in the lengths of `batches.lengths_of_batches`, each of which compiles the
     training step once. Every batch has `batch_size` rows; what a length's last batch lacks is
     filled with rows of weight 0. Batches are counted through all epochs: the epoch of step i is
     `i // steps_per_epoch`.

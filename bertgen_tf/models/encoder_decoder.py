@@ -23,9 +23,7 @@ from bertgen_tf.network.quantization import check_quantization
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training import freezing, lora, optimizers
-from bertgen_tf.training import losses as training
-from bertgen_tf.training.losses import share_of_replica
+from bertgen_tf.training import batches, freezing, lora, losses, optimizers
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
@@ -300,9 +298,9 @@ class EncoderDecoderModel(keras.Model):
             optimizer.new_weights = tuple(v.path for v in freezing.new_variables(self))
         super().compile(
             optimizer=optimizers.default_optimizer() if optimizer == "auto" else optimizer,
-            loss=training.default_loss() if loss == "auto" else loss,
+            loss=losses.default_loss() if loss == "auto" else loss,
             weighted_metrics=(
-                training.default_metrics() if weighted_metrics == "auto" else weighted_metrics
+                losses.default_metrics() if weighted_metrics == "auto" else weighted_metrics
             ),
             **kwargs,
         )
@@ -337,15 +335,15 @@ class EncoderDecoderModel(keras.Model):
             batch_size: for text that is not batched yet; 32 by default.
             validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
         """
-        x, y, batch_size = training.text_to_dataset(
+        x, y, batch_size = batches.text_to_dataset(
             self.preprocessor, x, y, batch_size, shuffle=True
         )
         if isinstance(validation_data, tuple | list) and len(validation_data) == 2:
-            validation_data = training.text_to_dataset(self.preprocessor, *validation_data)[:2]
+            validation_data = batches.text_to_dataset(self.preprocessor, *validation_data)[:2]
             if validation_data[1] is None:
                 validation_data = validation_data[0]
         elif validation_data is not None:
-            validation_data = training.text_to_dataset(self.preprocessor, validation_data)[0]
+            validation_data = batches.text_to_dataset(self.preprocessor, validation_data)[0]
         if isinstance(x, tf.data.Dataset):
             # Keras warns of its own default, because datasets are shuffled before.
             kwargs.setdefault("shuffle", False)
@@ -360,7 +358,7 @@ class EncoderDecoderModel(keras.Model):
         training: bool = True,
     ) -> Any:
         loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        return share_of_replica(loss, self.loss, sample_weight)
+        return losses.share_of_replica(loss, self.loss, sample_weight)
 
     def make_train_function(self, force: bool = False) -> Any:
         if self.is_quantized:
@@ -374,7 +372,7 @@ class EncoderDecoderModel(keras.Model):
         self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Keras's `evaluate`, which also takes text; see `fit`."""
-        x, y, batch_size = training.text_to_dataset(self.preprocessor, x, y, batch_size)
+        x, y, batch_size = batches.text_to_dataset(self.preprocessor, x, y, batch_size)
         return super().evaluate(x, y, batch_size, *args, **kwargs)
 
     def generate(

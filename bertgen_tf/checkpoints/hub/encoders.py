@@ -6,10 +6,9 @@ alike), under any scope, with the signatures `tokens` and `tokenization_info`.
 """
 
 import collections
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ import tensorflow as tf
 
 from bertgen_tf.checkpoints.hub import modules
 from bertgen_tf.checkpoints.hub.graph import Graph
-from bertgen_tf.checkpoints.hub.layers import read_layers, shortest
+from bertgen_tf.checkpoints.hub.layers import depth, layer_rules, read_layers, scope_of, shortest
 from bertgen_tf.checkpoints.hub.modules import Module
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.network import weights
+from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationEncoder
 from bertgen_tf.network.weights import Rule
 from bertgen_tf.tokenizers import BertTokenizer
@@ -37,27 +37,6 @@ def _merge_heads(kernel: np.ndarray) -> np.ndarray:
 def _merge_heads_in(kernel: np.ndarray) -> np.ndarray:
     """(A, D, H) -> (H, A * D)."""
     return kernel.reshape(-1, kernel.shape[-1]).T
-
-
-def layer_rules(source: str) -> tuple[Rule, ...]:
-    """Rules for the layers below a scope, named as in `google-research/bert` `modeling.py`.
-
-    With the names of cross-attention in `google/bertseq2seq` modules: `encdec`, `encdec_output`.
-    """
-    layer = source + r"/layer_(\d+)/"
-    names = (
-        ("attention/self/(query|key|value)/(kernel|bias)", r"self_attention/\2/\3"),
-        ("attention/output/dense/(kernel|bias)", r"self_attention/output_dense/\2"),
-        ("attention/output/LayerNorm/(gamma|beta)", r"self_attention/layer_norm/\2"),
-        ("attention/encdec/(query|key|value)/(kernel|bias)", r"cross_attention/\2/\3"),
-        ("attention/encdec_output/dense/(kernel|bias)", r"cross_attention/output_dense/\2"),
-        ("attention/encdec_output/LayerNorm/(gamma|beta)", r"cross_attention/layer_norm/\2"),
-        ("intermediate/dense/(kernel|bias)", r"feed_forward/intermediate/\2"),
-        ("output/dense/(kernel|bias)", r"feed_forward/output_dense/\2"),
-        ("output/LayerNorm/(gamma|beta)", r"feed_forward/layer_norm/\2"),
-    )
-    # Ours is the layout of kernels [outputs, inputs]; vectors stay as they are.
-    return tuple(Rule(layer + name, r"layer_\1/" + target, np.transpose) for name, target in names)
 
 
 _TF2_LAYER = r"transformer/layer_(\d+)/"
@@ -172,12 +151,6 @@ def read_encoder(handle: str, verify: bool) -> tuple[BertGenerationEncoder, Bert
     return encoder, source.tokenizer
 
 
-def scope_of(names: Any) -> str | None:
-    """What stands before `bert/` in the names of a TF1 module; None if it has no such names."""
-    endings = re.compile(r"((?:.*/)?)bert/embeddings/word_embeddings")
-    return next((match[1] for name in names if (match := endings.fullmatch(name))), None)
-
-
 def _read_tf2(module: Module) -> Source:
     handle, tensors = module.handle, dict(module.tensors)
     missing = [name for name in _TF2_REQUIRED if name not in tensors]
@@ -270,11 +243,6 @@ def _read_tf1(module: Module, scope: str) -> Source:
     )
 
 
-def depth(pattern: str, names: Any) -> int:
-    """How many layers there are, where the first group of `pattern` is their number."""
-    return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
-
-
 def _special_ids(tokenizer: BertTokenizer) -> dict[str, int]:
     return {name: getattr(tokenizer, name) for name in
             ("pad_token_id", "bos_token_id", "eos_token_id")}  # fmt: skip
@@ -337,17 +305,6 @@ def _read_tf2_graph(module: Module) -> tuple[str, float]:
             f"{sorted(activations) or 'none'} and {sorted(epsilons) or 'none'}."
         )
     return activations.pop(), shortest(epsilons.pop())
-
-
-@contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """Switches TensorFloat-32 off, which on GPUs is less exact than what is compared here."""
-    enabled = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(enabled)
 
 
 def _verify(source: Source, encoder: BertGenerationEncoder) -> None:

@@ -1,4 +1,4 @@
-"""What no variable tells of BERT's layers, read off the graph of a TF1 Hub module.
+"""BERT's layers in a TF1 Hub module: the names of their variables, and what only the graph tells.
 
 The graph is followed from the variables on, so that neither names of scopes nor the loop that a
 decoder runs in matter: activation, epsilon and heads are read wherever a stack is used, and all
@@ -16,11 +16,44 @@ import tensorflow as tf
 from bertgen_tf.checkpoints.hub.graph import SAME_VALUE, SAME_VALUES, Graph, Node, Tensor
 from bertgen_tf.config import HIDDEN_ACTS
 from bertgen_tf.network.layers import activation
+from bertgen_tf.network.weights import Rule
 
 MATMULS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")
 ADDS = ("BiasAdd", "Add", "AddV2")
 _GATHERS = ("ResourceGather", "GatherV2", "Gather")
 _NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+
+
+def scope_of(names: Any) -> str | None:
+    """What stands before `bert/` in the names of a TF1 module; None if it has no such names."""
+    endings = re.compile(r"((?:.*/)?)bert/embeddings/word_embeddings")
+    return next((match[1] for name in names if (match := endings.fullmatch(name))), None)
+
+
+def depth(pattern: str, names: Any) -> int:
+    """How many layers there are, where the first group of `pattern` is their number."""
+    return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
+
+
+def layer_rules(source: str) -> tuple[Rule, ...]:
+    """Rules for the layers below a scope, named as in `google-research/bert` `modeling.py`.
+
+    With the names of cross-attention in `google/bertseq2seq` modules: `encdec`, `encdec_output`.
+    """
+    layer = source + r"/layer_(\d+)/"
+    names = (
+        ("attention/self/(query|key|value)/(kernel|bias)", r"self_attention/\2/\3"),
+        ("attention/output/dense/(kernel|bias)", r"self_attention/output_dense/\2"),
+        ("attention/output/LayerNorm/(gamma|beta)", r"self_attention/layer_norm/\2"),
+        ("attention/encdec/(query|key|value)/(kernel|bias)", r"cross_attention/\2/\3"),
+        ("attention/encdec_output/dense/(kernel|bias)", r"cross_attention/output_dense/\2"),
+        ("attention/encdec_output/LayerNorm/(gamma|beta)", r"cross_attention/layer_norm/\2"),
+        ("intermediate/dense/(kernel|bias)", r"feed_forward/intermediate/\2"),
+        ("output/dense/(kernel|bias)", r"feed_forward/output_dense/\2"),
+        ("output/LayerNorm/(gamma|beta)", r"feed_forward/layer_norm/\2"),
+    )
+    # Ours is the layout of kernels [outputs, inputs]; vectors stay as they are.
+    return tuple(Rule(layer + name, r"layer_\1/" + target, np.transpose) for name, target in names)
 
 
 def read_layers(graph: Graph, source: str, norms: str, layers: str) -> dict[str, Any]:

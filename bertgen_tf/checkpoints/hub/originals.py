@@ -14,15 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checkpoints.hub import modules
-from bertgen_tf.checkpoints.hub.encoders import (
-    VERIFY_TOLERANCE,
-    depth,
-    exact,
-    layer_rules,
-    scope_of,
-)
+from bertgen_tf.checkpoints.hub.encoders import VERIFY_TOLERANCE
 from bertgen_tf.checkpoints.hub.graph import Graph, Tensor
-from bertgen_tf.checkpoints.hub.layers import normalized, read_layers
+from bertgen_tf.checkpoints.hub.layers import depth, layer_rules, normalized, read_layers, scope_of
 from bertgen_tf.checkpoints.hub.modules import Module, Tensors
 from bertgen_tf.checkpoints.hub.search import Found, read_search
 from bertgen_tf.checkpoints.hub.text import (
@@ -40,6 +34,7 @@ from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import weights
+from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import Rule
 from bertgen_tf.tokenizers import BertTokenizer

@@ -8,10 +8,11 @@ from bertgen_tf.checkpoints.huggingface.loading import (
     load_encoder_with_tokenizer,
     load_gpt2,
     read_config,
-    save,
 )
+from bertgen_tf.checkpoints.huggingface.saving import is_ours, save
 
 __all__ = [
+    "is_ours",
     "kind_of",
     "load_decoder",
     "load_encoder",

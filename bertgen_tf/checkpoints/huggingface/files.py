@@ -18,13 +18,15 @@ from safetensors.numpy import save_file
 
 from bertgen_tf.checks import first_line
 
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
 # What is fetched of a repository on the hub: what we read, nothing else.
 PATTERNS = (
-    "config.json",
-    "generation_config.json",
+    CONFIG_FILE,
+    GENERATION_FILE,
     "spiece.model",
     "vocab.txt",
     "vocab.json",
@@ -57,7 +59,7 @@ def is_huggingface(source: str | os.PathLike) -> bool:
     if not os.path.exists(source):
         return is_hub_name(os.fspath(source))
     try:
-        content = json.loads(pathlib.Path(source, "config.json").read_text(encoding="utf-8"))
+        content = json.loads(pathlib.Path(source, CONFIG_FILE).read_text(encoding="utf-8"))
         return isinstance(content, dict) and "model_type" in content
     except (OSError, ValueError, RecursionError):
         return False

@@ -10,31 +10,20 @@ follow is an error, and one error lists all of a kind.
 
 import os
 import pathlib
-import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import config as configs
 from bertgen_tf.checkpoints.huggingface import files, gpt2, tokenizers
 from bertgen_tf.checkpoints.huggingface import weights as names
+from bertgen_tf.checkpoints.huggingface.files import CONFIG_FILE, GENERATION_FILE
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.data import folders
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import assign, named_variables
-from bertgen_tf.training import lora
-
-_CONFIG = "config.json"
-_GENERATION = "generation_config.json"
-# What `save` writes.
-_OURS = (
-    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
-    r"|model\.safetensors\.index\.json|spiece\.model|vocab\.txt|tokenizer_config\.json"
-)
 
 
 def kind_of(folder: str | os.PathLike) -> str:
@@ -44,8 +33,8 @@ def kind_of(folder: str | os.PathLike) -> str:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
     """
     path = files.resolve(folder)
-    values = files.read_json(path / _CONFIG)
-    kind = configs.model_type(values, os.fspath(path / _CONFIG))
+    values = files.read_json(path / CONFIG_FILE)
+    kind = configs.model_type(values, os.fspath(path / CONFIG_FILE))
     if kind == configs.ENCODER_DECODER:
         return "encoder-decoder"
     return "decoder" if values.get("is_decoder") or kind == gpt2.GPT2 else "encoder"
@@ -233,89 +222,6 @@ def read_config(folder: str | os.PathLike) -> tuple[str, BertGenerationConfig]:
     return stack.kind, stack.config
 
 
-def save(
-    model: EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder,
-    folder: str | os.PathLike,
-    max_shard_size: int | str = "1GB",
-    check: Callable[[pathlib.Path], None] | None = None,
-) -> None:
-    """Writes a checkpoint that transformers 5 loads with `from_pretrained`, and that we read back.
-
-    The folder appears, or is replaced, only when everything is written. Shared variables are
-    written once for each name that transformers has for them. What HuggingFace has no place for is
-    under the key "bertgen_tf" of `config.json`, which transformers keeps and does not read: what
-    the stacks share, the arguments of `Seq2SeqPreprocessor`, and the scorer "gnmt" with its
-    settings. transformers searches with its own scorer then, and a length penalty of its default.
-
-    Args:
-        model: whatever its dtype policy, its weights are written in float32.
-        folder: must not exist, be empty, or hold what this function wrote only.
-        max_shard_size: bytes, or a string such as "5GB"; more than that becomes several files. One
-            of them at a time is in memory.
-        check: gets the folder before it takes its name; what it raises keeps an older one.
-
-    Raises:
-        OSError: the folder holds other files, or cannot be written.
-        ValueError: `max_shard_size` is no size, or the model is quantized or has adapters.
-    """
-    size = files.parse_size(max_shard_size)
-    lora.check_merged(model, "a HuggingFace checkpoint")
-    stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoderModel) else [model]
-    if any(stack.config.quantization for stack in stacks):
-        raise ValueError(
-            "model must have float32 matrices to become a HuggingFace checkpoint, and those of "
-            "this one are int8. Save the model that was quantized."
-        )
-    if any(stack.config.norm_first or stack.config.decoder_only for stack in stacks):
-        raise ValueError(
-            "model must have BERT's blocks to become a HuggingFace checkpoint: bert-generation has "
-            "no place for GPT-2's (norm_first=True). Save a preset."
-        )
-    if getattr(model, "decoder_tokenizer", None) is not None:
-        raise ValueError(
-            "model must have one tokenizer to become a HuggingFace checkpoint, which has no place "
-            "for a decoder_tokenizer. Save a preset."
-        )
-    generation = tokenizer = None
-    if isinstance(model, EncoderDecoderModel):
-        config, generation = configs.write_pair(model)
-        tensors, sizes = names.tensors_of(model.encoder, "encoder.")
-        for one, more in zip(
-            (tensors, sizes), names.tensors_of(model.decoder, "decoder."), strict=True
-        ):
-            one.update(more)
-        tokenizer = model.tokenizer
-    else:
-        config = configs.write_stack(model.config, type(model).__name__)
-        tensors, sizes = names.tensors_of(model)
-
-    def write(path: pathlib.Path) -> None:
-        files.write_json(path / _CONFIG, config)
-        if generation is not None:
-            files.write_json(path / _GENERATION, generation)
-        if tokenizer is not None:
-            tokenizers.write_tokenizer(path, tokenizer)
-        files.write_tensors(path, tensors, sizes, size)
-
-    folders.write_folder(folder, write, is_ours, "a HuggingFace checkpoint", check)
-
-
-def is_ours(folder: pathlib.Path) -> bool:
-    """Whether a folder holds what `save` wrote, and nothing else, which would be lost.
-
-    transformers keeps our key when it saves a model that it trained, and tells its version.
-    """
-    try:
-        config = files.read_json(folder / _CONFIG)
-    except (FileNotFoundError, ValueError):
-        return False
-    return (
-        configs.OWN in config
-        and "transformers_version" not in config
-        and all(re.fullmatch(_OURS, name) for name in os.listdir(folder))
-    )
-
-
 def _load_pair(
     path: pathlib.Path,
     share: bool | None,
@@ -324,16 +230,16 @@ def _load_pair(
     kwargs: dict[str, Any],
 ) -> Model:
     source = os.fspath(path)
-    values = files.read_json(path / _CONFIG)
-    kind = configs.model_type(values, os.fspath(path / _CONFIG))
+    values = files.read_json(path / CONFIG_FILE)
+    kind = configs.model_type(values, os.fspath(path / CONFIG_FILE))
     if kind != configs.ENCODER_DECODER:
         raise ValueError(
             f"{path} should hold an encoder-decoder, but holds a model of type {kind}. Pass it as "
             f"encoder= to start an encoder-decoder from it."
         )
     generation = None
-    if (path / _GENERATION).is_file():
-        generation = files.read_json(path / _GENERATION)
+    if (path / GENERATION_FILE).is_file():
+        generation = files.read_json(path / GENERATION_FILE)
     pair = configs.read_pair(
         values, generation, source, read_generation=kwargs.get("generation_config") is None
     )
@@ -457,8 +363,8 @@ def _ids(stack: configs.Stack) -> dict[str, int]:
 
 
 def _read_stack(path: pathlib.Path) -> configs.Stack:
-    values = files.read_json(path / _CONFIG)
-    where = os.fspath(path / _CONFIG)
+    values = files.read_json(path / CONFIG_FILE)
+    where = os.fspath(path / CONFIG_FILE)
     if configs.model_type(values, where) == configs.ENCODER_DECODER:
         raise ValueError(
             f"{path} should hold a lone encoder or decoder, but holds an encoder-decoder: "
