@@ -61,10 +61,24 @@ def finish_encoder(
     if len(kept) == len(whole.blocks) and same:
         return whole
     encoder = model_class(whole.config.replace(num_hidden_layers=len(kept)))
-    encoder.embeddings.set_weights(whole.embeddings.get_weights())
-    for block, index in zip(encoder.blocks, kept, strict=True):
-        block.set_weights(whole.blocks[index].get_weights())
+    copy_layers(whole, encoder, kept)
     return encoder
+
+
+def copy_layers(whole: Any, stack: Any, kept: list[int], new: str = r"(?!)") -> None:
+    """Assigns to a stack the weights of another with more layers, of which it has those `kept`.
+
+    Args:
+        whole, stack: both encoders, or both decoders.
+        new: a regular expression for the names of variables that `whole` does not have.
+    """
+    weights.assign(
+        weights.named_variables(stack),
+        weights.keep_layers(weights.named_variables(whole), kept),
+        [Rule("(.*)", r"\1")],
+        source="The whole stack",
+        new=new,
+    )
 
 
 def build_decoder(

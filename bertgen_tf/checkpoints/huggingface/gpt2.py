@@ -13,7 +13,13 @@ from bertgen_tf.checkpoints.huggingface import files, tokenizers
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.network.weights import NEW_IN_DECODER, Rule, assign, named_variables
+from bertgen_tf.network.weights import (
+    NEW_IN_DECODER,
+    Rule,
+    assign,
+    keep_layers,
+    named_variables,
+)
 
 GPT2 = "gpt2"
 DEFAULTS = {
@@ -182,13 +188,7 @@ def read_checkpoint(
             field: getattr(chosen, field)
             for field in ("pad_token_id", "bos_token_id", "eos_token_id")
         }
-    new_numbers = {str(old): str(new) for new, old in enumerate(kept)}
-    tensors = {
-        re.sub(r"^layer_(\d+)", lambda match: f"layer_{new_numbers[match[1]]}", name): tensor
-        for name, tensor in tensors.items()
-        if (layer := re.match(r"layer_(\d+)/", name)) is None or layer[1] in new_numbers
-    }
-    return Checkpoint(source, config.replace(**changes), tensors, chosen)
+    return Checkpoint(source, config.replace(**changes), keep_layers(tensors, kept), chosen)
 
 
 def read_tensors(

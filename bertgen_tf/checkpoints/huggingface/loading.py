@@ -23,7 +23,7 @@ from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.network.weights import assign, named_variables
+from bertgen_tf.network.weights import CROSS_ATTENTION, assign, named_variables
 
 
 def kind_of(folder: str | os.PathLike) -> str:
@@ -187,13 +187,8 @@ def load_decoder(
             add_cross_attention=crossed or cross_attention is not None,
         )
     )
-    decoder.embeddings.set_weights(whole.embeddings.get_weights())
-    decoder.output_bias.assign(whole.output_bias)
-    parts = ("self_attention", "feed_forward", *(["cross_attention"] if crossed else []))
-    for block, index in zip(decoder.blocks, kept, strict=True):
-        for part in parts:
-            stored = getattr(whole.blocks[index], part)
-            getattr(block, part).set_weights(stored.get_weights())
+    new = {} if crossed else {"new": CROSS_ATTENTION}
+    pretrained.copy_layers(whole, decoder, kept, **new)
     if cross_attention == "self_attention" and not crossed:
         pretrained.copy_self_attention(decoder)
     return decoder
