@@ -12,7 +12,6 @@ from conftest import PIECES, WORDS, make_small_model
 import bertgen_tf as bg
 from bertgen_tf.generation import compiled, generator
 from bertgen_tf.generation.compiled import GenerateTensors
-from bertgen_tf.generation.generator import Generator
 
 RNG = np.random.default_rng(11)
 TEXTS = ["the man saw a bird, who sang.", "old house", "and the woman left", ""]
@@ -65,8 +64,9 @@ class Echo:
 
 
 @pytest.fixture
-def echo(monkeypatch):
+def echo(model, monkeypatch):
     fake = Echo()
+    monkeypatch.setattr(model, "kept_functions", compiled.KeptFunctions())
     monkeypatch.setattr(generator, "generation_function", fake)
     return fake
 
@@ -98,7 +98,7 @@ def test_a_prompt_that_is_too_long_stops_before_the_first_window(model, monkeypa
 
 def test_order_is_restored_over_windows(echo, model, monkeypatch):
     monkeypatch.setattr(generator, "WINDOW", 128)
-    outputs = Generator(model).generate(MANY, batch_size=8)
+    outputs = model.generate(MANY, batch_size=8)
     assert outputs == said(model, MANY)
     assert len(set(outputs)) > 250
     rows, widths, _ = np.array(echo.shapes).T
@@ -139,7 +139,7 @@ def test_texts_without_end_are_read_a_window_ahead(echo, model):
             read.append(number)
             yield WORDS[number % 7]
 
-    results = Generator(model).iterate(source(), window=16, batch_size=4)
+    results = model.iterate(source(), window=16, batch_size=4)
     assert not read
     expected = itertools.cycle(said(model, WORDS[:7]))
     for number in range(100):
@@ -147,7 +147,7 @@ def test_texts_without_end_are_read_a_window_ahead(echo, model):
         assert len(read) == (number // 16 + 1) * 16
     # What ends within a window, or with it, or has nothing.
     for count in (21, 32, 0):
-        assert len(list(Generator(model).iterate(MANY[:count], window=16))) == count
+        assert len(list(model.iterate(MANY[:count], window=16))) == count
 
 
 @pytest.mark.parametrize("batch", [None, 1, 7])
@@ -155,22 +155,22 @@ def test_datasets_of_strings(echo, model, batch):
     dataset = tf.data.Dataset.from_tensor_slices(MANY[:20] + ["ü".encode("latin-1")])
     dataset = dataset if batch is None else dataset.batch(batch)
     expected = said(model, MANY[:20] + ["ü".encode("latin-1")])
-    assert Generator(model).generate(dataset) == expected
+    assert model.generate(dataset) == expected
     prompts = WORDS[:4] * 5 + ["a"]
-    assert Generator(model).generate(dataset, decoder_text=prompts) == said(
+    assert model.generate(dataset, decoder_text=prompts) == said(
         model, MANY[:20] + ["ü".encode("latin-1")], prompts
     )
-    assert Generator(model).generate(dataset.take(0)) == []
+    assert model.generate(dataset.take(0)) == []
 
 
 def test_examples_are_numbered_through(echo, model, monkeypatch):
     """Whatever the batches: draws follow the numbers."""
     monkeypatch.setattr(generator, "WINDOW", 64)
     sampling = {"do_sample": True, "seed": 5}
-    output = Generator(model).generate(MANY, output_scores=True, batch_size=7, **sampling)
+    output = model.generate(MANY, output_scores=True, batch_size=7, **sampling)
     np.testing.assert_array_equal(output.scores[:, 0], np.arange(300))
     ids = RNG.integers(6, len(PIECES), [70, 9])
-    output = Generator(model).generate({"input_ids": ids}, batch_size=7, **sampling)
+    output = model.generate({"input_ids": ids}, batch_size=7, **sampling)
     np.testing.assert_array_equal(output.scores[:, 0], np.arange(70))
 
     numbers = []
@@ -181,7 +181,7 @@ def test_examples_are_numbered_through(echo, model, monkeypatch):
         return make_seeds(config, first_example, batch)
 
     monkeypatch.setattr(generator, "make_seeds", record)
-    list(Generator(model).iterate(MANY[:25], window=10, first_example=1000, **sampling))
+    list(model.iterate(MANY[:25], window=10, first_example=1000, **sampling))
     assert numbers == [(5, 1000, 10), (5, 1010, 10), (5, 1020, 5)]
 
 
@@ -193,7 +193,7 @@ def test_outputs_of_batches_become_one(echo, model, monkeypatch):
     monkeypatch.setattr(generator, "WINDOW", 10)
     texts = MANY[:35]
     prompts = [" ".join(WORDS[2 : 2 + number % 4]) for number in range(35)]
-    output = Generator(model).generate(
+    output = model.generate(
         texts,
         decoder_text=prompts,
         output_scores=True,
@@ -226,38 +226,38 @@ def test_outputs_of_batches_become_one(echo, model, monkeypatch):
         )
         assert not attentions[len(start) + NEW :].any()
     assert [row[1] for row in output.texts] == said(model, texts, prompts)
-    assert output.texts == Generator(model).generate(
+    assert output.texts == model.generate(
         texts, decoder_text=prompts, num_beams=2, num_return_sequences=2
     )
 
 
 def test_outputs_that_are_asked_for(echo, model):
     plain = model.preprocessor.generate_preprocess(TEXTS)
-    output = Generator(model).generate(plain)
+    output = model.generate(plain)
     assert output.token_scores is output.cross_attentions is output.texts is None
-    output = Generator(model).generate(plain, output_scores=True)
+    output = model.generate(plain, output_scores=True)
     assert output.token_scores.shape == (4, 1, NEW) and output.cross_attentions is None
     # As wide as the ids are, though no row needs that.
     wide = {name: np.pad(value, [[0, 0], [0, 6]]) for name, value in plain.items()}
-    output = Generator(model).generate(wide, output_attentions=True)
+    output = model.generate(wide, output_attentions=True)
     assert output.cross_attentions.shape[-1] == plain["input_ids"].shape[1] + 6
     assert output.token_scores is None
-    output = Generator(model).generate(TEXTS[0], output_scores=True)
+    output = model.generate(TEXTS[0], output_scores=True)
     assert output.sequences.shape == (1, 1, NEW + 1)
     assert [output.texts] == said(model, TEXTS[:1])
-    output = Generator(model).generate([], output_scores=True, output_attentions=True)
+    output = model.generate([], output_scores=True, output_attentions=True)
     assert output.sequences.shape == (0, 1, NEW + 1) and output.texts == []
     assert output.cross_attentions.shape[:2] == (0, 1)
-    output = Generator(model).generate({"input_ids": np.zeros([0, 5], int)})
+    output = model.generate({"input_ids": np.zeros([0, 5], int)})
     assert output.sequences.shape == (0, 1, NEW + 1) and output.scores.shape == (0, 1)
-    assert Generator(model).generate({"input_ids": np.zeros([2, 0], int)}).scores.shape == (2, 1)
+    assert model.generate({"input_ids": np.zeros([2, 0], int)}).scores.shape == (2, 1)
 
 
 def test_masks_may_have_gaps(echo, model):
     """Padding before and between tokens is not cut off with that behind them."""
     ids = RNG.integers(6, len(PIECES), [3, 9])
     mask = np.array([[0, 0, 1, 1, 0, 1, 0, 0, 0], [1] + [0] * 8, [0] * 9])
-    output = Generator(model).generate({"input_ids": ids, "attention_mask": mask}, batch_size=1)
+    output = model.generate({"input_ids": ids, "attention_mask": mask}, batch_size=1)
     assert sorted(width for _, width, _ in echo.shapes) == [1, 1, 6]
     expected = np.pad(np.where(mask, ids, PAD), [[0, 0], [0, NEW - 9]])
     np.testing.assert_array_equal(output.sequences[:, 0, 1:], expected)
@@ -271,7 +271,7 @@ def test_prompts_of_ids(echo, model):
     mask = np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
     ids = RNG.integers(6, len(PIECES), [4, 3])
     inputs = {"input_ids": ids, "decoder_input_ids": prompts, "decoder_attention_mask": mask}
-    output = Generator(model).generate(inputs)
+    output = model.generate(inputs)
     for row, prompt in enumerate(([9, 8, 7], [9], [6, 5], [])):
         expected = [BOS, *prompt, *ids[row]]
         assert output.sequences[row, 0].tolist() == expected + [0] * (NEW + 4 - len(expected))
@@ -283,19 +283,19 @@ def test_prompts_of_ids(echo, model):
         "decoder_input_ids": np.concatenate([np.full([4, 1], BOS), prompts], axis=1),
         "decoder_attention_mask": np.concatenate([np.ones([4, 1], int), mask], axis=1),
     }
-    again = Generator(model).generate({name: tf.constant(x) for name, x in begun.items()})
+    again = model.generate({name: tf.constant(x) for name, x in begun.items()})
     np.testing.assert_array_equal(again.sequences, output.sequences)
     # A start token that stands for padding is none; nor is one in the middle.
     masked = {**inputs, "decoder_input_ids": np.where(mask, prompts, BOS)}
-    again = Generator(model).generate(masked)
+    again = model.generate(masked)
     np.testing.assert_array_equal(again.sequences, output.sequences)
     begun["decoder_input_ids"][1, 0] = 9
     with pytest.raises(ValueError, match=r"start token \(3\) in every row, or in none.* 3 of 4"):
-        Generator(model).generate(begun)
+        model.generate(begun)
 
 
 def test_prompts_of_text(echo, model):
-    generate = Generator(model).generate
+    generate = model.generate
     assert generate(TEXTS, decoder_text="old man") == said(model, TEXTS, ["old man"] * 4)
     assert generate(TEXTS[0], decoder_text="old") == said(model, TEXTS[:1], ["old"])[0]
     assert {prompt for _, _, prompt in echo.shapes} == {3, 2}
@@ -304,14 +304,14 @@ def test_prompts_of_text(echo, model):
     assert generate(TEXTS, decoder_text=prompts) == said(model, TEXTS, prompts)
     # Those of one length together: "a" twice.
     assert sorted((rows, prompt) for rows, _, prompt in echo.shapes) == [(1, 1), (1, 3), (2, 2)]
-    results = Generator(model).iterate(TEXTS, decoder_text=iter(prompts), window=3)
+    results = model.iterate(TEXTS, decoder_text=iter(prompts), window=3)
     assert list(results) == said(model, TEXTS, prompts)
     for wrong in (prompts[:3], [*prompts, "b"]):
         count = len(wrong)
         with pytest.raises(ValueError, match=f"received {count} prompts for 4 texts"):
             generate(TEXTS, decoder_text=wrong)
         with pytest.raises(ValueError, match="decoder_text must be one prompt for all texts, or"):
-            list(Generator(model).iterate(TEXTS, decoder_text=wrong))
+            list(model.iterate(TEXTS, decoder_text=wrong))
 
 
 # -------------------------------------------------------------------------- the real functions
@@ -327,8 +327,8 @@ def test_a_result_depends_on_no_other(model, options):
     together = model.generate(texts, **options)
     assert len(set(together)) > 3
     assert model.generate(texts, batch_size=5, **options) == together
-    assert list(Generator(model).iterate(texts, window=7, batch_size=3, **options)) == together
-    parts = Generator(model).iterate(texts[10:], first_example=10, **options)
+    assert list(model.iterate(texts, window=7, batch_size=3, **options)) == together
+    parts = model.iterate(texts[10:], first_example=10, **options)
     assert list(parts) == together[10:]
     assert model.generate(texts, **{**options, "jit_compile": True}) == together
     if options.get("do_sample"):
@@ -408,11 +408,10 @@ def test_iterate_passes_on_what_it_gets(echo, capsys):
 
 
 def test_functions_are_kept_by_what_compiles(echo, model):
-    own = Generator(model)
     processors = [lambda logits, ids, step: logits, lambda logits, ids, step: logits]
     for seed in (1, 2, None):
-        own.generate(TEXTS, do_sample=True, seed=seed)
-    own.generate(TEXTS, do_sample=True, output_scores=True)
+        model.generate(TEXTS, do_sample=True, seed=seed)
+    model.generate(TEXTS, do_sample=True, output_scores=True)
     assert len(echo.built) == 1 and echo.built[0][0].seed is None
     for options in (
         {"jit_compile": False},
@@ -421,44 +420,43 @@ def test_functions_are_kept_by_what_compiles(echo, model):
         {"logits_processor": processors},
     ):
         for _ in range(2):
-            own.generate(TEXTS, do_sample=True, **options)
+            model.generate(TEXTS, do_sample=True, **options)
     assert len(echo.built) == 5
     assert echo.built[-1] == (echo.built[0][0], True, tuple(processors), False)
     # The one used longest ago goes first.
-    for count in range(generator.MAX_FUNCTIONS - 1):
-        own.generate(TEXTS, max_new_tokens=count + 1)
-    own.generate(TEXTS, do_sample=True, logits_processor=processors)
+    for count in range(compiled.MAX_FUNCTIONS - 1):
+        model.generate(TEXTS, max_new_tokens=count + 1)
+    model.generate(TEXTS, do_sample=True, logits_processor=processors)
     built = len(echo.built)
-    own.generate(TEXTS, max_new_tokens=generator.MAX_FUNCTIONS)
-    own.generate(TEXTS, do_sample=True, logits_processor=processors)
-    assert len(own.functions) == generator.MAX_FUNCTIONS
+    model.generate(TEXTS, max_new_tokens=compiled.MAX_FUNCTIONS)
+    model.generate(TEXTS, do_sample=True, logits_processor=processors)
+    assert len(model.kept_functions) == compiled.MAX_FUNCTIONS
     assert len(echo.built) == built + 1
-    own.generate(TEXTS, max_new_tokens=1)
+    model.generate(TEXTS, max_new_tokens=1)
     assert len(echo.built) == built + 2
 
 
 def test_progress(echo, model, monkeypatch, capsys):
-    own = Generator(model)
-    own.generate(MANY, batch_size=4)
+    model.generate(MANY, batch_size=4)
     assert capsys.readouterr().err == ""
-    own.generate(MANY, batch_size=64, verbose=1)
+    model.generate(MANY, batch_size=64, verbose=1)
     assert capsys.readouterr().err.startswith("300 of 300 texts, ")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    own.generate(MANY[:16], batch_size=4)
-    own.generate(MANY, batch_size=4, verbose=0)
+    model.generate(MANY[:16], batch_size=4)
+    model.generate(MANY, batch_size=4, verbose=0)
     assert capsys.readouterr().err == ""
     echo.shapes.clear()
-    own.generate(MANY[:17], batch_size=4)
+    model.generate(MANY[:17], batch_size=4)
     err = capsys.readouterr().err
     lines = err.split("\r")
     assert lines[1].startswith("0 of 17 texts, ") and lines[-1].startswith("17 of 17 texts, ")
     assert len(lines) == 2 + len(echo.shapes) and err.endswith(" a second\n")
     ids = np.full([30, 3], 7)
-    own.generate({"input_ids": ids}, batch_size=4)
+    model.generate({"input_ids": ids}, batch_size=4)
     assert "\r28 of 30 texts, " in capsys.readouterr().err
-    results = own.iterate(MANY[:9], window=4, first_example=100, total=109, verbose=1)
+    results = model.iterate(MANY[:9], window=4, first_example=100, total=109, verbose=1)
     assert next(results) and "\r104 of 109 texts, " in capsys.readouterr().err
-    own.generate(tf.data.Dataset.from_tensor_slices(MANY[:5]).batch(2), batch_size=2)
+    model.generate(tf.data.Dataset.from_tensor_slices(MANY[:5]).batch(2), batch_size=2)
     assert "\r5 texts, " in capsys.readouterr().err
 
 

@@ -137,10 +137,10 @@ def test_matrices_are_int8_and_the_rest_is_not(sharing):
     difference = np.abs(model(BATCH) - logits)
     assert 1e-3 < difference.max() and difference.mean() < 0.1 * logits.std()
     # Once more changes nothing.
-    again, functions = model(BATCH).numpy(), model._generator.functions
+    again, functions = model(BATCH).numpy(), model.kept_functions
     model.quantize("int8")
     np.testing.assert_array_equal(model(BATCH), again)
-    assert model._generator.functions is functions
+    assert model.kept_functions is functions
 
 
 def test_memory():

@@ -16,7 +16,7 @@ from tokenizer_samples import BERT_PIECES, SENTENCES, SHARED, needs_shared, trai
 
 import bertgen_tf as bg
 from bertgen_tf.generation import streaming
-from bertgen_tf.generation.compiled import StreamStep
+from bertgen_tf.generation.compiled import MAX_FUNCTIONS, KeptFunctions, StreamStep
 from bertgen_tf.generation.streaming import stream
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer, prose, text_stream
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
@@ -450,7 +450,7 @@ class Search:
 def search(model, monkeypatch):
     search = Search(model, "the old man saw a house, and who sang?")
     monkeypatch.setattr(streaming, "streaming_functions", search.build)
-    monkeypatch.setattr(model._generator, "functions", {})
+    monkeypatch.setattr(model, "kept_functions", KeptFunctions())
     return search
 
 
@@ -487,7 +487,7 @@ def test_functions_are_kept_for_all_seeds(model, search):
         stream(model, "the man", max_new_tokens=length)
         stream(model, "the man", seed=1, **sampling)  # used again and again, and so not dropped
     assert len(search.built) == 24
-    assert len(model._generator.functions) == streaming.MAX_FUNCTIONS
+    assert len(model.kept_functions) == MAX_FUNCTIONS
 
 
 def test_settings(model, search):

@@ -6,7 +6,7 @@ number of times, also when it is served. Nothing is written for AutoGraph, which
 at the first call than tracing does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -27,8 +27,31 @@ from bertgen_tf.generation.settings import (
 from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.network.quantization import integer_products
 
+# Settings whose compiled functions a model keeps.
+MAX_FUNCTIONS = 16
 # input_ids, attention_mask, decoder_input_ids, seeds
 _SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 3 + [tf.TensorSpec([None, 2], tf.int32)]
+
+
+class KeptFunctions:
+    """The compiled functions of a model, for the settings that were used last."""
+
+    def __init__(self):
+        self._functions: dict[Hashable, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key; if there is nothing, what `make` gives, which is kept then."""
+        # The one used last stands last; the first one goes.
+        function = self._functions.pop(key, None)
+        if function is None:
+            if len(self._functions) >= MAX_FUNCTIONS:
+                self._functions.pop(next(iter(self._functions)))
+            function = make()
+        self._functions[key] = function
+        return function
 
 
 class GenerateTensors(NamedTuple):

@@ -1,7 +1,7 @@
 """Generation of one text that is given out while it is generated."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,14 +9,16 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation.compiled import streaming_functions
-from bertgen_tf.generation.generator import MAX_FUNCTIONS
 from bertgen_tf.generation.inputs import check_processors, make_seeds, start_prompt
 from bertgen_tf.generation.settings import check_config
 from bertgen_tf.tokenizers.text_stream import TextStream
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
 
 def stream(
-    model: Any,
+    model: "EncoderDecoderModel",
     text: str,
     generation_config: GenerationConfig | None = None,
     *,
@@ -108,27 +110,21 @@ def _parts(
 
 
 def _functions(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     jit_compile: bool,
     logits_processor: tuple[Callable, ...],
     tokens_per_step: int,
 ) -> tuple[Callable, Callable]:
-    """`streaming_functions`, kept for all seeds among the functions of the model's generator."""
+    """`streaming_functions`, kept for all seeds."""
     config = config.replace(seed=None)
-    key = ("stream", config, bool(jit_compile), logits_processor, tokens_per_step)
-    kept = model._generator.functions
-    # The one used last stands last; the first one goes.
-    functions = kept.pop(key, None)
-    if functions is None:
-        functions = streaming_functions(
+    return model.kept_functions.get(
+        ("stream", config, bool(jit_compile), logits_processor, tokens_per_step),
+        lambda: streaming_functions(
             model,
             config,
             jit_compile,
             logits_processor=logits_processor,
             tokens_per_step=tokens_per_step,
-        )
-        if len(kept) >= MAX_FUNCTIONS:
-            kept.pop(next(iter(kept)))
-    kept[key] = functions
-    return functions
+        ),
+    )

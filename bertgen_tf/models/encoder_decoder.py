@@ -3,15 +3,15 @@
 B batch, T target length, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import streaming
-from bertgen_tf.generation.generator import BATCH_SIZE, WINDOW, Generator
+from bertgen_tf.generation import generator, streaming
+from bertgen_tf.generation.compiled import KeptFunctions
 from bertgen_tf.models.pair_checks import (
     check_pair,
     check_preprocessor,
@@ -101,8 +101,13 @@ class EncoderDecoderModel(keras.Model):
             max_new_tokens=min(64, decoder.config.max_target_positions)
         )
         self.lora: dict[str, Any] | None = None
-        self._generator = Generator(self)
+        self.kept_functions = KeptFunctions()
         self.build()
+
+    # Written where they are done, with this model as their first argument.
+    generate = generator.generate
+    iterate = generator.iterate
+    stream = streaming.stream
 
     @classmethod
     def from_hub(
@@ -209,7 +214,7 @@ class EncoderDecoderModel(keras.Model):
 
     def forget_compiled(self) -> None:
         """For other variables: compiled functions and the optimizer hold on to the old ones."""
-        self._generator = Generator(self)
+        self.kept_functions = KeptFunctions()
         self.train_function = self.test_function = self.predict_function = None
         if self.compiled:
             del self.optimizer
@@ -374,154 +379,6 @@ class EncoderDecoderModel(keras.Model):
         """Keras's `evaluate`, which also takes text; see `fit`."""
         x, y, batch_size = batches.text_to_dataset(self.preprocessor, x, y, batch_size)
         return super().evaluate(x, y, batch_size, *args, **kwargs)
-
-    def generate(
-        self,
-        inputs: Any,
-        generation_config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | Sequence[str] | None = None,
-        logits_processor: Sequence[Callable] = (),
-        output_scores: bool = False,
-        output_attentions: bool = False,
-        batch_size: int = BATCH_SIZE,
-        verbose: Any = "auto",
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Any:
-        """Generates text from text, or ids from ids.
-
-        Inputs may be of any number: those of like length are generated together, and the results
-        are in the order of the inputs. An example's result does not depend on the others, up to
-        rounding; of `beam_scorer="gnmt"` that is true of the best hypothesis, as in tensor2tensor.
-
-        TensorFlow keeps what XLA compiled for each combination of settings, and of
-        `logits_processor`, until the process ends. A program that is asked for ever new ones, such
-        as a temperature that its user sets, needs `jit_compile=False` for these.
-
-        Args:
-            inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or
-                `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)`, int32
-                [B, S] and [B, P], of which all but `input_ids` may be left out. The decoder ids are
-                prompts, with which the outputs begin; the start token is put in front unless every
-                row has it. The masks are 0 on padding, which prompts have at their ends.
-            generation_config: settings; by default the model's own.
-            decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
-                text that is returned.
-            logits_processor: functions `(logits, ids, step) -> logits` that run after those of the
-                settings, see `bertgen_tf.generation.search.logits`. The compiled functions are kept
-                by them: pass the same objects again, or each call compiles anew.
-            output_scores: also give the log-probability of each token.
-            output_attentions: also give the weights of cross-attention. They take 4 bytes for each
-                layer, head, output and source token: of 24 layers with 16 heads, 50 MB for an
-                output of 64 tokens and a source of 512, all of them in memory until the end. Ask
-                for them for few inputs at a time.
-            batch_size: how many are generated together, at most.
-            verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
-                there are more than 4 batches.
-            jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
-                False runs the same loop as a plain graph.
-            **options: fields of `GenerationConfig` that replace those of the settings.
-
-        Returns:
-            For a string, the best hypothesis as str; for a list or dataset of strings, a list of
-            str; with `num_return_sequences` above 1, a list of hypotheses, best first, in place of
-            each str. For ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
-
-        Raises:
-            TypeError, ValueError: inputs, prompts or settings are none that the model takes.
-        """
-        return self._generator.generate(
-            inputs,
-            generation_config,
-            decoder_text=decoder_text,
-            logits_processor=logits_processor,
-            output_scores=output_scores,
-            output_attentions=output_attentions,
-            batch_size=batch_size,
-            verbose=verbose,
-            jit_compile=jit_compile,
-            **options,
-        )
-
-    def iterate(
-        self,
-        texts: Iterable[str | bytes],
-        generation_config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | Iterable[str] | None = None,
-        logits_processor: Sequence[Callable] = (),
-        batch_size: int = BATCH_SIZE,
-        window: int = WINDOW,
-        first_example: int = 0,
-        total: int | None = None,
-        verbose: Any = 0,
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Iterator[str | list[str]]:
-        """Generates from any number of texts, with no more than a window of them in memory.
-
-        The results are those of `generate`, in the order of the texts, and come from the same
-        compiled functions. Nothing is read before the first result is asked for.
-
-        Args:
-            texts: strings from a list, a file, a generator; they may never end. A `tf.data.Dataset`
-                of single strings gives them as `dataset.as_numpy_iterator()`.
-            generation_config, logits_processor, batch_size, jit_compile, **options: as for
-                `generate`.
-            decoder_text: a prompt for all outputs, or one for each text.
-            window: how many texts are read, sorted by length and generated before their results
-                come.
-            first_example: the number of the first text, which its random numbers follow: with it,
-                the rest of a run is drawn as in the whole.
-            total: how many texts there are, those before `first_example` included, for `verbose`.
-            verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
-                there are more than 4 batches.
-
-        Yields:
-            for each text the best hypothesis as str; with `num_return_sequences` above 1, a list of
-            hypotheses, best first.
-
-        Raises:
-            TypeError, ValueError: texts, prompts or settings are none that the model takes; when
-                the first result, or the one of that window, is asked for.
-        """
-        return self._generator.iterate(
-            texts,
-            generation_config,
-            decoder_text=decoder_text,
-            logits_processor=logits_processor,
-            batch_size=batch_size,
-            window=window,
-            first_example=first_example,
-            total=total,
-            verbose=verbose,
-            jit_compile=jit_compile,
-            **options,
-        )
-
-    def stream(
-        self,
-        text: str,
-        generation_config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | None = None,
-        logits_processor: Sequence[Callable] = (),
-        tokens_per_step: int = 1,
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Iterator[str]:
-        """Generates from one text, given out in parts; see `generation.streaming.stream`."""
-        return streaming.stream(
-            self,
-            text,
-            generation_config,
-            decoder_text=decoder_text,
-            logits_processor=logits_processor,
-            tokens_per_step=tokens_per_step,
-            jit_compile=jit_compile,
-            **options,
-        )
 
     def get_config(self) -> dict[str, Any]:
         config = {
