@@ -321,7 +321,7 @@ def test_finetune_from_huggingface(tmp_path, capsys):
 def test_finetune_settings_that_the_module_refuses(hub_module, tmp_path, capsys):
     train = write_pairs(tmp_path / "train.tsv")
     start = ["--encoder", hub_module, "--train", train, "--output", tmp_path / "new"]
-    assert "num_layers must be a number from 1 to 4" in fails(
+    assert "num_layers must be a number from 1 to 3" in fails(
         capsys, "finetune", *start, "--num-layers", "5"
     )
     for flag, handle, message in (

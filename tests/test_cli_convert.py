@@ -6,7 +6,15 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import HUB_CONFIG, PIECES, eagerly, make_model, make_small_model, write_checkpoint
+from conftest import (
+    HUB_CONFIG,
+    PIECES,
+    eagerly,
+    make_deep_model,
+    make_model,
+    make_small_model,
+    write_checkpoint,
+)
 from make_tf1_module import make_shared_original
 from safetensors.numpy import load_file, save_file
 
@@ -20,7 +28,7 @@ TEXTS = ["the old man saw a house", "who sang?", "a bird left, but the woman fou
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory) -> str:
     """Settings that HuggingFace has a place for, and settings that it has none for."""
-    model = make_model(
+    model = make_deep_model(
         "word_embeddings",
         max_source_length=15,
         add_bos=True,
@@ -138,7 +146,7 @@ def test_differences_are_found(preset, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(cli_convert.EncoderDecoderModel, "from_huggingface", other)
     older = tmp_path / "older"
-    make_model("all").save_to_huggingface(older)
+    make_deep_model("all").save_to_huggingface(older)
     files = {path.name: path.read_bytes() for path in older.iterdir()}
     for target in (older, tmp_path / "new"):
         status, _, err = run(capsys, preset, str(target))
@@ -256,7 +264,7 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
         ([preset, target, "--num-layers", "1"], "--num-layers applies to an encoder"),
         ([original, target, "--share"], "is a TF Hub original"),
         ([hub_module, target, "--original", "roberta24_bbc"], "--original applies to an original"),
-        ([hub_module, target, "--num-layers", "9"], "num_layers must be a number from 1 to 4"),
+        ([hub_module, target, "--num-layers", "9"], "num_layers must be a number from 1 to 3"),
         ([original, target, "--original", "roberta"], "roberta"),
         ([preset, hub_module], "holds other files"),
         ([original, hub_module], "holds other files"),

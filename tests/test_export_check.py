@@ -17,11 +17,9 @@ OPTIONS = {"num_beams": 2, "max_new_tokens": 5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_faithful_export_passes(tmp_path, precision):
+def test_a_faithful_export_passes(tmp_path):
+    """One of int8 passes in test_gpt2.py."""
     model = make_small_model("all", max_source_length=12)
-    if precision == "int8":
-        model.quantize("int8")
     path = bg.export_saved_model(
         model,
         tmp_path / "name/1",

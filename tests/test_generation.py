@@ -221,6 +221,9 @@ def test_huggingface_gives_the_same(name, form):
     model, cases, golden = golden_model(name)
     ids, mask = (golden[key].astype(np.int32) for key in ("input_ids", "attention_mask"))
     assert len(cases) == 15
+    if (name, form) == ("shared", "xla"):
+        # What a stack shares and how one searches know nothing of each other.
+        cases = dict(list(cases.items())[::3])
     for case, options in cases.items():
         config = bg.GenerationConfig(**options)
         with eagerly() if form == "eager" else contextlib.nullcontext():

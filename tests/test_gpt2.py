@@ -298,7 +298,7 @@ def test_mixed_precision(gpt2, bert):
 
 
 def test_cross_attention_as_a_copy(gpt2, bert):
-    model = start("BERT2GPT", gpt2, bert, cross_attention="self_attention", num_layers=[0, 3])
+    model = start("BERT2GPT", gpt2, bert, cross_attention="self_attention", num_layers=[0, 2])
     block = model.decoder.blocks[1]
     np.testing.assert_array_equal(
         block.cross_attention.layer_norm.gamma, block.self_attention.layer_norm.gamma

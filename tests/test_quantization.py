@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PIECES, make_model, make_small_model
+from conftest import PIECES, make_deep_model, make_model, make_small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -111,7 +111,7 @@ def test_dense_is_that_of_keras():
 
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
 def test_matrices_are_int8_and_the_rest_is_not(sharing):
-    model = make_model(sharing)
+    model = make_deep_model(sharing)
     before = {name: v.numpy() for name, v in named_variables(model).items()}
     logits = model(BATCH).numpy()
     references = [weakref.ref(w.value) for w in model.weights if w.name == "kernel"]
