@@ -274,6 +274,7 @@ def test_finetune_settings_that_do_not_fit(changes, message, preset, tmp_path, c
     assert message in fails(capsys, "finetune", *start, *changes)
 
 
+@pytest.mark.slow
 def test_int8_on_the_command_line(checks, tmp_path, capsys):
     source, output = tmp_path / "in.txt", tmp_path / "out.txt"
     preset = str(tmp_path / "preset")
@@ -305,6 +306,7 @@ def test_int8_on_the_command_line(checks, tmp_path, capsys):
     assert "--quantize: invalid choice: 'x'" in fails(capsys, "generate", *flags, "--quantize", "x")
 
 
+@pytest.mark.slow
 def test_finetune_from_huggingface(tmp_path, capsys):
     checkpoint = write_checkpoint(tmp_path / "bert")
     train = write_pairs(tmp_path / "train.tsv")

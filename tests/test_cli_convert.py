@@ -96,6 +96,7 @@ def test_preset_to_huggingface_and_back(preset, tmp_path, capsys):
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_encoders_become_the_start_of_a_model(hub_module, tmp_path, capsys):
     checkpoint = str(write_checkpoint(tmp_path / "checkpoint"))
     options = ["--share", "--cross-attention", "self_attention", "--num-layers", "0,2"]
@@ -174,6 +175,7 @@ def test_differences_are_found(preset, tmp_path, capsys, monkeypatch):
     assert run(capsys, preset, str(tmp_path / "tokenizer"))[0] == 2
 
 
+@pytest.mark.slow
 def test_presets_of_another_dtype_policy(tmp_path, capsys):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -187,6 +189,7 @@ def test_presets_of_another_dtype_policy(tmp_path, capsys):
     bg.EncoderDecoderModel.from_huggingface(tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_stacks_that_transformers_4_stored_once(tmp_path, capsys):
     """transformers 5 has no tie_encoder_decoder and would leave the encoder random."""
     reason = 'needs transformers and torch: pip install -e ".[compare]"'
@@ -203,6 +206,7 @@ def test_stacks_that_transformers_4_stored_once(tmp_path, capsys):
     assert "verified with transformers: encoder hidden states: max abs difference" in out
 
 
+@pytest.mark.slow
 def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monkeypatch):
     there = str(tmp_path / "there")
     assert run(capsys, preset, there, "--no-verify")[0] == 0

@@ -156,6 +156,7 @@ def test_an_export_that_says_something_else(tmp_path, monkeypatch):
     assert list((tmp_path / "name").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_program_imports_nothing_of_ours(tmp_path):
     program = Path(export_check._PROGRAM)
     code = f"import runpy; runpy.run_path({str(program)!r}); import bertgen_tf"

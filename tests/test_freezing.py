@@ -142,6 +142,7 @@ def without_dropout(model):
     return model
 
 
+@pytest.mark.slow
 def test_layers_thaw_during_fit_and_a_resumed_fit_goes_on(tmp_path):
     """Frozen weights stay bit for bit; afterwards they train as the optimizer always knew them."""
     # In one layer: the test above has more of them.

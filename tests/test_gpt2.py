@@ -139,6 +139,7 @@ def test_a_decoder_only_model_is_the_language_model_on_source_and_target(gpt2, b
         np.testing.assert_allclose(logits[row, :, :size], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_generation_of_a_decoder_only_model(gpt2, byte_pair, jit_compile):
     theirs, folder = gpt2
@@ -174,6 +175,7 @@ def test_generation_of_a_decoder_only_model(gpt2, byte_pair, jit_compile):
     assert output.cross_attentions.shape[:4] == (3, 1, 4, 3)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_decoder_only_model(gpt2):
     model = bg.warm_start("GPT", decoder=gpt2[1], max_target_length=9)
     options = {"decoder_text": "a young", "max_new_tokens": 6, "jit_compile": False}
@@ -246,6 +248,7 @@ def test_recipe_is_exported(name, gpt2, bert, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_two_vocabularies(gpt2, bert, byte_pair):
     model = start("BERT2GPT", gpt2, bert, num_layers=1)
     batch = model.preprocessor(tf.constant(CORPUS), tf.constant(CORPUS))[0]
@@ -277,6 +280,7 @@ def test_two_vocabularies(gpt2, bert, byte_pair):
         ).save_to_huggingface("nowhere")
 
 
+@pytest.mark.slow
 def test_mixed_precision(gpt2, bert):
     policy = keras.config.dtype_policy()
     batch = {"input_ids": [[3, 9, 4]], "decoder_input_ids": [[5, 7]]}

@@ -15,6 +15,8 @@ from conftest import CORPUS, PIECES, SHARED
 import bertgen_tf as bg
 from bertgen_tf import hub, hub_originals
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("shared", "unshared")
 WIKISPLIT = SHARED / "data/wikisplit/validation.tsv"
 SETTINGS = {"num_layers": 1, "decode_length": 6}
@@ -130,7 +132,6 @@ def test_an_empty_text_has_the_answer_that_it_has_alone(pair):
     assert pair.model.generate(["", "", "hello"], jit_compile=False)[:2] == alone * 2
 
 
-@pytest.mark.slow
 def test_real_sentences(pair):
     texts = compare.read_texts(shared(WIKISPLIT), 120)
     expected = compare.in_batches(pair.answer, texts, 8)
@@ -141,7 +142,6 @@ def test_real_sentences(pair):
     assert compare.in_batches(pair.answer, texts[:8], 1) == expected[:8]
 
 
-@pytest.mark.slow
 def test_export_and_preset_say_the_same(pair, tmp_path):
     texts = [text for text in pair.strings("texts") if text]
     expected = pair.model.generate(texts, jit_compile=False)
@@ -291,7 +291,6 @@ def test_verify_compares_both_sides(name, change, message, folder, monkeypatch):
     bg.EncoderDecoderModel.from_hub(folder, verify=False)
 
 
-@pytest.mark.slow
 def test_compare_tool(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "texts.tsv").write_text("the man saw\tignored\n\nan owl\nwho sang?\nhouse\n")
     arguments = [folder, str(tmp_path / "texts.tsv"), "--count=3", "--batch-size=2", "--rounds=1"]

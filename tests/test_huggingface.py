@@ -110,6 +110,7 @@ def check_generated(model, golden, case, options):
         np.testing.assert_allclose(output.scores, scores, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sharing", "settings"),
     [
@@ -154,6 +155,7 @@ def test_golden_models(name):
     check_golden(bg.EncoderDecoderModel.from_huggingface(folder), np.load(folder / "golden.npz"))
 
 
+@pytest.mark.slow
 @needs_shared
 def test_converted_originals():
     """Encoder and decoder as transformers' converter makes them of a TF Hub original."""
@@ -753,6 +755,7 @@ def test_settings_that_cannot_be_followed(copy, changes, message):
     assert model.generation_config == settings
 
 
+@pytest.mark.slow
 def test_the_start_token_is_what_we_call_bos(copy):
     """decoder_start_token_id, not bos_token_id, is what transformers starts with."""
 
@@ -1028,6 +1031,7 @@ def test_what_is_written_can_be_checked_before_it_counts(tmp_path, model):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_warm_start_from_bert(tmp_path):
     """The same as from the TF Hub module of the same weights, whose sizes and names differ."""
     folder = write_checkpoint(tmp_path / "bert")

@@ -395,6 +395,7 @@ except FileNotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_hub_over_http(folder, tmp_path, model):
     """The real huggingface_hub against a server of ours."""
     pytest.importorskip("huggingface_hub", reason="needs the extra huggingface")

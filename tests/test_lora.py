@@ -63,6 +63,7 @@ def test_adapters_are_a_low_rank_product(sharing):
     np.testing.assert_array_equal(fresh(x).numpy(), plain(x).numpy())  # B is 0 at first
 
 
+@pytest.mark.slow
 def test_merged_and_unmerged_models_agree_and_the_merged_one_is_plain(tmp_path):
     model = adapted("all")
     x, _, _ = inputs(model)
@@ -101,6 +102,7 @@ def test_peft_gives_the_same():
         np.testing.assert_allclose(ours[part], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_and_new_weights_train_and_nothing_else(tmp_path):
     """In `.keras` files too, which go on bit for bit."""
     model = adapted(make=make_small_model)

@@ -282,6 +282,7 @@ def test_decoder_without_cross_attention_is_a_language_model():
         bg.EncoderDecoderModel(bg.BertGenerationEncoder(config), decoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
 def test_keras_files_give_identical_logits(tmp_path, sharing):
     model = make_deep_model(sharing, max_source_length=9, max_target_length=8, add_eos=True)

@@ -108,6 +108,7 @@ def test_dtype_policy_comes_back(model, tmp_path):
     np.testing.assert_array_equal(loaded(INPUTS), mixed(INPUTS))
 
 
+@pytest.mark.slow
 def test_optimizer_is_left_out(tmp_path):
     saved = tmp_path / "saved"
     make_small_model().save_to_preset(saved)

@@ -24,6 +24,7 @@ def start(name, checkpoint, **kwargs):
     return bg.warm_start(name, **{side: checkpoint}, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BERT_ROWS)
 def test_each_side_starts_from_what_the_name_says(checkpoint, name):
     model = start(name, checkpoint)

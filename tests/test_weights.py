@@ -203,6 +203,7 @@ def test_names_cover_every_weight_and_shared_ones_appear_under_each_name(sharing
         assert named[f"decoder/{name}"] is named[f"encoder/{name}"]
 
 
+@pytest.mark.slow
 def test_random_states_and_training_are_no_weights():
     model = make_deep_model()
     before = list(named_variables(model))
