@@ -246,6 +246,7 @@ print(tf.config.threading.get_intra_op_parallelism_threads())
 """
 
 
+@pytest.mark.slow
 def test_workers_need_tensorflow_alone(export):
     ray = pytest.importorskip("ray")
     texts = ["a bird sang", *CORPUS, "the house"]

@@ -77,6 +77,7 @@ def test_weights_are_counted(built):
     assert TINY.weights_per_token() == sum(read)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["huggingface", "ctranslate2", "ctranslate2-int8"])
 @pytest.mark.parametrize("beams", [1, 4])
 def test_other_engines_agree(built, ours, engine, beams):

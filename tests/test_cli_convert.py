@@ -6,7 +6,15 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import HUB_CONFIG, PIECES, eagerly, make_model, make_small_model, write_checkpoint
+from conftest import (
+    HUB_CONFIG,
+    PIECES,
+    eagerly,
+    make_deep_model,
+    make_model,
+    make_small_model,
+    write_checkpoint,
+)
 from make_tf1_module import make_shared_original
 from safetensors.numpy import load_file, save_file
 
@@ -21,7 +29,7 @@ TEXTS = ["the old man saw a house", "who sang?", "a bird left, but the woman fou
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory) -> str:
     """Settings that HuggingFace has a place for, and settings that it has none for."""
-    model = make_model(
+    model = make_deep_model(
         "word_embeddings",
         max_source_length=15,
         add_bos=True,
@@ -89,6 +97,7 @@ def test_preset_to_huggingface_and_back(preset, tmp_path, capsys):
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_encoders_become_the_start_of_a_model(hub_module, tmp_path, capsys):
     checkpoint = str(write_checkpoint(tmp_path / "checkpoint"))
     options = ["--share", "--cross-attention", "self_attention", "--num-layers", "0,2"]
@@ -139,7 +148,7 @@ def test_differences_are_found(preset, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(cli_convert.EncoderDecoderModel, "from_huggingface", other)
     older = tmp_path / "older"
-    make_model("all").save_to_huggingface(older)
+    make_deep_model("all").save_to_huggingface(older)
     files = {path.name: path.read_bytes() for path in older.iterdir()}
     for target in (older, tmp_path / "new"):
         status, _, err = run(capsys, preset, str(target))
@@ -167,6 +176,7 @@ def test_differences_are_found(preset, tmp_path, capsys, monkeypatch):
     assert run(capsys, preset, str(tmp_path / "tokenizer"))[0] == 2
 
 
+@pytest.mark.slow
 def test_presets_of_another_dtype_policy(tmp_path, capsys):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -180,6 +190,7 @@ def test_presets_of_another_dtype_policy(tmp_path, capsys):
     bg.EncoderDecoderModel.from_huggingface(tmp_path / "there")
 
 
+@pytest.mark.slow
 def test_stacks_that_transformers_4_stored_once(tmp_path, capsys):
     """transformers 5 has no tie_encoder_decoder and would leave the encoder random."""
     reason = 'needs transformers and torch: pip install -e ".[compare]"'
@@ -196,6 +207,7 @@ def test_stacks_that_transformers_4_stored_once(tmp_path, capsys):
     assert "verified with transformers: encoder hidden states: max abs difference" in out
 
 
+@pytest.mark.slow
 def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monkeypatch):
     there = str(tmp_path / "there")
     assert run(capsys, preset, there, "--no-verify")[0] == 0
@@ -257,7 +269,7 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
         ([preset, target, "--num-layers", "1"], "--num-layers applies to an encoder"),
         ([original, target, "--share"], "is a TF Hub original"),
         ([hub_module, target, "--original", "roberta24_bbc"], "--original applies to an original"),
-        ([hub_module, target, "--num-layers", "9"], "num_layers must be a number from 1 to 4"),
+        ([hub_module, target, "--num-layers", "9"], "num_layers must be a number from 1 to 3"),
         ([original, target, "--original", "roberta"], "roberta"),
         ([preset, hub_module], "holds other files"),
         ([original, hub_module], "holds other files"),

@@ -155,6 +155,7 @@ def test_a_data_set_of_the_paper(folder, capsys):
     assert "the split train of wmt14 should hold pairs of texts, but is empty" in message
 
 
+@pytest.mark.slow
 def test_a_model_generates(folder, preset, capsys):
     write("few.tsv", [f"{source}\tA Bird  sang" for source in SOURCES[:3]])
     command = ["evaluate", "--preset", preset, "--references", "few.tsv", "--metrics", "exact,chrf"]
@@ -192,6 +193,7 @@ def test_texts_are_compared_as_the_tokenizer_of_targets_has_them(spiece):
     assert cli_evaluate._normalise(model, [f" {text} " for text in CORPUS]) == CORPUS
 
 
+@pytest.mark.slow
 def test_an_export_generates(folder, shared_export, capsys):
     model, path = shared_export
     Path("exports").symlink_to(path.parent)

@@ -138,6 +138,7 @@ def fails_late(capsys, arguments: list[str]) -> str:
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_stopped_it_loses_nothing(folder, capsys, monkeypatch):
     output = "stopped"
     tokens = TrainingData.tokens
@@ -160,6 +161,7 @@ def test_stopped_it_loses_nothing(folder, capsys, monkeypatch):
     assert not (folder / output).exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_at_once(folder, capsys):
     flags = ["--epochs", "2", "--checkpoint-every", "1", "--learning-rate", "1e30"]
     error = fails_late(capsys, command(folder, "diverged", *flags))
@@ -171,6 +173,7 @@ def test_a_loss_that_is_no_number_stops_at_once(folder, capsys):
         assert all(np.isfinite(t).all() for n, t in tensors.items() if n.startswith("model/"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_state_before(folder, capsys, monkeypatch):
     """Files of at most 10 kB, for the second state and then for the model."""
     save, save_model = training_state.save_tensors, bg.EncoderDecoderModel.save_to_preset
@@ -297,6 +300,7 @@ def test_refused_before_it_starts(flags, message, folder, tmp_path, capsys, monk
     assert sorted(Path().rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_what_was_frozen_is_free_in_the_preset(folder):
     old = make_model("all", max_source_length=20, max_target_length=19)
     old.save_to_preset(str(folder / "two_layers"))
@@ -311,6 +315,7 @@ def test_what_was_frozen_is_free_in_the_preset(folder):
     assert len(new.trainable_variables) == len(new.weights)
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_paper(folder, tmp_path, capsys, monkeypatch):
     for split, count in (("train", 5), ("validation", 3)):
         lines = [f"a man {i} sang\ta man <::::> sang {i}\n" for i in range(count)]

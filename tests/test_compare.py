@@ -46,6 +46,7 @@ def test_without_transformers_the_error_tells_what_to_install(model, monkeypatch
         compare_with_huggingface(model, "anywhere")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["none", "all"])
 def test_what_we_write_is_the_same_in_transformers(sharing, tmp_path):
     pytest.importorskip("transformers", reason=NEEDS)

@@ -322,6 +322,7 @@ def only_words(logits, ids, step):
     return tf.where(tf.range(tf.shape(logits)[-1]) < 65, -1e7, logits)
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_anew_at_every_call(tmp_path):
     """Also where a seed of TensorFlow was set, and after a restart of the server."""
     model = make_small_model("all")
@@ -410,6 +411,7 @@ def test_errors_write_nothing(tmp_path, model):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["3", "name"]
 
 
+@pytest.mark.slow
 def test_an_export_that_fails_leaves_nothing(tmp_path, model, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("disk full")

@@ -49,6 +49,7 @@ def read_warmup(path):
     return [log.predict_log.request for log in logs]
 
 
+@pytest.mark.slow
 def test_warmup_has_a_request_for_each_bucket(exported):
     model, path = exported
     signatures = tf.saved_model.load(str(path)).signatures
@@ -113,6 +114,7 @@ def test_batching_parameters_agree_with_the_buckets(exported):
         assert re.fullmatch(r"\w+( \{ value: (\d+|true) \}|: \d+)", line), line
 
 
+@pytest.mark.slow
 def test_metadata(exported):
     model, path = exported
     metadata = json.loads((path / "metadata.json").read_text())

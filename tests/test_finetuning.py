@@ -44,6 +44,7 @@ def two_lengths(data):
     return TrainingData(PAIRS + LONG, data.preprocessor, 6)
 
 
+@pytest.mark.slow
 def test_it_does_what_fit_does(data, tmp_path):
     """The same losses and weights, dropout included, and the same calls of callbacks."""
     calls = {}
@@ -92,6 +93,7 @@ def test_it_does_what_fit_does(data, tmp_path):
     model.fit(data.dataset(0, 1), verbose=0)
 
 
+@pytest.mark.slow
 def test_validation_is_of_all_tokens_alike(data):
     """As one batch of everything gives it, whatever the shares of the batches."""
     model = make()
@@ -103,6 +105,7 @@ def test_validation_is_of_all_tokens_alike(data):
     assert history["val_accuracy"] == pytest.approx([accuracy], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_and_a_plateau_ends_it(data, tmp_path):
     """Scripted values: the best are those of epoch 2, two worse ones follow."""
     model = make(ema_momentum=0.5)
@@ -127,6 +130,7 @@ def test_the_best_weights_are_kept_and_a_plateau_ends_it(data, tmp_path):
     assert higher.get_state() == {"best": 3.0, "best_epoch": 3, "waited": 1}
 
 
+@pytest.mark.slow
 def test_outputs_scores_and_curves(data, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -174,6 +178,7 @@ def test_outputs_scores_and_curves(data, tmp_path, capsys):
             bg.GenerateCallback(**{"sources": ["a"], "references": ["b"], **arguments})
 
 
+@pytest.mark.slow
 def test_a_step_is_traced_once_a_shape(two_lengths, monkeypatch):
     """Also in later epochs, whose batches come in another order."""
     traced = []
@@ -220,6 +225,7 @@ def test_the_log_has_no_epoch_twice(tmp_path):
         folder.check(False, False)
 
 
+@pytest.mark.slow
 def test_a_terminal_has_a_bar(data, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     log = training_callbacks.Log(4)

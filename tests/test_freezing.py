@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from conftest import make_model, make_small_model
+from conftest import make_deep_model, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf.training.freezing import GradualUnfreezing, freeze, new_variables, unfreeze
@@ -42,21 +42,21 @@ def blocks(paths):
     ],
 )
 def test_new_variables(source, expected):
-    model = make_model("word_embeddings", source_checkpoint=source)
+    model = make_deep_model("word_embeddings", source_checkpoint=source)
     paths = {v.path.rsplit("/", 1)[0] for v in new_variables(model)}
     assert {p for p in blocks(paths) if "layer_1" not in p and "layer_2" not in p} == expected
     assert len(blocks(paths)) == len(expected) + 2 * sum("/layer_0/" in p for p in expected)
 
 
 def test_new_variables_of_a_random_encoder():
-    model = make_model("all", source_checkpoint={"decoder": "a"})
+    model = make_deep_model("all", source_checkpoint={"decoder": "a"})
     paths = blocks(v.path.rsplit("/", 1)[0] for v in new_variables(model))
     # Everything else is the decoder's.
     assert paths == {f"decoder/layer_{i}/cross_attention" for i in (0, 1)} | {"decoder"}
 
 
 def test_freeze_layers_and_files_that_keep_it(tmp_path):
-    model = make_model("word_embeddings")
+    model = make_deep_model("word_embeddings")
     everything = blocks(trained(model))
     freeze(model, encoder_layers="all", decoder_layers=[0, 2], embeddings=True)
     expected = {f"decoder/layer_{i}/cross_attention" for i in range(3)} | {"decoder"}
@@ -83,7 +83,7 @@ def test_freeze_refuses_layers_that_are_not_there(model, value):
 
 
 def test_the_order_of_the_thaw():
-    model = make_model("none", source_checkpoint={"encoder": "a", "decoder": "b"})
+    model = make_deep_model("none", source_checkpoint={"encoder": "a", "decoder": "b"})
     freeze(model, encoder_layers=1)
     model.compile()
     callback = GradualUnfreezing(steps_per_layer=2)
@@ -118,7 +118,7 @@ def test_the_order_of_the_thaw():
 
 
 def test_random_stacks_and_left_out_embeddings_do_not_take_part():
-    model = make_model("word_embeddings", source_checkpoint={"encoder": "a"})
+    model = make_deep_model("word_embeddings", source_checkpoint={"encoder": "a"})
     model.compile()
     callback = GradualUnfreezing(epochs_per_layer=1, embeddings=False)
     callback.set_model(model)
@@ -142,6 +142,7 @@ def without_dropout(model):
     return model
 
 
+@pytest.mark.slow
 def test_layers_thaw_during_fit_and_a_resumed_fit_goes_on(tmp_path):
     """Frozen weights stay bit for bit; afterwards they train as the optimizer always knew them."""
     # In one layer: the test above has more of them.
@@ -200,7 +201,7 @@ def test_errors():
         ValueError, match="epochs_per_layer must be an integer of at least 1, received 0"
     ):
         GradualUnfreezing(epochs_per_layer=0)
-    model = make_model("all")
+    model = make_deep_model("all")
     freeze(model, encoder_layers="all")
     model.compile()
     model.optimizer.build(model.trainable_variables)

@@ -115,6 +115,7 @@ def check_scores(model, output, config, ids=IDS, mask=MASK, prompt_length=1):
 # ------------------------------------------------------------------------- against other sources
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deep", "all"])
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_greedy_takes_the_best_token_of_the_forward_pass(name, jit_compile):
@@ -128,6 +129,7 @@ def test_greedy_takes_the_best_token_of_the_forward_pass(name, jit_compile):
     check_scores(small_model(name), output, settings_of())
 
 
+@pytest.mark.slow
 def test_beam_scores_are_those_of_the_forward_pass():
     model = small_model("deep")
     config = settings_of(num_beams=4, num_return_sequences=3, length_penalty=0.6)
@@ -200,6 +202,7 @@ def golden_model(name):
     return model, cases, dict(np.load(HF_GOLDEN / name / "golden.npz"))
 
 
+@pytest.mark.slow
 @needs_golden
 @pytest.mark.parametrize(
     ("name", "form"),
@@ -217,6 +220,9 @@ def test_huggingface_gives_the_same(name, form):
     model, cases, golden = golden_model(name)
     ids, mask = (golden[key].astype(np.int32) for key in ("input_ids", "attention_mask"))
     assert len(cases) == 15
+    if (name, form) == ("shared", "xla"):
+        # What a stack shares and how one searches know nothing of each other.
+        cases = dict(list(cases.items())[::3])
     for case, options in cases.items():
         config = bg.GenerationConfig(**options)
         with eagerly() if form == "eager" else contextlib.nullcontext():
@@ -271,6 +277,7 @@ def pair(tmp_path_factory):
     return bg.EncoderDecoderModel.from_huggingface(folder / "v5_pair")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(24))
 def test_options_are_those_of_huggingface(pair, number):
     """Each of the options changes what is found; every other case has a prompt."""
@@ -357,6 +364,7 @@ def assert_same(one, two):
     np.testing.assert_allclose(one.token_scores, two.token_scores, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", SEARCHES)
 @few(max_examples=8)
 @given(inputs())
@@ -378,6 +386,7 @@ def test_scores_with_cache_and_prompt_are_those_without(search, example):
         np.testing.assert_array_equal(output.sequences[..., 1:][real], best[real])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ALL)
 @few(max_examples=6)
 @given(inputs())
@@ -409,6 +418,7 @@ def test_padding_changes_nothing(search, example, sizes):
     assert_same(type(padded)(*(t[:rows] if t is not None else t for t in padded)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["processors", "sampling", "beam sampling", "max_length"])
 def test_xla_gives_the_same(search):
     """Of one function: batches of several buckets, prompts, several draws."""
@@ -453,6 +463,7 @@ def test_a_beam_of_one_is_greedy_search(example):
 # --------------------------------------------------------------------------------------- options
 
 
+@pytest.mark.slow
 def test_options(model):
     """Each does what its name says; against transformers they are in tests/test_decoding.py."""
     free = run(model, settings_of(num_beams=2))
@@ -558,6 +569,7 @@ def test_processors_come_in_the_order_of_transformers(monkeypatch, model):
     assert processors_for(settings_of(), model, IDS, MASK) == []
 
 
+@pytest.mark.slow
 def test_own_processors_run(model):
     def only_nine(logits, ids, step):
         return tf.where(tf.range(tf.shape(logits)[-1]) == 9, logits, -1e7)
@@ -567,6 +579,7 @@ def test_own_processors_run(model):
         assert (output.sequences[..., 1:] == 9).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("search", "jit_compile"),
     [("greedy", False), ("beams", True), ("max_length", False), ("sampling", True)],
@@ -715,6 +728,7 @@ def constants(function):
     ]
 
 
+@pytest.mark.slow
 def test_no_weights_are_in_the_graph(model):
     """Weights that are constants would be stored and compiled once for each function."""
     functions = []
@@ -741,6 +755,7 @@ def test_no_weights_are_in_the_graph(model):
 # -------------------------------------------------------------------------------------- streaming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("search", "tokens", "jit_compile"),
     [("greedy", 1, False), ("sampling", 3, True), ("processors", 3, False)],

@@ -338,6 +338,7 @@ def test_a_result_depends_on_no_other(model, options):
         assert model.generate(texts[::-1], **options)[::-1] == together
 
 
+@pytest.mark.slow
 def test_prompts_of_text_and_ids_say_the_same(model):
     prompts = ["the old", "", "a woman", "who"]
     options = {"max_new_tokens": 6, "jit_compile": False}

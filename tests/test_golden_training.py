@@ -58,6 +58,7 @@ def check(found: dict[str, np.ndarray], golden: dict[str, np.ndarray], prefix: s
         np.testing.assert_allclose(value, golden[prefix + name], rtol=0, atol=ATOL, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "paper"])
 def test_a_compiled_model_goes_on_as_it_would_have(name, archive, golden, tmp_path, monkeypatch):
     monkeypatch.chdir(archive)
@@ -95,6 +96,7 @@ def test_every_registered_name_is_in_these_files(archive):
     assert names == registered and len(names) == 8
 
 
+@pytest.mark.slow
 def test_a_stopped_finetune_is_resumed(archive, golden, tmp_path, monkeypatch):
     for name in ("start", "model.training"):
         shutil.copytree(archive / name, tmp_path / name)

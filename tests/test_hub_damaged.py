@@ -104,6 +104,7 @@ def flip(folder: Path) -> None:
     (folder / DATA).write_bytes(content)
 
 
+@pytest.mark.slow
 def test_the_tools_of_these_tests_break_nothing(whole, tmp_path):
     folder = shutil.copytree(whole["shared"], tmp_path / "module")
     change("encoder/layer_0/output/dense/bias", lambda array: array)(folder)
@@ -112,6 +113,7 @@ def test_the_tools_of_these_tests_break_nothing(whole, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_data_files(kind, whole, tmp_path):
     folder = shutil.copytree(whole[kind], tmp_path / "module")
@@ -125,6 +127,7 @@ def test_several_data_files(kind, whole, tmp_path):
         load(kind, folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize(
     ("kind", "ending"),

@@ -64,6 +64,7 @@ def test_sharing_outlives_training(trained):
     )
 
 
+@pytest.mark.slow
 def test_generate_and_export_say_what_was_learned(trained, tmp_path):
     model, before, _ = trained
     said = model.generate(SOURCES, jit_compile=False)

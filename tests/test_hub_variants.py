@@ -19,6 +19,8 @@ from conftest import CORPUS, PIECES
 import bertgen_tf as bg
 from bertgen_tf.checkpoints.hub import graph
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [
     *CORPUS,
     "an owl",

@@ -12,7 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from conftest import PIECES, SHARED, WORDS, make_model, write_checkpoint
+from conftest import PIECES, SHARED, WORDS, make_deep_model, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
@@ -110,6 +110,7 @@ def check_generated(model, golden, case, options):
         np.testing.assert_allclose(output.scores, scores, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sharing", "settings"),
     [
@@ -154,6 +155,7 @@ def test_golden_models(name):
     check_golden(bg.EncoderDecoderModel.from_huggingface(folder), np.load(folder / "golden.npz"))
 
 
+@pytest.mark.slow
 @needs_shared
 def test_converted_originals():
     """Encoder and decoder as transformers' converter makes them of a TF Hub original."""
@@ -239,7 +241,7 @@ def test_shared_stacks(checkpoints, copy):
 
 
 def test_differing_stacks_are_not_shared(tmp_path, copy):
-    model = make_model("all", make_tokenizer=lambda: bg.BertTokenizer(list(PIECES)))
+    model = make_deep_model("all", make_tokenizer=lambda: bg.BertTokenizer(list(PIECES)))
     model.save_to_huggingface(tmp_path / "twice")
     stored = load_file(tmp_path / "twice/model.safetensors")
     stored["encoder.encoder.layer.1.output.dense.bias"][3] += 1
@@ -254,7 +256,7 @@ def test_differing_stacks_are_not_shared(tmp_path, copy):
         assert two.decoder.sharing == "none"
         bias = two.encoder.blocks[1].feed_forward.output_dense.bias
         np.testing.assert_array_equal(bias, stored["encoder.encoder.layer.1.output.dense.bias"])
-    make_model("word_embeddings").save_to_huggingface(tmp_path / "words")
+    make_deep_model("word_embeddings").save_to_huggingface(tmp_path / "words")
     assert read(tmp_path / "words").decoder.sharing == "word_embeddings"
     stored = load_file(tmp_path / "words/model.safetensors")
     stored["encoder.embeddings.word_embeddings.weight"][5] += 1
@@ -753,6 +755,7 @@ def test_settings_that_cannot_be_followed(copy, changes, message):
     assert model.generation_config == settings
 
 
+@pytest.mark.slow
 def test_the_start_token_is_what_we_call_bos(copy):
     """decoder_start_token_id, not bos_token_id, is what transformers starts with."""
 
@@ -772,7 +775,7 @@ def test_the_start_token_is_what_we_call_bos(copy):
 def make_pair(sharing, spiece=None, **kwargs):
     make = {"make_tokenizer": lambda: bg.BertGenerationTokenizer(spiece)} if spiece else {}
     settings = bg.GenerationConfig(max_new_tokens=9, num_beams=3, early_stopping="never")
-    return make_model(sharing, **make, **{"generation_config": settings, **kwargs})
+    return make_deep_model(sharing, **make, **{"generation_config": settings, **kwargs})
 
 
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
@@ -812,7 +815,7 @@ def test_there_and_back(tmp_path, spiece, sharing):
 
 def test_texts_are_read_up_to_the_positions(tmp_path):
     """Of checkpoints that we did not write; keywords come first."""
-    model = make_model()
+    model = make_deep_model()
     long = model.encoder.config.replace(max_position_embeddings=150)
     decoder = model.decoder.config.replace(max_position_embeddings=140)
     settings = bg.GenerationConfig(max_new_tokens=3)
@@ -924,7 +927,7 @@ def test_word_piece_there_and_back(tmp_path):
     """Cased, with other special tokens, as the translation originals'; no mask token."""
     pieces = ["<pad>", "</s>", "<s>", "[UNK]", *PIECES[6:]]
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    model = make_model(
+    model = make_deep_model(
         make_tokenizer=lambda: bg.BertTokenizer(pieces, lowercase=False, **names),
         generation_config=bg.GenerationConfig(max_new_tokens=5),
     )
@@ -977,7 +980,7 @@ def test_half_precision_models_are_written_in_float32(tmp_path):
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("bfloat16")
     try:
-        model = make_model()
+        model = make_deep_model()
     finally:
         keras.config.set_dtype_policy(policy)
     model.save_to_huggingface(tmp_path / "out")
@@ -1023,11 +1026,12 @@ def test_what_is_written_can_be_checked_before_it_counts(tmp_path, model):
     assert_same_model(model, seen[0])
     before = (tmp_path / "out/model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="not the same"):
-        huggingface.save(make_model(seed=5), tmp_path / "out", check=check)
+        huggingface.save(make_deep_model(seed=5), tmp_path / "out", check=check)
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_warm_start_from_bert(tmp_path):
     """The same as from the TF Hub module of the same weights, whose sizes and names differ."""
     folder = write_checkpoint(tmp_path / "bert")

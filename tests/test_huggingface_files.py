@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import make_deep_model
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
@@ -395,6 +395,7 @@ except FileNotFoundError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_hub_over_http(folder, tmp_path, model):
     """The real huggingface_hub against a server of ours."""
     pytest.importorskip("huggingface_hub", reason="needs the extra huggingface")
@@ -491,7 +492,7 @@ def test_sizes():
 
 
 def test_saving_fails_without_a_trace(tmp_path, monkeypatch):
-    model = make_model()
+    model = make_deep_model()
     model.save_to_huggingface(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 

@@ -42,6 +42,7 @@ def load(kind, folder):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharing", "shard_size"), [("none", "5GB"), ("word_embeddings", 9000), ("all", 9000)]
 )

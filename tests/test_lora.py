@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from conftest import make_model, make_small_model
+from conftest import make_deep_model, make_small_model
 from safetensors.numpy import load_file, save_file
 
 import bertgen_tf as bg
@@ -17,7 +17,7 @@ TARGETS = ["a bird saw", "house old.", "left, the woman"]
 TARGETS_OF_LORA = ("query", "value", "feed_forward/output_dense")
 
 
-def adapted(sharing="word_embeddings", seed=1, make=make_model, **options):
+def adapted(sharing="word_embeddings", seed=1, make=make_deep_model, **options):
     """A model with adapters that do something."""
     model = make(sharing, seed, max_source_length=9, max_target_length=7)
     model.enable_lora(3, alpha=5, targets=TARGETS_OF_LORA, **options)
@@ -35,7 +35,7 @@ def inputs(model):
 def merged_by_hand(model):
     """A model without adapters: W + alpha / r B A, in float64."""
     named = {name: variable.numpy() for name, variable in named_variables(model).items()}
-    other = make_model(model.decoder.sharing, 7, max_source_length=9, max_target_length=7)
+    other = make_deep_model(model.decoder.sharing, 7, max_source_length=9, max_target_length=7)
     for name, variable in named_variables(other).items():
         value = named[name].astype(np.float64)
         base = name.rsplit("/", 1)[0]
@@ -56,17 +56,18 @@ def test_adapters_are_a_low_rank_product(sharing):
     names = {name for name in named_variables(model) if name.endswith("lora_a")}
     # In all self- and cross-attentions, and in feed-forward layers: all under all of their names.
     assert len(names) == 2 * 3 + (2 if sharing == "all" else 3) * (2 + 2 + 1)
-    plain = make_model(sharing, 1, max_source_length=9, max_target_length=7)
+    plain = make_deep_model(sharing, 1, max_source_length=9, max_target_length=7)
     assert np.abs(plain(x).numpy() - logits).max() > 0.1
-    fresh = make_model(sharing, 1, max_source_length=9, max_target_length=7)
+    fresh = make_deep_model(sharing, 1, max_source_length=9, max_target_length=7)
     fresh.enable_lora(2)
     np.testing.assert_array_equal(fresh(x).numpy(), plain(x).numpy())  # B is 0 at first
 
 
+@pytest.mark.slow
 def test_merged_and_unmerged_models_agree_and_the_merged_one_is_plain(tmp_path):
     model = adapted("all")
     x, _, _ = inputs(model)
-    logits, everything = model(x).numpy(), len(make_model("all").trainable_variables)
+    logits, everything = model(x).numpy(), len(make_deep_model("all").trainable_variables)
     options = {"max_new_tokens": 5, "num_beams": 2, "jit_compile": False}
     generated = model.generate({"input_ids": x["input_ids"]}, **options)
     model.merge_lora()
@@ -101,6 +102,7 @@ def test_peft_gives_the_same():
         np.testing.assert_allclose(ours[part], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_and_new_weights_train_and_nothing_else(tmp_path):
     """In `.keras` files too, which go on bit for bit."""
     model = adapted(make=make_small_model)
@@ -147,7 +149,7 @@ def test_adapter_files(tmp_path):
     assert tensors["decoder/layer_0/cross_attention/key/kernel"].shape == (12, 12)
     assert not [name for name in tensors if "lora_" in name and "cross_attention" in name]
 
-    other = make_model("word_embeddings", 1, max_source_length=9, max_target_length=7)
+    other = make_deep_model("word_embeddings", 1, max_source_length=9, max_target_length=7)
     other.decoder.output_bias.assign(other.decoder.output_bias + 1)  # what the file replaces
     other.compile()
     other.load_adapter(tmp_path / "a.safetensors")
@@ -168,7 +170,7 @@ def test_adapter_files(tmp_path):
 
 
 def test_a_frozen_part_is_as_before_when_lora_ends():
-    model = make_model("all")
+    model = make_deep_model("all")
     freezing.freeze(model, encoder_layers=1)
     before = [variable.path for variable in model.trainable_variables]
     model.enable_lora(2)
@@ -248,7 +250,7 @@ def test_damaged_adapter_files_change_nothing(saved, tmp_path, damage, message):
 
 
 def test_refusals(tmp_path):
-    model = make_model("all")
+    model = make_deep_model("all")
     for arguments, message in (
         ({"rank": 0}, "rank must be a whole number from 1 to 12"),
         ({"rank": 13}, "from 1 to 12"),

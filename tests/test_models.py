@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PIECES, eagerly, make_model
+from conftest import PIECES, eagerly, make_deep_model
 
 import bertgen_tf as bg
 from bertgen_tf.network.layers import write_cache
@@ -89,12 +89,12 @@ def numpy_model(model, batch):
 
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
 def test_forward_pass_equals_numpy(sharing):
-    model = make_model(sharing)
+    model = make_deep_model(sharing)
     np.testing.assert_allclose(model(BATCH), numpy_model(model, BATCH), atol=2e-5)
 
 
 def test_sharing_holds_one_set_of_variables():
-    none, words, everything = (make_model(s) for s in ("none", "word_embeddings", "all"))
+    none, words, everything = (make_deep_model(s) for s in ("none", "word_embeddings", "all"))
     assert len({id(v) for v in none.weights}) == len(none.weights)
     matrix = len(PIECES) * 12
     assert none.count_params() - words.count_params() == matrix
@@ -114,7 +114,7 @@ def test_sharing_holds_one_set_of_variables():
 
 @pytest.mark.parametrize("sharing", ["none", "all"])
 def test_later_token_never_changes_earlier_logit(sharing):
-    model = make_model(sharing)
+    model = make_deep_model(sharing)
     logits = model(BATCH).numpy()
     for t in range(1, TARGET.shape[1]):
         changed = {**BATCH, "decoder_input_ids": TARGET.copy()}
@@ -223,7 +223,7 @@ def test_dense_is_that_of_keras(tmp_path):
 
 def test_parts_of_a_dense_are_projections():
     """Each has its own rows, which files and rules read and write."""
-    block = make_model().decoder.blocks[0]
+    block = make_deep_model().decoder.blocks[0]
     fused = block.self_attention.query_key_value
     kernel, bias = RNG.normal(size=(36, 12)).astype("f4"), RNG.normal(size=36).astype("f4")
     fused.kernel.assign(kernel)
@@ -282,9 +282,10 @@ def test_decoder_without_cross_attention_is_a_language_model():
         bg.EncoderDecoderModel(bg.BertGenerationEncoder(config), decoder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
 def test_keras_files_give_identical_logits(tmp_path, sharing):
-    model = make_model(sharing, max_source_length=9, max_target_length=8, add_eos=True)
+    model = make_deep_model(sharing, max_source_length=9, max_target_length=8, add_eos=True)
     logits = model(BATCH).numpy()
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -296,14 +297,14 @@ def test_keras_files_give_identical_logits(tmp_path, sharing):
         assert loaded.generate(text, max_new_tokens=5) == model.generate(text, max_new_tokens=5)
 
     model.save_weights(tmp_path / "model.weights.h5")
-    other = make_model(sharing, seed=2, max_source_length=9, max_target_length=8)
+    other = make_deep_model(sharing, seed=2, max_source_length=9, max_target_length=8)
     assert np.abs(other(BATCH) - logits).max() > 0.1
     other.load_weights(tmp_path / "model.weights.h5")
     np.testing.assert_array_equal(other(BATCH), logits)
 
 
 def test_encoder_and_decoder_save_alone(tmp_path):
-    model = make_model("all")
+    model = make_deep_model("all")
     memory = model.encoder(SOURCE, SOURCE_MASK)
     model.encoder.save(tmp_path / "encoder.keras")
     loaded = keras.saving.load_model(tmp_path / "encoder.keras")

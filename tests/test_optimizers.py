@@ -176,6 +176,7 @@ def test_moving_average():
     np.testing.assert_array_equal(frozen.numpy(), start)
 
 
+@pytest.mark.slow
 def test_rates_of_new_weights_in_a_model_and_its_file(tmp_path):
     """A loaded model trains on as the one that was saved, bit for bit, amid an accumulation."""
     model = make_small_model("all", max_source_length=9, max_target_length=7)

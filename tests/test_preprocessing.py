@@ -125,6 +125,7 @@ def test_word_pieces_without_prose(spiece):
         Seq2SeqPreprocessor(BertGenerationTokenizer(spiece), prose=False)
 
 
+@pytest.mark.slow
 def test_in_datasets_shapes_are_static(preprocessor):
     texts = (["a b", "c", "d e a"], ["c", "d e", ""])
     expected = values(preprocessor(*texts))

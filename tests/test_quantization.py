@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import PIECES, make_model, make_small_model
+from conftest import PIECES, make_deep_model, make_model, make_small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,9 +109,10 @@ def test_dense_is_that_of_keras():
     np.testing.assert_allclose(ours(inputs), theirs(inputs), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
 def test_matrices_are_int8_and_the_rest_is_not(sharing):
-    model = make_model(sharing)
+    model = make_deep_model(sharing)
     before = {name: v.numpy() for name, v in named_variables(model).items()}
     logits = model(BATCH).numpy()
     references = [weakref.ref(w.value) for w in model.weights if w.name == "kernel"]
@@ -167,6 +168,7 @@ def test_memory():
     assert 0.25 < (size(model.weights) - embeddings - output) / before < 0.28
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "seed": 5}])
 def test_generation_is_the_same_in_every_form(options):
     model = shared()
@@ -198,6 +200,7 @@ def test_greedy_scores_are_those_of_the_forward_pass():
     np.testing.assert_allclose(output.token_scores[:, 0][filled], expected[filled], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_streamed_text_is_that_of_generate():
     model = shared()
     text = TEXTS[0]  # of the bucket of `IDS`
@@ -246,6 +249,7 @@ def test_products_are_of_integers_under_xla_only(jit_compile):
         assert (kinds[tf.int8.as_datatype_enum] > 10) == jit_compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [False, True])
 def test_compiled_code_has_no_second_copy_of_a_matrix(quantize):
     """Neither transposed, nor as float32: what XLA takes out of the loop would be one."""
@@ -288,6 +292,7 @@ def test_presets_and_keras_files_keep_them(tmp_path):
         np.testing.assert_array_equal(loaded(BATCH), model(BATCH))
 
 
+@pytest.mark.slow
 def test_after_training(tmp_path):
     """Nothing of the optimizer, which knew the float32 matrices, is left."""
     model = make_small_model(max_source_length=20)
@@ -313,6 +318,7 @@ def test_a_trimmed_vocabulary_keeps_the_logits():
     np.testing.assert_allclose(logits, np.take(whole, old, axis=2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_under_mixed_precision():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

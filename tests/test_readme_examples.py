@@ -144,6 +144,7 @@ def _runs(block) -> bool:
     return not any(part in block.text for part in NOT_RUN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in all_blocks("python") if _runs(b)], ids=str)
 def test_example_runs(block, place, addresses):
     for part, package in NEEDS.items():

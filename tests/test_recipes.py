@@ -24,6 +24,7 @@ def start(name, checkpoint, **kwargs):
     return bg.warm_start(name, **{side: checkpoint}, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BERT_ROWS)
 def test_each_side_starts_from_what_the_name_says(checkpoint, name):
     model = start(name, checkpoint)
@@ -48,7 +49,7 @@ def test_each_side_starts_from_what_the_name_says(checkpoint, name):
 
 
 def test_report_counts_what_the_checkpoint_gave(checkpoint, tmp_path):
-    hidden, inner, layers, positions, pieces = 12, 20, 4, 26, len(_pieces(checkpoint))
+    hidden, inner, layers, positions, pieces = 12, 20, 3, 26, len(_pieces(checkpoint))
     attention = 4 * (hidden * hidden + hidden) + 2 * hidden
     block = attention + 2 * hidden * inner + inner + hidden + 2 * hidden
     stack = layers * block + positions * hidden + 2 * hidden

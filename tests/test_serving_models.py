@@ -45,6 +45,7 @@ def states(models, name="name"):
     return [(v.number, v.state) for v in models.versions(name)]
 
 
+@pytest.mark.slow
 def test_loads_what_is_there(folder, exports):
     shutil.copytree(exports / "b", folder / "other/12")
     (folder / "other/notes").mkdir()
@@ -160,6 +161,7 @@ def test_the_old_version_answers_while_the_new_one_loads(folder, exports, monkey
     assert answer(models.find("name")) == b"bx"
 
 
+@pytest.mark.slow
 def test_a_broken_version_costs_nothing_else(folder, exports, caplog):
     models = Models(folder)
     look(models)
@@ -271,6 +273,7 @@ def test_a_newcomer_that_is_broken_does_not_stop_the_others(folder):
     assert not models.ready
 
 
+@pytest.mark.slow
 def test_status_tells_of_what_is_there(folder):
     """And of nothing else, whatever came and went in weeks."""
     models = Models(folder)

@@ -369,6 +369,7 @@ def test_killed_and_started_again_under_load(folder, tmp_path):
             assert all(future.result(SECONDS) for future in clients)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_well(folder):
     with running(CLI, "serve", folder, "--port", "0") as server:
         connection = http.client.HTTPConnection(*server.address, timeout=SECONDS)

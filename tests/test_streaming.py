@@ -99,6 +99,7 @@ def ids_of(pieces):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_prose_of_any_pieces(bert, data):
@@ -374,6 +375,7 @@ def check_stream(model, text, of_both, of_stream):
     return parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, of_stream", OPTIONS)
 def test_parts_make_what_generate_gives(options, of_stream):
     model = make_small_model()
@@ -385,6 +387,7 @@ def test_parts_make_what_generate_gives(options, of_stream):
         assert parts[0].startswith("the old bird")
 
 
+@pytest.mark.slow
 def test_compiled_parts_make_what_the_compiled_search_gives(model):
     """Of stacks of different depth, whose caches differ."""
     options = {"max_new_tokens": 15, "suppress_tokens": tuple(range(13)), "jit_compile": True}
@@ -392,6 +395,7 @@ def test_compiled_parts_make_what_the_compiled_search_gives(model):
     assert "".join(model.stream(TEXTS[0], tokens_per_step=4, **options)) == text != ""
 
 
+@pytest.mark.slow
 def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes):
     model = make_small_model(make_tokenizer=lambda: BertGenerationTokenizer(spiece_with_bytes))
     options, of_stream = OPTIONS[-1]
@@ -401,6 +405,7 @@ def test_parts_of_sentencepiece_with_bytes(spiece_with_bytes):
         check_stream(model, TEXTS[1], {**options, "decoder_text": "the old 😀"}, of_stream)
 
 
+@pytest.mark.slow
 def test_ends():
     """The end tokens of the settings, hidden tokens, and a target's mask token."""
     model = make_small_model(hidden_token_ids=[30, 31, 32], mask_first=True, prose=False)

@@ -107,6 +107,7 @@ def test_python_values(tokenizer):
         tokenizer.encode(["a"])
 
 
+@pytest.mark.slow
 def test_in_graphs(tokenizer):
     expected = tokenizer(SENTENCES).to_list()
     dataset = tf.data.Dataset.from_tensor_slices(SENTENCES)
@@ -256,6 +257,7 @@ def round_trip_function(tokenizer):
     return round_trip
 
 
+@pytest.mark.slow
 def test_export_needs_no_other_file(bert, unigram, tmp_path):
     vocabulary = bert.save_vocabulary(tmp_path / "gone")
     model = unigram.save_vocabulary(tmp_path / "gone")

@@ -299,6 +299,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.slow
 def test_minilm_module_agrees_with_pytorch(tmp_path):
     """The Garden-made module's weights, laid out as HuggingFace does, through our tool."""
     if not SHARED.is_dir():
@@ -467,6 +468,7 @@ class _Upper(tf.Module):
         return {"text": tf.strings.upper(text, encoding="utf-8"), "score": score}
 
 
+@pytest.mark.slow
 def test_export_runs_without_the_package(tmp_path):
     module = _Upper()
     tf.saved_model.save(module, str(tmp_path / "1"), signatures=module.serve)

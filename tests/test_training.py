@@ -85,6 +85,7 @@ def test_fit_takes_text_in_every_form(model):
     check(x, y, sample_weight=weight, batch_size=5, validation_data=(SOURCES, TARGETS))
 
 
+@pytest.mark.slow
 def test_every_weight_trains_with_the_defaults():
     model = make("none")
     before = [np.array(w) for w in model.trainable_weights]
@@ -97,6 +98,7 @@ def test_every_weight_trains_with_the_defaults():
     assert 0 <= history["accuracy"][0] < history["accuracy"][-1] <= 1
 
 
+@pytest.mark.slow
 def test_compiled_and_plain_training_agree():
     losses = []
     for jit_compile in (True, False):
@@ -110,6 +112,7 @@ def test_compiled_and_plain_training_agree():
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_mixed_bfloat16():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -136,6 +139,7 @@ def test_mixed_bfloat16():
     assert loaded.encoder.compute_dtype == "bfloat16"
 
 
+@pytest.mark.slow
 def test_callbacks_work_unchanged(tmp_path):
     model = make()
     model.compile()
@@ -169,6 +173,7 @@ def test_callbacks_work_unchanged(tmp_path):
     assert list((tmp_path / "logs").rglob("events*"))
 
 
+@pytest.mark.slow
 def test_the_default_optimizer_survives_a_keras_file(tmp_path):
     model = built(make(), bg.default_optimizer(1e-3, warmup_steps=2, total_steps=9))
     model.fit(preprocessed(model), verbose=0)
@@ -218,6 +223,7 @@ def test_label_smoothing_out_of_range():
         default_loss(1.0)
 
 
+@pytest.mark.slow
 def test_bucketed_dataset_loses_no_pair_and_has_few_shapes():
     long = [("bird " * n, "man " * m) for n, m in ((3, 2), (20, 3), (2, 16), (17, 17), (40, 40))]
     pairs = [*PAIRS, *long] * 4
@@ -239,6 +245,7 @@ def test_bucketed_dataset_loses_no_pair_and_has_few_shapes():
         bg.bucketed_dataset(data, model.preprocessor, 0)
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_stays_frozen(tmp_path):
     for sharing, trained in (("word_embeddings", 24), ("all", 9)):
         model = make(sharing)

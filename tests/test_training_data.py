@@ -66,6 +66,7 @@ def all_rows(preprocessor):
     return sorted(row for i in range(data.steps_per_epoch) for row in rows(data.batch(i)))
 
 
+@pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.integers(1, 70), st.integers(0, 2**32 - 1), st.integers(0, 50))
 def test_every_epoch_has_every_pair_once(preprocessor, all_rows, batch_size, seed, epoch):
@@ -76,6 +77,7 @@ def test_every_epoch_has_every_pair_once(preprocessor, all_rows, batch_size, see
     assert all(len(batch[1]) == batch_size for batch in batches)
 
 
+@pytest.mark.slow
 def test_steps_can_be_sought(preprocessor):
     """Another object, asked for other steps before, has the same batch at a step."""
     first, second = (TrainingData(PAIRS, preprocessor, 8, seed=3) for _ in range(2))
@@ -98,6 +100,7 @@ def test_steps_can_be_sought(preprocessor):
             np.testing.assert_array_equal(a, b[2:5])
 
 
+@pytest.mark.slow
 def test_long_and_empty_texts_are_told_by_line(preprocessor):
     pairs = [("a man", "bird")] * 9
     pairs[2] = ("bird " * 24, "")  # 24 and the end of a source would be 25 tokens, without bos

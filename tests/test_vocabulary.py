@@ -109,6 +109,7 @@ def test_every_batch_of_a_large_corpus_counts(model):
     assert {"sang", "bird", "house", "man", "old"} < set(vocabulary)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["none", "all"])
 def test_trimmed_with_sentencepiece(sharing, spiece, tmp_path):
     model = make_model(sharing, make_tokenizer=lambda: bg.BertGenerationTokenizer(spiece))

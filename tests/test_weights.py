@@ -4,7 +4,7 @@ import weakref
 import keras
 import numpy as np
 import pytest
-from conftest import make_model
+from conftest import make_deep_model
 
 from bertgen_tf.network.weights import (
     Rule,
@@ -180,7 +180,7 @@ def test_names_of_a_model(model):
 
 @pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all"])
 def test_names_cover_every_weight_and_shared_ones_appear_under_each_name(sharing):
-    model = make_model(sharing)
+    model = make_deep_model(sharing)
     named = {
         name: v.variable if isinstance(v, VariablePart) else v
         for name, v in named_variables(model).items()
@@ -201,8 +201,9 @@ def test_names_cover_every_weight_and_shared_ones_appear_under_each_name(sharing
         assert named[f"decoder/{name}"] is named[f"encoder/{name}"]
 
 
+@pytest.mark.slow
 def test_random_states_and_training_are_no_weights():
-    model = make_model()
+    model = make_deep_model()
     before = list(named_variables(model))
     model.compile(jit_compile=False, run_eagerly=True)
     model.fit(["a man"], ["the bird"], verbose=0)
@@ -226,7 +227,7 @@ def test_tensors_of_a_file_are_never_in_memory_all_at_once():
         def __len__(self):
             return len(self.shapes)
 
-    encoder = make_model().encoder
+    encoder = make_deep_model().encoder
     variables = named_variables(encoder)
     file = File({name: variable.shape for name, variable in variables.items()})
     assign(variables, file, [Rule("(.*)", r"\1")], source="a file")

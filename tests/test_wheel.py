@@ -108,6 +108,7 @@ def test_wheel_has_every_module_and_data_file(wheel):
     assert not extra, f"setup.cfg puts {extra} into the wheel"
 
 
+@pytest.mark.slow
 def test_wheel_runs_from_an_environment_of_its_own(wheel, tmp_path):
     venv = tmp_path / "venv"
     _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
