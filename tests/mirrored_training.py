@@ -9,7 +9,7 @@ import tensorflow as tf
 from conftest import WORDS, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf import finetuning
 from bertgen_tf.finetuning.data import TrainingData
 
 RANDOM = np.random.default_rng(0)

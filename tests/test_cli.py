@@ -17,11 +17,11 @@ import tensorflow as tf
 from conftest import fails, make_model, make_small_model, write_checkpoint
 
 import bertgen_tf as bg
+from bertgen_tf import finetuning
 from bertgen_tf.cli import generate
 from bertgen_tf.cli import main as cli
 from bertgen_tf.data import text_files
 from bertgen_tf.export import saved_model
-from bertgen_tf.finetuning import loop as finetuning
 
 SOURCES = [
     "the old man sang",

@@ -16,8 +16,8 @@ import pytest
 from conftest import WORDS, fails, make_model, make_small_model
 
 import bertgen_tf as bg
+from bertgen_tf import finetuning
 from bertgen_tf.cli import main as cli
-from bertgen_tf.finetuning import loop as finetuning
 from bertgen_tf.finetuning import state as training_state
 from bertgen_tf.finetuning.data import TrainingData
 

@@ -12,9 +12,8 @@ import pytest
 from conftest import WORDS, make_small_model
 
 import bertgen_tf as bg
-from bertgen_tf import metrics
-from bertgen_tf.finetuning import callbacks as training_callbacks
-from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf import finetuning, metrics
+from bertgen_tf.finetuning.callbacks import KeepBest, Log, TensorBoardCurves
 from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import RunFolder
 
@@ -117,13 +116,13 @@ def test_the_best_weights_are_kept_and_a_plateau_ends_it(data, tmp_path):
             logs["val_loss"] = next(values)
             seen.append(self.model.get_weights())
 
-    best = training_callbacks.KeepBest(tmp_path / "best.safetensors", "val_loss", patience=2)
+    best = KeepBest(tmp_path / "best.safetensors", "val_loss", patience=2)
     finetuning.train(model, data, steps=10, steps_per_epoch=2, callbacks=[Script(), best])
     assert (len(seen), best.best_epoch, best.best) == (4, 2, 2.0)
     best.load(model)
     for a, b in zip(model.get_weights(), seen[1], strict=True):
         np.testing.assert_array_equal(a, b)
-    higher = training_callbacks.KeepBest(tmp_path / "other.safetensors", "val_bleu")
+    higher = KeepBest(tmp_path / "other.safetensors", "val_bleu")
     higher.set_model(model)
     for epoch, value in enumerate([float("nan"), 1.0, 3.0, 2.0]):
         higher.on_epoch_end(epoch, {"val_bleu": value})
@@ -138,10 +137,10 @@ def test_outputs_scores_and_curves(data, tmp_path, capsys):
     sources, references = map(list, zip(*PAIRS[:3], strict=True))
     options = {"folder": tmp_path / "samples", "jit_compile": False, "every": 2}
     samples = bg.GenerateCallback(sources, references, ["exact", "rouge"], **options)
-    curves = training_callbacks.TensorBoardCurves(tmp_path / "tb", samples, every=2)
+    curves = TensorBoardCurves(tmp_path / "tb", samples, every=2)
     folder = RunFolder(tmp_path / "model")
     folder.begin({})
-    log = training_callbacks.Log(4, folder)
+    log = Log(4, folder)
     callbacks = [samples, log, curves]
     history = finetuning.train(model, data, steps=4, steps_per_epoch=1, callbacks=callbacks)
     expected = model.generate(sources, jit_compile=False)
@@ -228,7 +227,7 @@ def test_the_log_has_no_epoch_twice(tmp_path):
 @pytest.mark.slow
 def test_a_terminal_has_a_bar(data, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    log = training_callbacks.Log(4)
+    log = Log(4)
     finetuning.train(make(), data, steps=4, steps_per_epoch=2, callbacks=[log])
     out = capsys.readouterr().out
     assert "Epoch 1/2\n" in out and "Epoch 2/2, 0:00:" in out

@@ -28,7 +28,7 @@ from make_golden_training import (
 
 import bertgen_tf as bg
 from bertgen_tf.cli import main as cli
-from bertgen_tf.finetuning import callbacks as training_callbacks
+from bertgen_tf.finetuning.callbacks import KeepBest, Log
 from bertgen_tf.finetuning.data import TrainingData
 
 ARCHIVE = Path(__file__).parent / "data/golden_training.zip"
@@ -106,7 +106,7 @@ def test_a_stopped_finetune_is_resumed(archive, golden, tmp_path, monkeypatch):
     steps = []
     tokens = TrainingData.tokens
     monkeypatch.setattr(TrainingData, "tokens", lambda self, n: steps.append(n) or tokens(self, n))
-    callbacks = (bg.GradualUnfreezing, training_callbacks.KeepBest, training_callbacks.Log)
+    callbacks = (bg.GradualUnfreezing, KeepBest, Log)
     states = []
     for callback in callbacks:
         monkeypatch.setattr(callback, "set_state", taken(callback.set_state, states))

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from bertgen_tf import finetuning
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
@@ -28,8 +29,7 @@ from bertgen_tf.cli.common import (
 )
 from bertgen_tf.cli.finetune_arguments import add_command as add_command
 from bertgen_tf.data import data_presets, text_files
-from bertgen_tf.finetuning import callbacks as training_callbacks
-from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf.finetuning import callbacks
 from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import (
     ADAPTER_FILE,
@@ -360,7 +360,7 @@ class _Run:
         every = arguments.validate_every or (self.steps if arguments.steps else per_epoch)
         self.steps_per_epoch = min(every, self.steps)
         self._compile()
-        self.best: training_callbacks.KeepBest | None = None
+        self.best: callbacks.KeepBest | None = None
         self.callbacks: list[keras.callbacks.Callback] = []
         if replicas.is_chief:
             self._describe()
@@ -407,20 +407,18 @@ class _Run:
             if arguments.data:
                 preset = data_presets.find(arguments.data)
                 options = {"lowercase": preset.lowercase_metrics, "tokenize": preset.tokenize}
-            samples = training_callbacks.GenerateCallback(
+            samples = callbacks.GenerateCallback(
                 sources, references, arguments.metrics, folder=folder / "samples", **options
             )
             self.callbacks.append(samples)
         if arguments.monitor:
-            self.best = training_callbacks.KeepBest(
+            self.best = callbacks.KeepBest(
                 folder / BEST_FILE, f"val_{arguments.monitor}", arguments.patience
             )
             self.callbacks.append(self.best)
-        self.callbacks.append(training_callbacks.Log(self.steps, folder))
+        self.callbacks.append(callbacks.Log(self.steps, folder))
         if arguments.tensorboard:
-            self.callbacks.append(
-                training_callbacks.TensorBoardCurves(folder / "tensorboard", samples)
-            )
+            self.callbacks.append(callbacks.TensorBoardCurves(folder / "tensorboard", samples))
 
     def train(self) -> None:
         """Until the end.

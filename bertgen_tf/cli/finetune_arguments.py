@@ -3,12 +3,12 @@
 import argparse
 from typing import Any
 
+from bertgen_tf import finetuning
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints.recipes import RECIPES
 from bertgen_tf.cli import values
 from bertgen_tf.cli.common import add_warm_start
 from bertgen_tf.data import data_presets
-from bertgen_tf.finetuning import loop as finetuning
 from bertgen_tf.finetuning.data import LONG_TARGETS
 
 

@@ -18,22 +18,13 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.finetuning.data import Batch, TrainingData
+from bertgen_tf.finetuning.replicas import Replicas, sum_of_replicas, together
 from bertgen_tf.finetuning.state import RunFolder, State, assign_variables, read_variables
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training.optimizers import averaged_weights
 
-STRATEGIES = ("auto", "none", "mirrored", "tpu")
 _SOON = 30.0  # seconds of training that are not to be lost while an epoch is measured
 _SAVE, _STOP, _INTERRUPT = range(3)  # what a worker asks all for
-# What TensorFlow raises when a worker does not answer.
-_LOST = (
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.InternalError,
-    tf.errors.UnavailableError,
-)
 
 
 class Diverged(ArithmeticError):
@@ -50,10 +41,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, step: int):
         super().__init__(step)
         self.step = step
-
-
-class WorkerLost(RuntimeError):
-    """Another worker is gone, without which there is no going on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,77 +134,6 @@ def train(
             return loop.run(list(callbacks), resume)
         finally:
             model.train_function = None  # `fit` makes its own
-
-
-@contextlib.contextmanager
-def together(replicas: "Replicas") -> Iterator[None]:
-    """Around what all workers do: raises a `WorkerLost` if one is not there."""
-    try:
-        yield
-    except _LOST as error:
-        if not replicas.many_workers:
-            raise
-        raise WorkerLost(
-            "another worker of TF_CONFIG is gone, or cannot be reached: start all of them again"
-        ) from error
-
-
-class Replicas:
-    """Who takes which rows of a batch, under a strategy."""
-
-    def __init__(self, strategy: tf.distribute.Strategy):
-        self.strategy = strategy
-        self.count = strategy.num_replicas_in_sync
-        ids = self._values(lambda context: context.replica_id_in_sync_group)
-        local = [int(value) for value in strategy.experimental_local_results(ids)]
-        self.first, self.local = local[0], len(local)
-        self.many_workers = self.local < self.count
-        self.is_chief = self.first == 0
-
-    def dataset(self, data: TrainingData, first: int, last: int) -> tf.data.Dataset:
-        """Of each step a list of the batches of the replicas of this process."""
-        if data.batch_size % self.count:
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.count} replicas that share a batch, "
-                f"received {data.batch_size}."
-            )
-        size = data.batch_size // self.count
-        part = slice(self.first * size, (self.first + self.local) * size)
-
-        def split(*batch: Any) -> tuple[Batch, ...]:
-            return tuple(
-                tf.nest.map_structure(lambda t, i=i: t[i * size : (i + 1) * size], batch)
-                for i in range(self.local)
-            )
-
-        return data.dataset(first, last, part).map(split).prefetch(2)
-
-    def distribute(self, parts: Sequence[Any]) -> Any:
-        """One part for each replica of this process -> an argument of `strategy.run`."""
-        if self.local == 1:
-            return parts[0]
-        return self._values(lambda context: parts[context.replica_id_in_sync_group - self.first])
-
-    def add(self, numbers: Sequence[int]) -> list[int]:
-        """Sums over all workers of their int32 numbers."""
-        if not self.many_workers:
-            return list(numbers)
-        zeros = tf.zeros([len(numbers)], tf.int32)
-        parts = [tf.constant(numbers, tf.int32)] + [zeros] * (self.local - 1)
-        return self._add(self.distribute(parts)).numpy().tolist()
-
-    @tf.function(autograph=False)
-    def _add(self, numbers: Any) -> Any:
-        return self.strategy.experimental_local_results(self.strategy.run(_sum, (numbers,)))[0]
-
-    def _values(self, function: Callable[[Any], Any]) -> Any:
-        return self.strategy.experimental_distribute_values_from_function(function)
-
-
-def _sum(value: Any) -> Any:
-    # On the replica's device, as arguments are not.
-    value = tf.identity(value)
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 class _Loop:
@@ -379,7 +295,7 @@ class _Loop:
             loss = model.compute_loss(x, y, logits, weight, training=False)
             model.compute_metrics(x, y, logits, sample_weight=weight)
             # Of all replicas: what Keras divides by their number adds up to the mean.
-            return _sum(loss) if self.replicas.count > 1 else loss
+            return sum_of_replicas(loss) if self.replicas.count > 1 else loss
 
         if model.jit_compile and self.replicas.count == 1:
             train_step = tf.function(train_step, jit_compile=True, autograph=False)
@@ -490,31 +406,3 @@ def _signals(loop: _Loop) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def make_strategy(distribute: str = "auto", workers: bool = False) -> tf.distribute.Strategy:
-    """The `tf.distribute` strategy for what there is, to make a model in.
-
-    Args:
-        distribute: of `STRATEGIES`. "auto" takes all GPUs of this machine, "mirrored" all GPUs or
-            else all logical CPUs, "tpu" a TPU (never tried), "none" one device.
-        workers: whether TF_CONFIG names several, who then share each batch, unless "none" is asked
-            for. TensorFlow must not have done anything before.
-    """
-    if distribute not in STRATEGIES:
-        raise ValueError(
-            f"distribute must be one of {', '.join(STRATEGIES)}, received {distribute!r}."
-        )
-    if workers and distribute != "none":
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    if distribute == "tpu":
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver()
-        tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if distribute == "mirrored" or (
-        distribute == "auto" and len(devices) > 1 and devices[0].device_type == "GPU"
-    ):
-        return tf.distribute.MirroredStrategy([device.name for device in devices])
-    return tf.distribute.get_strategy()
