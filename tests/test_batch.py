@@ -132,7 +132,7 @@ def has_lines(file) -> bool:
 
 
 class Killer:
-    """In place of `cli_output.sync`: kills all workers, once, when the first lines are there."""
+    """In place of `resumable.sync`: kills all workers, once, when the first lines are there."""
 
     def __init__(self):
         self.killed = []

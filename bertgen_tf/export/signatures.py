@@ -286,7 +286,7 @@ def _search_text(
 
 
 def _seeds(config: GenerationConfig, batch: tf.Tensor) -> tf.Tensor:
-    """What `generation.make_seeds` makes, in the graph."""
+    """What `inputs.make_seeds` makes, in the graph."""
     if not config.do_sample:
         return tf.zeros([batch, 2], tf.int32)
     seed = config.seed

@@ -336,7 +336,7 @@ def _processors(
 def _options(
     model: Any, config: GenerationConfig, processors: Sequence[Processor]
 ) -> dict[str, Any]:
-    """The settings that all searches of `decoding` have."""
+    """The settings that all searches have."""
     return {
         # The size of buffers: where max_length is the limit, that of the shortest prompt.
         "max_new_tokens": config.max_new_tokens or config.max_length - 1,

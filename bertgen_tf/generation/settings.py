@@ -171,7 +171,7 @@ def filters_for(config: GenerationConfig, model: Any) -> list[logits.Processor]:
 
 
 def uses_beams(config: GenerationConfig) -> bool:
-    """Whether `decoding.beam_search` or `decoding.sample` follows these settings."""
+    """Whether `beam_search` follows these settings, or `sample`."""
     # tensor2tensor's beam of one goes on after an end that was not likely enough.
     return config.num_beams > 1 or (config.beam_scorer == "gnmt" and not config.do_sample)
 

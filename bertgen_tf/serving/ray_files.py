@@ -36,7 +36,7 @@ class Job(NamedTuple):
     Attributes:
         source: the input file.
         target: the output file.
-        run: what decides its lines, see `cli_output.find_begun`.
+        run: what decides its lines, see `resumable.find_begun`.
         total: how many texts it has.
         begun: what an earlier run left; None if the output file is complete.
     """

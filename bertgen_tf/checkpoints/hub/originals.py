@@ -78,7 +78,7 @@ def read_original(
     """Builds the model of an original.
 
     Args:
-        handle: as `hub_modules.resolve` takes it.
+        handle: as `fetch.resolve` takes it.
         given: field of `SETTINGS` -> value, for what need not be read.
         known: the same, for what cannot be found in the graph.
         verify: compares the model with the module.

@@ -41,7 +41,7 @@ class Hidden(ValueError):
 
 @dataclasses.dataclass
 class Found:
-    """What was read, by field of `hub_originals.SETTINGS`, and why the rest was not.
+    """What was read, by field of `originals.SETTINGS`, and why the rest was not.
 
     Attributes:
         values: field -> value, of what the graph tells.

@@ -195,7 +195,7 @@ def load_decoder(
 
 
 def load_gpt2(name: str | os.PathLike, **options: Any) -> gpt2.Checkpoint:
-    """Reads a GPT-2 checkpoint; see `huggingface_gpt2.read_checkpoint` for the options.
+    """Reads a GPT-2 checkpoint; see `gpt2.read_checkpoint` for the options.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.

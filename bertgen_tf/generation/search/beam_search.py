@@ -32,6 +32,7 @@ from bertgen_tf.checks import check_integer
 from bertgen_tf.generation.search import noise
 from bertgen_tf.generation.search.logits import BANNED, Processor, check_token_ids, compose
 from bertgen_tf.generation.search.sequences import (
+    Prompt,
     SearchOutput,
     Step,
     check_scorer,
@@ -248,40 +249,70 @@ def beam_search(
         rules = _huggingface_scorer(num_beams, longest, length_penalty, early_stopping)
     else:
         rules = _gnmt_scorer(longest, gnmt_alpha)
-    batch, width = size(prompt.sequences, 0), size(prompt.sequences, 1)
-    num_candidates = max(2, 1 + len(eos_token_ids)) * num_beams
+    search = _Search(
+        step=step,
+        reorder=reorder,
+        prompt=prompt,
+        rules=rules,
+        num_beams=num_beams,
+        eos_token_ids=eos_token_ids,
+        processors=tuple(processors),
+        filters=tuple(filters),
+        do_sample=do_sample,
+        seeds=seeds,
+    )
+    (last,) = tf.while_loop(search.goes_on, search.advance, (search.start(state),))
+    unfinished = gnmt_penalty(longest, gnmt_alpha) if normalize_unfinished else None
+    output = _output(last, unfinished, pad_token_id)
+    return SearchOutput(*(tensor[:, :num_return_sequences] for tensor in output))
 
-    def unfinished(loop: _BeamState) -> tf.Tensor:
-        return (loop.index + 1 < prompt.limit) & ~tf.reduce_all(loop.done)
 
-    def generate(loop: _BeamState) -> tuple[_BeamState]:
-        flat = tf.reshape(loop.running.sequences, [batch * num_beams, width])  # [B*K, L]
-        last = tf.gather(flat, loop.index, axis=1)  # [B*K]
-        logits, state = step(last, loop.index, loop.state)
-        logits = tf.cast(logits, tf.float32)  # [B*K, V]
-        if do_sample:
-            log_probs = compose([*processors, *filters])(
-                tf.nn.log_softmax(logits), flat, loop.index
-            )
-            candidates = _drawn_continuations(
-                log_probs, loop.running.scores, num_candidates, seeds, loop.index
-            )
-        elif processors:
-            log_probs = compose(processors)(tf.nn.log_softmax(logits), flat, loop.index)
-            candidates = _best_continuations(log_probs, loop.running.scores, num_candidates)
-        else:
-            candidates = _best_continuations(
-                logits, loop.running.scores, num_candidates, tf.reduce_logsumexp(logits, axis=1)
-            )
+class _Search(NamedTuple):
+    """A search whose arguments are checked; see `beam_search` for them."""
+
+    step: Step
+    reorder: Callable[[Any, tf.Tensor], Any]
+    prompt: Prompt
+    rules: _Scorer
+    num_beams: int
+    eos_token_ids: tuple[int, ...]
+    processors: tuple[Processor, ...]
+    filters: tuple[Processor, ...]
+    do_sample: bool
+    seeds: tf.Tensor | None
+
+    def start(self, state: Any) -> _BeamState:
+        """Before the first step."""
+        prompt, num_beams = self.prompt, self.num_beams
+        batch, width = size(prompt.sequences, 0), size(prompt.sequences, 1)
+        beams = tf.repeat(prompt.sequences[:, tf.newaxis], num_beams, axis=1)  # [B, K, L]
+        no_scores = tf.zeros([batch, num_beams, width - 1])
+        # Only the first beam exists at first, or all of them would find the same continuations.
+        only_first = tf.constant([[0.0] + [_NO_SCORE] * (num_beams - 1)])  # [1, K]
+        return _BeamState(
+            index=tf.convert_to_tensor(prompt.length - 1),
+            running=_Hypotheses(beams, no_scores, tf.tile(only_first, [batch, 1])),
+            finished=_Hypotheses(beams, no_scores, tf.fill([batch, num_beams], _NO_FINAL_SCORE)),
+            done=tf.zeros([batch], tf.bool),
+            state=state,
+        )
+
+    def goes_on(self, loop: _BeamState) -> tf.Tensor:
+        """Whether there is another step: bool []."""
+        return (loop.index + 1 < self.prompt.limit) & ~tf.reduce_all(loop.done)
+
+    def advance(self, loop: _BeamState) -> tuple[_BeamState]:
+        """One step."""
+        candidates, state = self._candidates(loop)
         sequences, token_scores = _extend(loop.running, candidates, loop.index)
-        is_eos = is_one_of(candidates.ids, eos_token_ids)  # [B, C]
-        length = loop.index + 2 - prompt.length
+        is_eos = is_one_of(candidates.ids, self.eos_token_ids)  # [B, C]
+        length = loop.index + 2 - self.prompt.length
 
         running, kept = _best(
             _Hypotheses(sequences, token_scores, tf.where(is_eos, _NO_SCORE, candidates.sums)),
-            num_beams,
+            self.num_beams,
         )
-        offered = rules.offer(candidates.sums, is_eos, length, loop.done)
+        offered = self.rules.offer(candidates.sums, is_eos, length, loop.done)
         offered = tf.where(candidates.sums > _ALIVE, offered, _NO_FINAL_SCORE)  # [B, C]
         # Finished hypotheses come first, and so win a tie: a slot stays empty until it is filled.
         finished, _ = _best(
@@ -290,31 +321,48 @@ def beam_search(
                 tf.concat([loop.finished.token_scores, token_scores], axis=1),
                 tf.concat([loop.finished.scores, offered], axis=1),  # [B, K + C]
             ),
-            num_beams,
+            self.num_beams,
         )
         best_running = running.scores[:, 0]
-        done = rules.is_done(best_running, finished.scores, length, loop.done)
+        done = self.rules.is_done(best_running, finished.scores, length, loop.done)
         new = _BeamState(
             index=loop.index + 1,
             running=running,
             finished=finished,
             done=done | (best_running < _ALIVE),
-            state=reorder(state, tf.gather(candidates.beams, kept, axis=1, batch_dims=1)),
+            state=self.reorder(state, tf.gather(candidates.beams, kept, axis=1, batch_dims=1)),
         )
         return (with_shapes_of(loop, new),)
 
-    beams = tf.repeat(prompt.sequences[:, tf.newaxis], num_beams, axis=1)  # [B, K, L]
-    no_scores = tf.zeros([batch, num_beams, width - 1])
-    # Only the first beam exists at first, or all of them would find the same continuations.
-    only_first = tf.constant([[0.0] + [_NO_SCORE] * (num_beams - 1)])  # [1, K]
-    first = _BeamState(
-        index=tf.convert_to_tensor(prompt.length - 1),
-        running=_Hypotheses(beams, no_scores, tf.tile(only_first, [batch, 1])),
-        finished=_Hypotheses(beams, no_scores, tf.fill([batch, num_beams], _NO_FINAL_SCORE)),
-        done=tf.zeros([batch], tf.bool),
-        state=state,
-    )
-    (last,) = tf.while_loop(unfinished, generate, (first,))
+    def _candidates(self, loop: _BeamState) -> tuple[_Continuations, Any]:
+        """The continuations of all beams that are kept, and the new state of the step function."""
+        sums = loop.running.scores
+        rows = size(self.prompt.sequences, 0) * self.num_beams
+        flat = tf.reshape(
+            loop.running.sequences, [rows, size(self.prompt.sequences, 1)]
+        )  # [B*K, L]
+        last = tf.gather(flat, loop.index, axis=1)  # [B*K]
+        logits, state = self.step(last, loop.index, loop.state)
+        logits = tf.cast(logits, tf.float32)  # [B*K, V]
+        count = max(2, 1 + len(self.eos_token_ids)) * self.num_beams
+        if not self.do_sample and not self.processors:
+            normalizer = tf.reduce_logsumexp(logits, axis=1)
+            return _best_continuations(logits, sums, count, normalizer), state
+        process = compose([*self.processors, *self.filters])
+        log_probs = process(tf.nn.log_softmax(logits), flat, loop.index)
+        if self.do_sample:
+            return _drawn_continuations(log_probs, sums, count, self.seeds, loop.index), state
+        return _best_continuations(log_probs, sums, count), state
+
+
+def _output(last: _BeamState, penalty: float | tf.Tensor | None, pad_token_id: int) -> SearchOutput:
+    """All hypotheses, best first.
+
+    Args:
+        last: the state after the last step.
+        penalty: by which scores of what did not finish are divided.
+        pad_token_id: fills what is no hypothesis.
+    """
     # Only "gnmt" leaves an example without any finished hypothesis.
     any_finished = last.finished.scores[:, 0] > _FINAL  # [B]
 
@@ -323,17 +371,16 @@ def beam_search(
         return tf.where(condition, finished, running)
 
     scores = last.running.scores
-    if normalize_unfinished:
-        scores /= gnmt_penalty(longest, gnmt_alpha)
+    if penalty is not None:
+        scores /= penalty
     # Without the penalty, which could lift what does not exist above _ALIVE.
     exists = of_finished(last.finished.scores > _FINAL, last.running.scores > _ALIVE)  # [B, K]
     found = tf.nest.map_structure(of_finished, last.finished, last.running._replace(scores=scores))
-    output = SearchOutput(
+    return SearchOutput(
         sequences=tf.where(exists[..., tf.newaxis], found.sequences, pad_token_id),
         scores=tf.where(exists, found.scores, _NO_SCORE),
         token_scores=tf.where(exists[..., tf.newaxis], found.token_scores, 0.0),
     )
-    return SearchOutput(*(tensor[:, :num_return_sequences] for tensor in output))
 
 
 def _best_continuations(
