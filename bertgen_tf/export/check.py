@@ -16,6 +16,7 @@ from bertgen_tf.export.files import WARMUP_FILE, text_of_length
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.settings import eos_token_ids
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 # Of log-probabilities and of weights of attention.
 TOLERANCE = 1e-3
@@ -40,7 +41,7 @@ class _Case(NamedTuple):
 
 def check_export(
     folder: pathlib.Path,
-    model: Any,
+    model: EncoderDecoderModel,
     module: ServingModule,
     logits_processor: Sequence[Processor] = (),
 ) -> None:
@@ -70,7 +71,7 @@ def check_export(
 
 
 def _cases(
-    model: Any, module: ServingModule, logits_processor: Sequence[Processor]
+    model: EncoderDecoderModel, module: ServingModule, logits_processor: Sequence[Processor]
 ) -> Iterator[_Case]:
     limit = model.preprocessor.max_source_length
     whole = text_of_length(model, limit)
@@ -105,7 +106,9 @@ def _cases(
     )
 
 
-def _case(model: Any, module: ServingModule, signature: str, texts: list, output: Any) -> _Case:
+def _case(
+    model: EncoderDecoderModel, module: ServingModule, signature: str, texts: list, output: Any
+) -> _Case:
     """The request of `texts`, and its answer made of what `generate` gave."""
     config = module.settings[signature]
     drawn = config.do_sample and config.seed is None
@@ -143,7 +146,9 @@ def _pieces(tokenizer: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
     return np.where(known, np.array(pieces, object).reshape(ids.shape), "")
 
 
-def _scores(model: Any, sources: list[str], targets: list[str]) -> dict[str, np.ndarray]:
+def _scores(
+    model: EncoderDecoderModel, sources: list[str], targets: list[str]
+) -> dict[str, np.ndarray]:
     """Of a forward pass for each pair, without padding of the target, as the signature does it."""
     preprocessor = model.preprocessor
     forward = tf.function(lambda x: tf.nn.log_softmax(model(x, training=False))[0], autograph=False)

@@ -15,6 +15,7 @@ import tensorflow as tf
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.compiled import source_buckets
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 BATCHING_FILE = "batching_params.pbtxt"
@@ -49,7 +50,7 @@ def batch_sizes(largest: int) -> list[int]:
     return [2**i for i in range(largest.bit_length())]
 
 
-def source_lengths(model: Any) -> list[int]:
+def source_lengths(model: EncoderDecoderModel) -> list[int]:
     """The lengths of sources that XLA compiles for, in tokens, as far as texts can reach."""
     buckets, longest = source_buckets(model), model.preprocessor.max_source_length
     return [b for b in buckets if b < longest] + [min(b for b in buckets if b >= longest)]
@@ -66,7 +67,7 @@ def write_batching_parameters(folder: pathlib.Path, sizes: list[int]) -> None:
 def write_warmup(
     folder: pathlib.Path,
     name: str,
-    model: Any,
+    model: EncoderDecoderModel,
     functions: Mapping[str, Any],
     sizes: list[int],
     *,
@@ -134,7 +135,7 @@ def read_warmup(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, np.ndarra
         yield request.model_spec.signature_name, inputs
 
 
-def text_of_length(model: Any, length: int) -> str:
+def text_of_length(model: EncoderDecoderModel, length: int) -> str:
     """A text of so many tokens, special ones included, or as many as the preprocessor keeps."""
     preprocessor = model.preprocessor
     length = min(length, preprocessor.max_source_length)
@@ -173,7 +174,7 @@ def write_metadata(
     folder: pathlib.Path,
     name: str,
     version: int,
-    model: Any,
+    model: EncoderDecoderModel,
     module: ServingModule,
     variants: Mapping[str, GenerationConfig],
     sizes: list[int],

@@ -17,6 +17,7 @@ from bertgen_tf.generation.inputs import start_prompt
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.search.sequences import is_one_of
 from bertgen_tf.generation.settings import eos_token_ids, total_length, uses_beams
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 # The suffix of signatures that are compiled by XLA.
 COMPILED = "_xla"
@@ -36,7 +37,7 @@ class ServingModule(tf.Module):
 
     def __init__(
         self,
-        model: Any,
+        model: EncoderDecoderModel,
         config: GenerationConfig,
         variants: Mapping[str, GenerationConfig],
         logits_processor: Sequence[Processor],
@@ -81,7 +82,11 @@ def every_hypothesis(config: GenerationConfig) -> GenerationConfig:
 
 
 def _text_signature(
-    model: Any, config: GenerationConfig, search: Callable, *, best_only: bool = False
+    model: EncoderDecoderModel,
+    config: GenerationConfig,
+    search: Callable,
+    *,
+    best_only: bool = False,
 ) -> Callable:
     """Text [B] -> text and score [B, n], or [B] with `best_only`."""
 
@@ -99,7 +104,9 @@ def _text_signature(
     return serve
 
 
-def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Callable:
+def _ids_signature(
+    model: EncoderDecoderModel, config: GenerationConfig, search: Callable
+) -> Callable:
     """input_ids, attention_mask [B, S] -> sequences [B, n, L], score [B, n]."""
     encoder = model.encoder.config
 
@@ -152,7 +159,7 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
     return serve
 
 
-def _forward_pass(model: Any) -> Callable:
+def _forward_pass(model: EncoderDecoderModel) -> Callable:
     """Of one example: the logits of its target, and how it looked at the source.
 
     One, because of a batch the logits and the weights of all layers would take gigabytes.
@@ -179,7 +186,7 @@ def _forward_pass(model: Any) -> Callable:
     return forward
 
 
-def _score_signature(model: Any, forward: Callable) -> Callable:
+def _score_signature(model: EncoderDecoderModel, forward: Callable) -> Callable:
     """source, target [B] -> log_probability, num_tokens [B]."""
     preprocessor = model.preprocessor
 
@@ -218,7 +225,7 @@ def _score_signature(model: Any, forward: Callable) -> Callable:
 
 
 def _attention_signature(
-    model: Any, config: GenerationConfig, search: Callable, forward: Callable
+    model: EncoderDecoderModel, config: GenerationConfig, search: Callable, forward: Callable
 ) -> Callable:
     """Text [B] -> text and score [B], tokens [B, S] and [B, T], attention [B, T, S]."""
     preprocessor = model.preprocessor
@@ -270,7 +277,7 @@ def _pieces(tokenizer: Any) -> tf.Tensor:
 
 
 def _search_text(
-    model: Any, config: GenerationConfig, search: Callable, text: tf.Tensor
+    model: EncoderDecoderModel, config: GenerationConfig, search: Callable, text: tf.Tensor
 ) -> tuple[dict[str, tf.Tensor], Any]:
     """The ids of texts, and what was found for them."""
     # The server does not check shapes: a scalar may come.

@@ -7,7 +7,7 @@ at the first call than tracing does.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
@@ -26,6 +26,9 @@ from bertgen_tf.generation.settings import (
 )
 from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.network.quantization import integer_products
+
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 # Settings whose compiled functions a model keeps.
 MAX_FUNCTIONS = 16
@@ -75,7 +78,7 @@ class GenerateTensors(NamedTuple):
 
 
 def generation_function(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     jit_compile: bool,
     *,
@@ -156,7 +159,7 @@ class StreamStep(NamedTuple):
 
 
 def streaming_functions(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     jit_compile: bool,
     *,
@@ -252,7 +255,7 @@ class _Prepared(NamedTuple):
 
 
 def _search(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     inputs: _Inputs,
     logits_processor: Sequence[Processor],
@@ -279,7 +282,7 @@ def _search(
     return GenerateTensors(*output, attentions)
 
 
-def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared:
+def _prepare(model: "EncoderDecoderModel", config: GenerationConfig, inputs: _Inputs) -> _Prepared:
     decoder = model.decoder
     batch = tf.shape(inputs.input_ids)[0]
     width = inputs.prompt.shape[1]
@@ -300,7 +303,7 @@ def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared
     return _Prepared(memory, cache.pop("cross"), cache)
 
 
-def _step_function(model: Any, cross: Any, attention_mask: tf.Tensor) -> Step:
+def _step_function(model: "EncoderDecoderModel", cross: Any, attention_mask: tf.Tensor) -> Step:
     def step(ids: tf.Tensor, index: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
         # [rows, 1, V]
         token_logits, cache = model.decoder(
@@ -321,7 +324,10 @@ def _reorder(state: dict[str, Any], parents: tf.Tensor) -> dict[str, Any]:
 
 
 def _processors(
-    model: Any, config: GenerationConfig, inputs: _Inputs, logits_processor: Sequence[Processor]
+    model: "EncoderDecoderModel",
+    config: GenerationConfig,
+    inputs: _Inputs,
+    logits_processor: Sequence[Processor],
 ) -> list[Processor]:
     return processors_for(
         config,
@@ -334,7 +340,7 @@ def _processors(
 
 
 def _options(
-    model: Any, config: GenerationConfig, processors: Sequence[Processor]
+    model: "EncoderDecoderModel", config: GenerationConfig, processors: Sequence[Processor]
 ) -> dict[str, Any]:
     """The settings that all searches have."""
     return {
@@ -368,7 +374,11 @@ def _prompt_length(inputs: _Inputs) -> int | tf.Tensor:
 
 
 def _cross_attentions(
-    model: Any, config: GenerationConfig, inputs: _Inputs, memory: tf.Tensor, sequences: tf.Tensor
+    model: "EncoderDecoderModel",
+    config: GenerationConfig,
+    inputs: _Inputs,
+    memory: tf.Tensor,
+    sequences: tf.Tensor,
 ) -> tf.Tensor:
     """[B, n, layers, heads, L - 1, S] of sequences [B, n, L]; zeros after their ends."""
     batch = tf.shape(sequences)[0]
@@ -407,17 +417,17 @@ def _cross_attentions(
     return tf.pad(weights * alive, padding)
 
 
-def source_buckets(model: Any) -> list[int]:
+def source_buckets(model: "EncoderDecoderModel") -> list[int]:
     """The lengths that XLA compiles for."""
     return bucket_lengths(model.encoder.config.max_source_positions)
 
 
-def _prompt_buckets(model: Any) -> list[int]:
+def _prompt_buckets(model: "EncoderDecoderModel") -> list[int]:
     longest = model.decoder.config.max_target_positions
     return [1, *bucket_lengths(longest, 8)] if longest > 1 else [1]
 
 
-def _prompt_width(model: Any, decoder_input_ids: Any) -> int:
+def _prompt_width(model: "EncoderDecoderModel", decoder_input_ids: Any) -> int:
     """The bucket of prompts [B, P]."""
     shape = decoder_input_ids.shape
     length = shape[1] if len(shape) == 2 else None
@@ -431,7 +441,7 @@ def _prompt_width(model: Any, decoder_input_ids: Any) -> int:
 
 
 def _pad(
-    model: Any,
+    model: "EncoderDecoderModel",
     width: int,
     to_buckets: bool,
     input_ids: tf.Tensor,

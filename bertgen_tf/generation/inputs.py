@@ -3,12 +3,15 @@
 import itertools
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 _ID_KEYS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
@@ -113,7 +116,7 @@ def strings(texts: Sequence[str | bytes]) -> tf.Tensor:
     return tf.constant(list(texts), tf.string, [len(texts)])
 
 
-def id_rows(inputs: dict[str, Any], model: Any) -> Rows:
+def id_rows(inputs: dict[str, Any], model: "EncoderDecoderModel") -> Rows:
     """The ids that `generate` takes, each prompt with the start token.
 
     Raises:
@@ -151,7 +154,9 @@ def id_rows(inputs: dict[str, Any], model: Any) -> Rows:
     return Rows(ids, mask, *_with_start(prompts, prompt_mask, model))
 
 
-def _with_start(prompts: np.ndarray, mask: np.ndarray, model: Any) -> tuple[np.ndarray, np.ndarray]:
+def _with_start(
+    prompts: np.ndarray, mask: np.ndarray, model: "EncoderDecoderModel"
+) -> tuple[np.ndarray, np.ndarray]:
     """The prompts with the start token first, and their lengths with it."""
     if (np.diff(mask, axis=1) > 0).any():
         row = int((np.diff(mask, axis=1) > 0).any(axis=1).argmax())
@@ -212,7 +217,7 @@ def check_processors(processors: Any) -> tuple[Callable, ...]:
     return tuple(processors)
 
 
-def start_prompt(model: Any, batch: int | tf.Tensor) -> tf.Tensor:
+def start_prompt(model: "EncoderDecoderModel", batch: int | tf.Tensor) -> tf.Tensor:
     """The prompt where none is given, the start token of every row: int32 [batch, 1]."""
     prompt = tf.fill([batch, 1], model.decoder.config.bos_token_id)
     return tf.ensure_shape(prompt, [None, 1])

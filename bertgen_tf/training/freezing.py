@@ -6,7 +6,7 @@ Freezing is Keras's `trainable`, set on the layers below a stack; files of the m
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -14,8 +14,11 @@ from bertgen_tf.checks import check_integer
 from bertgen_tf.network import weights
 from bertgen_tf.network.weights import NEW_IN_DECODER
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-def new_variables(model: Any) -> list[keras.Variable]:
+
+def new_variables(model: "EncoderDecoderModel") -> list[keras.Variable]:
     """The variables of an `EncoderDecoderModel` that no checkpoint gave when it was made.
 
     `model.source_checkpoint` tells, which files of the model keep: of a model that was read whole
@@ -36,7 +39,7 @@ def new_variables(model: Any) -> list[keras.Variable]:
 
 
 def freeze(
-    model: Any,
+    model: "EncoderDecoderModel",
     *,
     encoder_layers: int | str | Sequence[int] = 0,
     decoder_layers: int | str | Sequence[int] = 0,
@@ -71,7 +74,7 @@ def freeze(
             stack.embeddings.trainable = False
 
 
-def unfreeze(model: Any) -> None:
+def unfreeze(model: "EncoderDecoderModel") -> None:
     """Makes all of an `EncoderDecoderModel` train again. Compile afterwards.
 
     Keras's `model.trainable = True` does nothing where it is True already, also not below.
@@ -222,7 +225,7 @@ def _named_layers(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, k
         yield from _named_layers(child, f"{prefix}{child.name}/")
 
 
-def _stages(model: Any, embeddings: bool) -> list[list[str]]:
+def _stages(model: "EncoderDecoderModel", embeddings: bool) -> list[list[str]]:
     """Names of the layers that thaw together, the first to thaw first."""
     new = {id(variable) for variable in new_variables(model)}
     # What is frozen and has state was about to thaw when the model was saved.
@@ -250,7 +253,7 @@ def _stages(model: Any, embeddings: bool) -> list[list[str]]:
     return [names for names in stages if names]
 
 
-def _stacks(model: Any) -> tuple[Any, Any]:
+def _stacks(model: "EncoderDecoderModel") -> tuple[Any, Any]:
     return model.encoder, model.decoder
 
 
@@ -280,7 +283,7 @@ def _layer_numbers(name: str, value: Any, depth: int) -> list[int]:
     return list(numbers)
 
 
-def _check_no_adapters(model: Any) -> None:
+def _check_no_adapters(model: "EncoderDecoderModel") -> None:
     if getattr(model, "lora", None):
         raise ValueError(
             "A model with LoRA adapters has nothing to freeze or thaw: its pre-trained weights are "

@@ -16,7 +16,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from safetensors import SafetensorError, safe_open
@@ -27,12 +27,15 @@ from bertgen_tf.network.projections import Dense, Projection
 from bertgen_tf.network.weights import Rule, assign, named_variables
 from bertgen_tf.training.freezing import new_variables
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
 FORMAT = "bertgen_tf adapter"
 _SETTINGS = {"rank": int, "alpha": (int, float), "targets": list, "train_new_weights": bool}
 
 
 def enable(
-    model: Any,
+    model: "EncoderDecoderModel",
     rank: int,
     alpha: float | None = None,
     targets: Sequence[str] = ("query", "value"),
@@ -75,13 +78,13 @@ def enable(
     model.forget_compiled()
 
 
-def merge(model: Any) -> None:
+def merge(model: "EncoderDecoderModel") -> None:
     """See `EncoderDecoderModel.merge_lora`."""
     _check_enabled(model)
     _leave(model, Dense.merge_adapters)
 
 
-def save(model: Any, path: str | os.PathLike) -> None:
+def save(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     """See `EncoderDecoderModel.save_adapter`."""
     _check_enabled(model)
     path = pathlib.Path(path)
@@ -97,7 +100,7 @@ def save(model: Any, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(model: Any, path: str | os.PathLike) -> None:
+def load(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     """See `EncoderDecoderModel.load_adapter`."""
     settings, tensors = _read(pathlib.Path(path))
     was_enabled = model.lora is not None
@@ -147,7 +150,9 @@ def _projections(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, De
             yield from _projections(child, f"{name}/")
 
 
-def _choose(model: Any, targets: Sequence[str], train_new_weights: bool) -> list[tuple[Dense, int]]:
+def _choose(
+    model: "EncoderDecoderModel", targets: Sequence[str], train_new_weights: bool
+) -> list[tuple[Dense, int]]:
     """The projections that get an adapter, each once."""
     projections = list(_projections(model))
     unknown = [t for t in targets if not any(_matches(name, t) for name, _, _ in projections)]
@@ -174,7 +179,7 @@ def _matches(name: str, target: str) -> bool:
     return f"/{name}".endswith(f"/{target}")
 
 
-def _trained(model: Any) -> dict[str, Any]:
+def _trained(model: "EncoderDecoderModel") -> dict[str, Any]:
     """What belongs to an adapter file: each variable or part of one, under its first name."""
     new = set()
     if model.lora["train_new_weights"]:
@@ -189,7 +194,7 @@ def _trained(model: Any) -> dict[str, Any]:
     return trained
 
 
-def _leave(model: Any, each: Any) -> None:
+def _leave(model: "EncoderDecoderModel", each: Any) -> None:
     """Ends LoRA: `each` takes the adapters off a layer. What trains is again as layers say."""
     for dense in _denses(model):
         each(dense)
@@ -200,7 +205,7 @@ def _leave(model: Any, each: Any) -> None:
     model.forget_compiled()
 
 
-def _check_enabled(model: Any) -> None:
+def _check_enabled(model: "EncoderDecoderModel") -> None:
     if model.lora is None:
         raise ValueError("model has no LoRA adapters. Call enable_lora or load_adapter first.")
 

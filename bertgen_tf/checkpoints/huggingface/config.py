@@ -13,6 +13,7 @@ from typing import Any
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
 from bertgen_tf.checkpoints.huggingface import gpt2
 from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig, GenerationConfig
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 # The key in config.json for what HuggingFace has no place for.
@@ -257,7 +258,7 @@ def write_stack(config: BertGenerationConfig, architecture: str) -> dict[str, An
     return {**values, "architectures": [architecture], "dtype": "float32", OWN: {}}
 
 
-def write_pair(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def write_pair(model: EncoderDecoderModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `config.json` and `generation_config.json` of an `EncoderDecoderModel`."""
     encoder, decoder = (
         write_stack(stack.config, type(stack).__name__) for stack in (model.encoder, model.decoder)
