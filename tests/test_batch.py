@@ -346,7 +346,7 @@ def test_existing_outputs(export, lines, tmp_path):
         (str(output / "d.jsonl"), 2, 0),
     ]
     (output / "b.jsonl").write_text("1\n2\n3\n")
-    with pytest.raises(ValueError, match="b.jsonl exists; --overwrite replaces it"):
+    with pytest.raises(ValueError, match="b.jsonl exists; overwrite=True replaces it"):
         find()
     complete, missing = find(resume=True)
     assert complete.begun is None

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -21,17 +22,26 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(**names: str) -> Iterator[None]:
     """Around the calls by which the library checks what a user gave: its ValueErrors are theirs.
 
     So are its ImportErrors, which tell what to install.
 
     Not around training and generation, where a ValueError is a bug.
+
+    Args:
+        **names: argument of the library -> flag, where a message begins with the argument.
     """
     try:
         yield
     except (ImportError, ValueError) as error:
-        raise UserError(str(error)) from error
+        first, space, rest = str(error).partition(" ")
+        raise UserError(f"{names.get(first, first)}{space}{rest}") from error
+
+
+def in_flags(message: str) -> str:
+    """A message of the library in the words of the command line: `resume=True` is `--resume`."""
+    return re.sub(r"\b(overwrite|resume)=True\b", r"--\1", message)
 
 
 def complain(message: str) -> None:

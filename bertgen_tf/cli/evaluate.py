@@ -164,7 +164,7 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
     config = model = None
-    with user_errors():
+    with user_errors(output="--output"):
         task = _prepare(arguments)
     if arguments.preset:
         config = read_settings(arguments).replace(num_return_sequences=1)

@@ -135,7 +135,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.engine == "ray":
         _generate_on_ray(arguments)
         return
-    with user_errors():
+    if path == "-":
+        if arguments.resume:
+            raise UserError("--resume needs --output, a file to go on with")
+        if arguments.overwrite:
+            raise UserError("--overwrite needs --output, a file to replace")
+    with user_errors(output="--output"):
         resumable.check_path(path, arguments.overwrite, arguments.resume)
     stream = arguments.input == "-" or Path(arguments.input).is_fifo()
     if stream and arguments.resume:
@@ -169,7 +174,7 @@ def _generate_on_ray(arguments: argparse.Namespace) -> None:
     if arguments.preset:
         config = read_settings(arguments)
         run = _describe_model(arguments, config)
-    with user_errors():
+    with user_errors(pattern="--input", output="--output"):
         jobs = _find_jobs(arguments, run)
     if all(job.begun is None for job in jobs):
         complain(f"{arguments.output} is complete")

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from bertgen_tf import __version__
 from bertgen_tf.cli import convert, evaluate, export, finetune, generate, serve
-from bertgen_tf.cli.common import PROGRAM, UserError, complain
+from bertgen_tf.cli.common import PROGRAM, UserError, complain, in_flags
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # In the order of the help. Each has `add_command` and `run`.
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         message = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
-        complain(f"error: {' '.join(message.split())}")
+        complain(f"error: {in_flags(' '.join(message.split()))}")
         return USER_ERROR
     return 0
 

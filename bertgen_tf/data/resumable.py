@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-_AGAIN = "--overwrite starts anew"
+_AGAIN = "overwrite=True starts anew"
 
 
 class Begun(NamedTuple):
@@ -23,30 +23,26 @@ class Begun(NamedTuple):
     size: int = 0
 
 
-def check_file(flag: str, path: str, kind: str = "a file") -> None:
-    """Raises a ValueError if no file could be written there."""
+def check_file(name: str, path: str, kind: str = "a file") -> None:
+    """Raises a ValueError if no file could be written there; `name` is the argument to blame."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{flag} must be {kind}, but {path} is none")
+        raise ValueError(f"{name} must be {kind}, but {path} is none")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} must lie in a folder that can be written, but {folder} is none")
+        raise ValueError(f"{name} must lie in a folder that can be written, but {folder} is none")
 
 
 def check_path(path: str, overwrite: bool, resume: bool) -> None:
     """Raises a ValueError if nothing could, or should, be written there; "-" is no file."""
     if path == "-":
-        if resume:
-            raise ValueError("--resume needs --output, a file to go on with")
-        if overwrite:
-            raise ValueError("--overwrite needs --output, a file to replace")
         return
-    check_file("--output", path, "a file, or - for standard output")
+    check_file("output", path, "a file, or - for standard output")
     if overwrite or resume:
         return
     if os.path.exists(_partial(path)):
-        raise ValueError(f"{_partial(path)} exists; --resume goes on, {_AGAIN}")
+        raise ValueError(f"{_partial(path)} exists; resume=True goes on, {_AGAIN}")
     if os.path.exists(path):
-        raise ValueError(f"{path} exists; --overwrite replaces it")
+        raise ValueError(f"{path} exists; overwrite=True replaces it")
 
 
 def find_begun(path: str, run: dict[str, Any], total: int) -> Begun:
@@ -142,7 +138,7 @@ def _lock(file: TextIO, path: str) -> None:
         import fcntl
     except ImportError:  # Windows
         return
-    held = f"another run writes to {path}: let it end, then use --resume"
+    held = f"another run writes to {path}: let it end, then use resume=True"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -184,14 +180,14 @@ def _check_same_run(path: str, run: dict[str, Any]) -> None:
             raise ValueError("no JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume needs {settings}, which tells what run began {partial}, but it cannot be "
+            f"resume=True needs {settings}, which tells what run began {partial}, but it cannot be "
             f"read; {_AGAIN}"
         ) from error
     run = json.loads(json.dumps(run))  # tuples are lists there
     other = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
     if other:
         raise ValueError(
-            f"--resume needs the run that began {partial}, but that had another "
+            f"resume=True needs the run that began {partial}, but that had another "
             f"{', '.join(other)}; {_AGAIN}"
         )
 

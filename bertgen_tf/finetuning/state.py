@@ -33,7 +33,7 @@ ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
 FORMAT = "bertgen_tf training"
 KEPT = 2
-_AGAIN = "--overwrite starts anew"
+_AGAIN = "overwrite=True starts anew"
 
 
 class OtherModel(ValueError):
@@ -80,11 +80,12 @@ class RunFolder:
         if run is None and self.path.exists() and {*os.listdir(self.path)} - {LOCK_FILE}:
             raise ValueError(
                 f"{self.path} should be new or the folder of a training, but holds other files: "
-                "choose another --output"
+                "choose another folder"
             )
         if run is not None and not run["complete"] and not resume and not overwrite:
-            raise ValueError(f"{self.path} exists, of a training that did not end; --resume goes "
-                             f"on, {_AGAIN}")  # fmt: skip
+            raise ValueError(
+                f"{self.path} exists, of a training that did not end; resume=True goes on, {_AGAIN}"
+            )
 
     def is_complete(self) -> bool:
         """Whether a training ended well here."""
@@ -110,7 +111,7 @@ class RunFolder:
         other = [name for name in names if earlier.get(name) != settings.get(name)]
         if other:
             raise ValueError(
-                f"--resume needs the training that began {self.path}, but that had another "
+                f"resume=True needs the training that began {self.path}, but that had another "
                 f"{', '.join(other)}; {_AGAIN}"
             )
 

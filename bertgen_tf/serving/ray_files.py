@@ -197,7 +197,7 @@ def find_jobs(
     sources = [source for source in sources if os.path.isfile(source)]
     if not sources:
         raise ValueError(
-            f"--input must match files, such as 'lines/*.jsonl', but no file matches {pattern!r}"
+            f"pattern must match files, such as 'lines/*.jsonl', but no file matches {pattern!r}"
         )
     targets: dict[str, str] = {}
     for source in sources:
@@ -315,15 +315,15 @@ def _check_folder(output: str | os.PathLike, targets: list[str]) -> None:
         others = sorted(set(os.listdir(output)) - ours)
         if others:
             raise ValueError(
-                f"--output must be a folder for these outputs alone, but {output} holds "
+                f"output must be a folder for these outputs alone, but {output} holds "
                 f"{others[0]}; choose another folder"
             )
         return
     parent = next(path for path in pathlib.Path(output).absolute().parents if path.exists())
     if os.path.exists(output) or not parent.is_dir():
-        raise ValueError(f"--output must be a folder, but {output} is a file, or lies below one")
+        raise ValueError(f"output must be a folder, but {output} is a file, or lies below one")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--output must lie in a folder that can be written, but {parent} cannot")
+        raise ValueError(f"output must lie in a folder that can be written, but {parent} cannot")
 
 
 # ------------------------------------------------------------------------------------------ Ray

@@ -123,7 +123,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(
             f"cannot listen on port {port} of {host}: {error.strerror or error}. Choose another "
-            "--host or --port"
+            "host or port"
         ) from error
 
 
