@@ -1,5 +1,6 @@
 """The stand-ins of google/bertseq2seq/*, beside the modules themselves and their golden files."""
 
+import dataclasses
 import functools
 import re
 
@@ -281,9 +282,9 @@ def test_verify_compares_both_sides(name, change, message, folder, monkeypatch):
     """A variable of ours that is not the module's is noticed in the encoder and in the decoder."""
     original_assign = hub_originals._assign
 
-    def assign(model, tensors, *rest):
-        tensors = {n: t * change if name in n else t for n, t in tensors.items()}
-        original_assign(model, tensors, *rest)
+    def assign(model, layout, *rest):
+        tensors = {n: t * change if name in n else t for n, t in layout.tensors.items()}
+        original_assign(model, dataclasses.replace(layout, tensors=tensors), *rest)
 
     monkeypatch.setattr(hub_originals, "_assign", assign)
     with pytest.raises(ValueError, match=message) as caught:

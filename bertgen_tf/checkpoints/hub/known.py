@@ -4,6 +4,9 @@ import dataclasses
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
+
+from bertgen_tf.tokenizers import BertTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,3 +158,17 @@ def known_original(handle: str, original: str | None = None) -> Original | None:
             f"received {original!r}."
         )
     return ORIGINALS[names[original]]
+
+
+def check_known(handle: str, known: dict[str, Any], shared: bool, tokenizer: Any) -> None:
+    """Raises if the module is another than the entry of `ORIGINALS` that it should be."""
+    found = {
+        "shared": shared,
+        "tokenizer": "wordpiece" if isinstance(tokenizer, BertTokenizer) else "sentencepiece",
+    }
+    for field, value in found.items():
+        if known.get(field, value) != value:
+            raise ValueError(
+                f"{handle} should be what bertgen_tf.hub.ORIGINALS tells, with {field}="
+                f"{known[field]!r}, but has {value!r}. Leave original= out, or name another."
+            )

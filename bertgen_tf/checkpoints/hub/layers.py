@@ -20,6 +20,7 @@ from bertgen_tf.network.weights import Rule
 
 MATMULS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")
 ADDS = ("BiasAdd", "Add", "AddV2")
+SLICES = ("StridedSlice", "Slice", "GatherV2", "Gather", "GatherNd")
 _GATHERS = ("ResourceGather", "GatherV2", "Gather")
 _NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
@@ -223,4 +224,20 @@ def normalized(graph: Graph, beta: str) -> list[str]:
             found.append(node.name)
         elif node.op == "Sub":  # batch_normalization: beta - mean * scale, then the rest is added
             found += [n for n, _ in graph.consumers[node.name] if graph.op((n, 0)) in ADDS]
+    return found
+
+
+def after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
+    """Who reads the last value of a loop variable, past slices."""
+    found, queue = [], [name]
+    for current in queue:  # grows
+        for consumer, index in graph.consumers[current]:
+            node = graph.nodes[consumer]
+            if consumer in during and node.op != "LoopSwitch":
+                continue
+            if node.op in SAME_VALUES or node.op in SLICES:
+                if index == 0 and consumer not in queue:
+                    queue.append(consumer)
+            elif node not in found:
+                found.append(node)
     return found

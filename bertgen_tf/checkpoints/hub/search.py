@@ -18,15 +18,21 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.checkpoints.hub.graph import SAME_VALUES, Graph, Loop, Node, Tensor
-from bertgen_tf.checkpoints.hub.layers import MATMULS, gathers, normalized, shortest
+from bertgen_tf.checkpoints.hub.layers import (
+    MATMULS,
+    SLICES,
+    after_loop,
+    gathers,
+    normalized,
+    shortest,
+)
 from bertgen_tf.checkpoints.hub.text import COMPARISONS, shown_ids
 
 _TOP = ("TopKV2", "TopK")
-_SLICES = ("StridedSlice", "Slice", "GatherV2", "Gather", "GatherNd")
 _DIVISIONS = ("RealDiv", "Div")
 # What may become of scores after they were chosen; other ops could hide a penalty.
 _HARMLESS = frozenset(
-    (*COMPARISONS, *_SLICES, *_DIVISIONS, *_TOP)
+    (*COMPARISONS, *SLICES, *_DIVISIONS, *_TOP)
     + tuple("Add AddV2 Mul Sub ConcatV2 Shape Select SelectV2 Max Min IsFinite Merge".split())
     + ("ZerosLike", "OnesLike")
 )
@@ -200,7 +206,7 @@ class _Search:
                 f"search, and {len(self.first)} TopKV2 choose among them"
             )
         (product,) = products
-        through = {*SAME_VALUES, *_SLICES}
+        through = {*SAME_VALUES, *SLICES}
         tensor = graph.source(self.first[0].inputs[0], through)
         while graph.op(tensor) in (*_DIVISIONS, "Mul"):  # of which `alpha` is read
             node = graph.nodes[tensor[0]]
@@ -236,7 +242,7 @@ class _Search:
         for feed in (values, values[np.newaxis]):  # axes are numbers in the graph
             feeds = {logits: feed}
             try:
-                given = graph.evaluate(log_probs, feeds, elementwise=True, without=_SLICES)
+                given = graph.evaluate(log_probs, feeds, elementwise=True, without=SLICES)
             except ValueError as error:
                 problem = str(error)
             else:
@@ -412,7 +418,7 @@ class _Search:
                         found[consumer] = alpha
                 elif node.op not in _HARMLESS and node.op not in SAME_VALUES:
                     others.append(consumer)
-                hands_on = {*SAME_VALUES, *_SLICES, *_DIVISIONS, "TopK", "TopKV2"}
+                hands_on = {*SAME_VALUES, *SLICES, *_DIVISIONS, "TopK", "TopKV2"}
                 if consumer not in queue and consumer not in self.loop.variables:
                     if node.op not in (*COMPARISONS, "Shape") and (
                         index == 0 or node.op not in hands_on
@@ -464,7 +470,7 @@ class _Search:
         """Whether a score that did not finish is divided, after the loop, by the penalty."""
         graph = self.graph
         during = self.inside | set(graph.before([self.loop.condition]))
-        users = _after_loop(graph, self.sums, during) if self.sums else []
+        users = after_loop(graph, self.sums, during) if self.sums else []
         divisions = [n for n in users if n.op in _DIVISIONS]
         for node in divisions:
             value = graph.constant(node.inputs[1])
@@ -500,19 +506,3 @@ def _size(top: Node) -> Tensor:
     if len(top.inputs) < 2:
         raise ValueError(f"{top.name} has its size as an attribute")
     return top.inputs[1]
-
-
-def _after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
-    """Who reads the last value of a loop variable, past slices."""
-    found, queue = [], [name]
-    for current in queue:  # grows
-        for consumer, index in graph.consumers[current]:
-            node = graph.nodes[consumer]
-            if consumer in during and node.op != "LoopSwitch":
-                continue
-            if node.op in SAME_VALUES or node.op in _SLICES:
-                if index == 0 and consumer not in queue:
-                    queue.append(consumer)
-            elif node not in found:
-                found.append(node)
-    return found
