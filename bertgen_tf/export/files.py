@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.signatures import COMPILED, ServingModule
-from bertgen_tf.generation.compiled import source_buckets
+from bertgen_tf.generation.buckets import source_buckets
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"

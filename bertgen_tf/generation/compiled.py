@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation.buckets import bucket_of, prompt_width, source_buckets
 from bertgen_tf.generation.search.beam_search import beam_search
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.search.sampling import Sampling, SamplingLoop, sample
@@ -24,7 +25,6 @@ from bertgen_tf.generation.settings import (
     total_length,
     uses_beams,
 )
-from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.network.quantization import integer_products
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def generation_function(
     def generate(
         input_ids: Any, attention_mask: Any, decoder_input_ids: Any, seeds: Any
     ) -> GenerateTensors:
-        width = _prompt_width(model, decoder_input_ids)
+        width = prompt_width(model, decoder_input_ids)
         if width not in functions:
             functions[width] = build(width)
         return functions[width](input_ids, attention_mask, decoder_input_ids, seeds)
@@ -211,7 +211,7 @@ def streaming_functions(
             tf.convert_to_tensor(tensor, tf.int32)
             for tensor in (input_ids, attention_mask, decoder_input_ids, seeds)
         ]
-        width = _prompt_width(model, tensors[2])
+        width = prompt_width(model, tensors[2])
         inputs = _pad(model, width, True, *tensors)
         loop, cross = begin(inputs)
         return StreamState(loop, cross, inputs, tf.shape(tensors[0])[0])
@@ -417,29 +417,6 @@ def _cross_attentions(
     return tf.pad(weights * alive, padding)
 
 
-def source_buckets(model: "EncoderDecoderModel") -> list[int]:
-    """The lengths that XLA compiles for."""
-    return bucket_lengths(model.encoder.config.max_source_positions)
-
-
-def _prompt_buckets(model: "EncoderDecoderModel") -> list[int]:
-    longest = model.decoder.config.max_target_positions
-    return [1, *bucket_lengths(longest, 8)] if longest > 1 else [1]
-
-
-def _prompt_width(model: "EncoderDecoderModel", decoder_input_ids: Any) -> int:
-    """The bucket of prompts [B, P]."""
-    shape = decoder_input_ids.shape
-    length = shape[1] if len(shape) == 2 else None
-    buckets = _prompt_buckets(model)
-    if length is None or not 1 <= length <= buckets[-1]:
-        raise ValueError(
-            "decoder_input_ids must have the shape [batch, length], start token first, with a "
-            f"known length of 1 to {buckets[-1]} tokens, received {shape}."
-        )
-    return min(bucket for bucket in buckets if bucket >= length)
-
-
 def _pad(
     model: "EncoderDecoderModel",
     width: int,
@@ -454,8 +431,8 @@ def _pad(
     prompt_length = tf.shape(decoder_input_ids)[1]
     missing_rows, to_length, rows = 0, length, None
     if to_buckets:
-        to_length = _bucket(length, source_buckets(model))
-        to_batch = _bucket(batch, [2**i for i in range(31)])
+        to_length = bucket_of(length, source_buckets(model))
+        to_batch = bucket_of(batch, [2**i for i in range(31)])
         # Rows that fill up the batch repeat its last one: they end when it ends. An empty batch
         # has none to repeat and gets a row of padding.
         rows = tf.minimum(tf.range(to_batch), tf.maximum(batch - 1, 0))
@@ -493,10 +470,3 @@ def _crop(
         output.token_scores[:batch, :, : total - 1],
         attentions,
     )
-
-
-def _bucket(size: tf.Tensor, buckets: list[int]) -> tf.Tensor:
-    """The smallest bucket that holds `size`; what no bucket holds stays as it is."""
-    table = tf.constant(buckets)
-    index = tf.searchsorted(table, [size])[0]
-    return tf.maximum(table[tf.minimum(index, len(buckets) - 1)], size)

@@ -15,7 +15,8 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data.progress import show_progress
-from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text, source_buckets
+from bertgen_tf.generation.buckets import source_buckets
+from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text
 from bertgen_tf.generation.inputs import (
     Rows,
     check_decoder_text,

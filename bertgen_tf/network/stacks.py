@@ -37,8 +37,44 @@ SHARING = ("none", "word_embeddings", "all")
 _NOT_ALONE = "A stack is not quantized alone. Call quantize of the EncoderDecoderModel."
 
 
+class _Stack(keras.Model):
+    """What encoder and decoder have in common."""
+
+    config: BertGenerationConfig
+
+    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
+        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
+        sources.huggingface.save(self, folder, max_shard_size)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: what the stacks share has to stay the same on both sides."""
+        raise ValueError(_NOT_ALONE)
+
+    def get_config(self) -> dict[str, Any]:
+        config = self.config.to_dict()
+        for field in dataclasses.fields(self.config):
+            # Older versions do not know them.
+            if field.name in OWN_FIELDS and config[field.name] == field.default:
+                del config[field.name]
+        return {
+            "name": self.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "trainable": self.trainable,
+            "config": config,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
+        config = dict(config)
+        trainable = config.pop("trainable", True)
+        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+        if not trainable:  # what is shared stays as the other side has it
+            model.trainable = False
+        return model
+
+
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationEncoder")
-class BertGenerationEncoder(keras.Model):
+class BertGenerationEncoder(_Stack):
     """BERT without pooler and heads: `(input_ids, attention_mask=None) -> [B, S, H]`.
 
     Args:
@@ -69,14 +105,6 @@ class BertGenerationEncoder(keras.Model):
     def from_huggingface(cls, folder: str, *, num_layers: int | list[int] | None = None) -> Self:
         """Reads a HuggingFace checkpoint; see `bertgen_tf.checkpoints.huggingface.load_encoder`."""
         return sources.huggingface.load_encoder(folder, num_layers=num_layers, model_class=cls)
-
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
-        sources.huggingface.save(self, folder, max_shard_size)
-
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: what the stacks share has to stay the same on both sides."""
-        raise ValueError(_NOT_ALONE)
 
     def to_int8(self) -> None:
         """Part of `EncoderDecoderModel.quantize`."""
@@ -116,21 +144,9 @@ class BertGenerationEncoder(keras.Model):
             return ops.concatenate(memory, axis=-1)
         return hidden if self.final_norm is None else self.final_norm(hidden)
 
-    def get_config(self) -> dict[str, Any]:
-        return _model_config(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
-        config = dict(config)
-        trainable = config.pop("trainable", True)
-        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
-        if not trainable:  # what is shared stays as the other side has it
-            model.trainable = False
-        return model
-
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationDecoder")
-class BertGenerationDecoder(keras.Model):
+class BertGenerationDecoder(_Stack):
     """Causal BERT with cross-attention and a language-model head tied to its word embeddings.
 
     Args:
@@ -224,14 +240,6 @@ class BertGenerationDecoder(keras.Model):
         return sources.huggingface.load_decoder(
             folder, cross_attention=cross_attention, num_layers=num_layers, model_class=cls
         )
-
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
-        sources.huggingface.save(self, folder, max_shard_size)
-
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: what the stacks share has to stay the same on both sides."""
-        raise ValueError(_NOT_ALONE)
 
     def to_int8(self) -> None:
         """Part of `EncoderDecoderModel.quantize`."""
@@ -396,18 +404,6 @@ class BertGenerationDecoder(keras.Model):
             ]
         return [block.cross_attention.project(encoder_hidden_states) for block in self.blocks]
 
-    def get_config(self) -> dict[str, Any]:
-        return _model_config(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
-        config = dict(config)
-        trainable = config.pop("trainable", True)
-        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
-        if not trainable:  # what is shared stays as the other side has it
-            model.trainable = False
-        return model
-
 
 def _matrices_to_int8(stack: keras.Model) -> None:
     for layer in stack._flatten_layers():
@@ -453,20 +449,6 @@ def _slots_mask(beams: Any, index: Any, length: Any) -> Any:
     own = beams[..., None] == ops.arange(num_beams)  # [B, K, L, K]
     mask = ops.logical_and(causal[..., None], own[:, :, None])  # [B, K, length, L, K]
     return ops.reshape(mask, (batch, 1, num_beams * length, size * num_beams))
-
-
-def _model_config(model: keras.Model) -> dict[str, Any]:
-    config = model.config.to_dict()
-    for field in dataclasses.fields(model.config):
-        # Older versions do not know them.
-        if field.name in OWN_FIELDS and config[field.name] == field.default:
-            del config[field.name]
-    return {
-        "name": model.name,
-        "dtype": keras.dtype_policies.serialize(model.dtype_policy),
-        "trainable": model.trainable,
-        "config": config,
-    }
 
 
 def _check_length(argument: str, ids: Any, longest: int) -> None:
