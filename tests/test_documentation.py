@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import DOCUMENTS, ROOT, Block, all_blocks, read_blocks
 
 import bertgen_tf
 from bertgen_tf.cli.main import make_parser
+from tests.helpers.documents import DOCUMENTS, ROOT, Block, all_blocks, read_blocks
 
 LANGUAGES = {"", "bash", "json", "python", "sh", "yaml"}
 # Programs of others in shell blocks.
@@ -256,10 +256,9 @@ def test_wrong_names_are_found():
 
 
 def test_wrong_paths_are_found():
-    text = (
-        "./tools/test, tools/make_*.py. (tools/nothing.py) tests/data/no*.zip a/tools/b, my_tests/c"
-    )
-    assert wrong_paths(text) == ["tests/data/no*.zip", "tools/nothing.py"]
+    text = "./tools/test, tools/make_*.py. (tools/nothing.py) tests/golden/n*.zip"
+    text += " a/tools/b, my_tests/c"
+    assert wrong_paths(text) == ["tests/golden/n*.zip", "tools/nothing.py"]
 
 
 @pytest.mark.parametrize(

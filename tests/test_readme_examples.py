@@ -10,13 +10,13 @@ import make_tf1_module
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CORPUS, write_checkpoint
-from documents import all_blocks
 from make_hub_module import make_hub_module
 from safetensors.numpy import save_file
-from serving_exports import write_upper_export
 
 import bertgen_tf as bg
+from tests.helpers import CORPUS, write_checkpoint
+from tests.helpers.documents import all_blocks
+from tests.helpers.serving_exports import write_upper_export
 
 # What is in an example that does not run here, and why.
 NOT_RUN = {

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import bertgen_tf as bg
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
 # Each start of TensorFlow takes seconds: one program answers all questions.
 PROGRAM = """
