@@ -9,11 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_downloads import Handler, server  # noqa: F401  a fixture
 
 from bertgen_tf import metrics
 from bertgen_tf.data import data_presets
 from bertgen_tf.data.data_presets import PRESETS, read
+from tests.data.test_downloads import Handler, server  # noqa: F401  a fixture
 from tests.helpers import SHARED
 
 DISCOFUSE = (

@@ -1,19 +1,19 @@
 """What tests of processors and filters share: cases that transformers has answered."""
 
 import json
-import pathlib
 
 import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.generation.search import filters, logits
+from tests.helpers import GOLDEN
 
-GOLDEN = pathlib.GOLDEN / "logits.npz"
+FILE = GOLDEN / "logits.npz"
 
 
 def golden_cases():
     """`(processors, length, ids, logits, expected)` of tools/make_logits_golden.py."""
-    with np.load(GOLDEN) as golden:
+    with np.load(FILE) as golden:
         columns = [golden[name] for name in ("lengths", "ids", "logits", "expected")]
         processors = json.loads(str(golden["cases"]))
     return list(zip(processors, *columns, strict=True))

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from test_metrics import corpus
 
 from bertgen_tf import metrics
 from bertgen_tf.metrics import significance
+from tests.metrics.test_metrics import corpus
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 
