@@ -1,4 +1,30 @@
-"""BertGeneration for TensorFlow and Keras 3: BERT checkpoints as text generators."""
+"""BertGeneration for TensorFlow and Keras 3: BERT checkpoints as text generators.
+
+Start from a checkpoint, train, generate, export:
+
+    import bertgen_tf as bg
+
+    model = bg.EncoderDecoderModel.from_hub(encoder="path/or/url/of/a/tf_hub_bert_module")
+    model.compile()
+    model.fit(["a source", "another"], ["its target", "and its"], epochs=3)
+    model.generate("a source")
+    model.save_to_preset("my_model")
+    bg.export_saved_model(model, "saved_models/my_model/1")
+
+| what | where |
+| --- | --- |
+| models | `EncoderDecoderModel`, `BertGenerationEncoder`, `BertGenerationDecoder` |
+| where they start | `from_hub`, `from_huggingface`, `from_preset` of these; `warm_start`, `hub` |
+| settings | `BertGenerationConfig`, `GenerationConfig` |
+| text | `BertTokenizer`, `BertGenerationTokenizer`, `Seq2SeqPreprocessor`, `trim_vocabulary` |
+| training | `default_optimizer`, `paper_optimizer`, `default_loss`, `bucketed_dataset` |
+| layers that train | `freeze`, `unfreeze`, `GradualUnfreezing` |
+| training that can be stopped | `bertgen_tf.finetuning` |
+| scores | `bertgen_tf.metrics` |
+| serving | `export_saved_model`; `bertgen_tf.serving` |
+
+The command line is `bertgen-tf`, or `python -m bertgen_tf`.
+"""
 
 import keras as _keras
 
@@ -66,3 +92,7 @@ __all__ = [
     "warm_start",
     "warm_start_report",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__doc__", "__version__"])

@@ -23,13 +23,9 @@ import numpy as np
 import tensorflow as tf
 
 import bertgen_tf as bg
+from bertgen_tf.data import data_presets
 
 LENGTH = 80
-
-
-def read_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [tuple(line.replace(" <::::> ", " ").split("\t")) for line in lines]
 
 
 def frequent_pieces(tokenizer: bg.BertTokenizer, texts: list[str], count: int) -> list[int]:
@@ -60,10 +56,11 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
-    validation = read_pairs(options.data / "wikisplit" / "validation.tsv")
+    folder = options.data / "wikisplit"
+    validation = list(data_presets.read("wikisplit", "validation", folder))
     scored = validation[::10][:500]
     kept = set(scored)
-    train = read_pairs(options.data / "wikisplit" / "tune.tsv")
+    train = list(data_presets.read("wikisplit", "tune", folder))
     train += [pair for pair in validation if pair not in kept]
     model = bg.warm_start(
         "BERTSHARE",

@@ -32,6 +32,7 @@ import tensorflow as tf
 
 import bertgen_tf as bg
 from bertgen_tf import metrics
+from bertgen_tf.data import data_presets
 
 SCORED = 500
 LENGTHS = {"wikisplit": 80, "fusion": 80, "multi30k": 48}
@@ -93,9 +94,8 @@ def splitting_task(name: str, module: str, data: pathlib.Path) -> Task:
     """WikiSplit, or the same reversed: fusion of two sentences into one."""
 
     def read(split: str) -> list[tuple[str, str]]:
-        lines = (data / "wikisplit" / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.replace(" <::::> ", " ").split("\t")) for line in lines]
-        return pairs if name == "wikisplit" else [pair[::-1] for pair in pairs]
+        reverse = name != "wikisplit"
+        return list(data_presets.read("wikisplit", split, data / "wikisplit", reverse=reverse))
 
     length = LENGTHS[name]
 
