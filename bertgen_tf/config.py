@@ -13,6 +13,8 @@ HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 QUANTIZATIONS = ("int8",)
 # Fields of the model config that HuggingFace's class does not have.
 OWN_FIELDS = ("norm_first", "source_positions", "quantization")
+# Of the model config, and attributes of tokenizers.
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
 
@@ -110,7 +112,7 @@ class BertGenerationConfig(_Config):
             "max_position_embeddings",
         ):
             check_integer(name, getattr(self, name))
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in TOKEN_IDS:
             check_integer(name, getattr(self, name), 0)
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(

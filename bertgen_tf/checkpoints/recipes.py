@@ -13,7 +13,7 @@ from typing import Any
 from bertgen_tf.checkpoints import hub, huggingface
 from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
@@ -231,8 +231,7 @@ def _with_vocabulary(
     config: BertGenerationConfig, tokenizer: pretrained.Tokenizer
 ) -> BertGenerationConfig:
     """The config of a random stack for the pieces of a tokenizer."""
-    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
-    changes = {name: getattr(tokenizer, name) for name in ids}
+    changes = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     return config.replace(vocab_size=tokenizer.vocab_size, **changes)
 
 

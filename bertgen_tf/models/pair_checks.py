@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 
 
 def length_or_default(length: int | None, longest: int) -> int:
@@ -51,7 +51,7 @@ def check_tokenizers(
                 f"{argument} must not have more pieces than the {side}'s vocab_size "
                 f"({config.vocab_size}), received {value.vocab_size}. Use its own tokenizer."
             )
-    for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for field in TOKEN_IDS:
         if getattr(target, field) != getattr(decoder, field):
             raise ValueError(
                 f"{field} of {name} and decoder must be the same, received "

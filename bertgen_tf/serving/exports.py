@@ -25,11 +25,10 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from bertgen_tf.export.files import read_warmup
+from bertgen_tf.export.files import METADATA_FILE, read_warmup
 from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
 
 GRAPH_FILE = "saved_model.pb"
-METADATA_FILE = "metadata.json"
 # Where an export does not tell its batch sizes.
 MAX_BATCH_SIZE = 32
 _MAX_METADATA_BYTES = 16 * 2**20

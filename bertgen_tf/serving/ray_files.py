@@ -24,8 +24,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 from bertgen_tf.checks import check_integer
 from bertgen_tf.data import resumable, text_files
 from bertgen_tf.data.progress import show_progress
+from bertgen_tf.generation.generator import BATCH_SIZE
 
-BATCH_SIZE = 32
 # A block is what a worker gets at once, and what is lost with it; it sorts its texts by length.
 BATCHES_OF_A_BLOCK = 8
 

@@ -19,7 +19,7 @@ from bertgen_tf.checkpoints.hub.graph import Graph
 from bertgen_tf.checkpoints.hub.layers import depth, layer_rules, read_layers, scope_of, shortest
 from bertgen_tf.checkpoints.hub.modules import Module
 from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.network import weights
 from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationEncoder
@@ -244,8 +244,7 @@ def _read_tf1(module: Module, scope: str) -> Source:
 
 
 def _special_ids(tokenizer: BertTokenizer) -> dict[str, int]:
-    return {name: getattr(tokenizer, name) for name in
-            ("pad_token_id", "bos_token_id", "eos_token_id")}  # fmt: skip
+    return {name: getattr(tokenizer, name) for name in TOKEN_IDS}
 
 
 def _read_tf1_tokenizer(module: Module, graph: Graph) -> BertTokenizer:

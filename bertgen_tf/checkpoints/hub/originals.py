@@ -32,7 +32,7 @@ from bertgen_tf.checkpoints.hub.text import (
     run_part,
 )
 from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import weights
@@ -231,7 +231,7 @@ def _read_parts(
     """Tokenizer, sizes and settings; `found` gets what the ids of a few texts tell."""
     read = read_ids(module, graph, text)
     found.read("pad_token_id", lambda: int(read(["", PROBES[0]])[0, -1]))
-    ids = {n: settings.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = {n: settings.get(n) for n in TOKEN_IDS}
     settings.check()  # the tokenizer needs them
     tokenizer = read_tokenizer(module, graph, text, ids)
     check_known(module.handle, settings.known, layout.one_stack, tokenizer)

@@ -12,7 +12,7 @@ from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
 from bertgen_tf.checkpoints.huggingface import gpt2
-from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig, GenerationConfig
+from bertgen_tf.config import OWN_FIELDS, TOKEN_IDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
@@ -35,7 +35,6 @@ _SIZES = (
     "initializer_range",
     "layer_norm_eps",
 )
-_IDS = generations.IDS
 _SHARING = ("none", "word_embeddings", "all")
 _BERT_BASE = {
     "vocab_size": 30522,
@@ -265,7 +264,7 @@ def write_pair(model: EncoderDecoderModel) -> tuple[dict[str, Any], dict[str, An
     )
     for values in (encoder, decoder):
         del values[OWN]
-    ids = {field: decoder[field] for field in _IDS}
+    ids = {field: decoder[field] for field in TOKEN_IDS}
     ids["decoder_start_token_id"] = ids["bos_token_id"]
     own: dict[str, Any] = {"sharing": model.decoder.sharing}
     if model.preprocessor is not None:
@@ -310,15 +309,15 @@ def _check_fields(
 def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | None:
     kind = values["model_type"]
     defaults = {**BertGenerationConfig().to_dict(), **_DEFAULTS[kind]}
-    fields = {field: values.get(field, defaults[field]) for field in (*_SIZES, *_IDS)}
-    has_ids = all(fields[field] is not None for field in _IDS)
+    fields = {field: values.get(field, defaults[field]) for field in (*_SIZES, *TOKEN_IDS)}
+    has_ids = all(fields[field] is not None for field in TOKEN_IDS)
     if isinstance(fields["eos_token_id"], list) and len(fields["eos_token_id"]) == 1:
         fields["eos_token_id"] = fields["eos_token_id"][0]
     act = values.get("hidden_act", defaults["hidden_act"])
     if not isinstance(act, str) or act not in HIDDEN_ACTS:
         problems.append(f"{prefix}hidden_act={act!r} (only {', '.join(HIDDEN_ACTS)})")
         act = "gelu"
-    for field in _IDS:
+    for field in TOKEN_IDS:
         if fields[field] is None:  # an encoder never reads them
             fields[field] = 0
     is_decoder = bool(values.get("is_decoder"))
@@ -343,10 +342,10 @@ def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | 
 
 def _field_errors(fields: dict[str, Any]) -> list[str]:
     """What is wrong with each field, alone or with the one that limits it."""
-    limits = {"num_attention_heads": "hidden_size", **dict.fromkeys(_IDS, "vocab_size")}
+    limits = {"num_attention_heads": "hidden_size", **dict.fromkeys(TOKEN_IDS, "vocab_size")}
     errors = {}  # in order, each once
     for field, value in fields.items():
-        few = {**dict.fromkeys(_IDS, 0), "num_attention_heads": 1, field: value}
+        few = {**dict.fromkeys(TOKEN_IDS, 0), "num_attention_heads": 1, field: value}
         if field in limits:
             few[limits[field]] = fields[limits[field]]
         try:
@@ -378,7 +377,7 @@ def _side(
 def _fill_ids(encoder: dict[str, Any], decoder: dict[str, Any]) -> None:
     """Ids that an encoder does not tell: its kind's, which place RoBERTa's positions, or others."""
     size = encoder.get("vocab_size", math.inf)
-    for field in _IDS:
+    for field in TOKEN_IDS:
         if encoder.get(field) is None:
             encoder[field] = _DEFAULTS[encoder["model_type"]].get(field)
         if (

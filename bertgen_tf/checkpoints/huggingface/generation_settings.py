@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from bertgen_tf.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from bertgen_tf.config import DEFAULT_MAX_NEW_TOKENS, TOKEN_IDS, GenerationConfig
 
-IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Fields of one name and meaning there and here.
 GENERATION_FIELDS = (
     "max_new_tokens",
@@ -40,7 +39,7 @@ _SAMPLING = {
 }
 _HARMLESS = {
     *(
-        *IDS,
+        *TOKEN_IDS,
         "decoder_start_token_id",
         "_from_model_config",
         "transformers_version",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.checkpoints.huggingface import files, tokenizers
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import (
@@ -184,10 +184,7 @@ def read_checkpoint(
             rows = np.where(places >= 0, rows[places], -1)
         tensors[WORDS] = tokenizers.permuted_rows(matrix, rows)
         changes["vocab_size"] = len(rows)
-        changes |= {
-            field: getattr(chosen, field)
-            for field in ("pad_token_id", "bos_token_id", "eos_token_id")
-        }
+        changes |= {field: getattr(chosen, field) for field in TOKEN_IDS}
     return Checkpoint(source, config.replace(**changes), keep_layers(tensors, kept), chosen)
 
 

@@ -18,7 +18,7 @@ from bertgen_tf.checkpoints.huggingface import files, gpt2, tokenizers
 from bertgen_tf.checkpoints.huggingface import weights as names
 from bertgen_tf.checkpoints.huggingface.files import CONFIG_FILE, GENERATION_FILE
 from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
@@ -321,7 +321,7 @@ def load_encoder_with_tokenizer(
                 raise
         chosen = tokenizer or own
         if chosen is not None:
-            changes = {field: getattr(chosen, field) for field in _ID_FIELDS}
+            changes = {field: getattr(chosen, field) for field in TOKEN_IDS}
         elif not stack.has_ids:
             raise ValueError(
                 f"{source} tells no bos_token_id and eos_token_id and has no vocabulary that would "
@@ -350,11 +350,8 @@ def load_encoder_with_tokenizer(
     return pretrained.finish_encoder(whole, kept, model_class), tokenizer or own
 
 
-_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
 def _ids(stack: configs.Stack) -> dict[str, int]:
-    return {field: getattr(stack.config, field) for field in _ID_FIELDS}
+    return {field: getattr(stack.config, field) for field in TOKEN_IDS}
 
 
 def _read_stack(path: pathlib.Path) -> configs.Stack:
