@@ -7,12 +7,12 @@ from typing import Any
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer of Python or NumPy, and no bool."""
+    """Whether it is a Python or NumPy integer, but not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite real number of Python or NumPy, and no bool."""
+    """Whether it is a finite real Python or NumPy number, but not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -24,7 +24,7 @@ def check_integer(name: str, value: Any, least: int = 1, remedy: str = "") -> in
         remedy: what to do instead, for the end of the message.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is anything else.
     """
     if not is_integer(value) or value < least:
         _refuse(name, f"an integer of at least {least}", value, remedy)
@@ -48,10 +48,10 @@ def check_positive(name: str, value: Any, remedy: str = "") -> float:
 
 
 def first_line(error: Exception) -> str:
-    """Another library's exception in one line, to be quoted in a message of ours."""
+    """Another library's exception in one line, to be quoted in our messages."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Graph execution error"):
-        # TensorFlow then tells where, and what last.
+        # TensorFlow then says where first, and what last.
         lines = [line for line in lines if line.strip() and not line.startswith((" ", "[["))][-1:]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

@@ -114,7 +114,7 @@ def test_settings_of_generation(copy, changes, settings):
         ({"max_length": 30}, "lets 29 tokens be generated, but the decoder has 20 positions"),
         ({"max_new_tokens": 21}, "lets 21 tokens be generated, but the decoder has 20 positions"),
         ({"num_return_sequences": 2}, "json: num_return_sequences must not exceed num_beams .*1"),
-        ({"do_sample": True, "top_p": 3}, "json: top_p must be a number above 0 and not above 1"),
+        ({"do_sample": True, "top_p": 3}, "json: top_p must be a number above 0 and at most 1"),
         (
             {"num_beams": 0},
             "num_beams must be an integer of at least 1, received 0. Other settings",
