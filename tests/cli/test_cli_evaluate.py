@@ -227,7 +227,7 @@ def test_an_export_generates(folder, shared_export, capsys):
         (["--references", "nothing.jsonl"], 'nothing.jsonl, line 1: expected {"source": "...", '),
         (["--references", "empty.txt"], "empty.txt should hold pairs of texts, but is empty"),
         (["--references", "pairs.csv"], "pairs.csv should have one of the extensions"),
-        (["--metrics", "exact,meteor"], "--metrics: metrics must be of exact, "),
+        (["--metrics", "exact,meteor"], "--metrics: metrics must be among exact, "),
         (["--metrics", ","], "--metrics: metrics must be some of exact, "),
         (["--tokenize", "moses"], "--tokenize: invalid choice: 'moses'"),
         (["--resamples", "0"], "--resamples: expected an integer of at least 1, received '0'"),

@@ -270,7 +270,7 @@ def test_a_worker_that_is_killed_comes_back(folder, capsys):
         (["--monitor", "loss"], "--monitor needs --validation"),
         (["--metrics", "bleu", "--patience", "2"], "--metrics, --patience needs --validation"),
         (["--metrics", "x"], "--metrics needs --validation"),
-        (["--metrics", "x", "--validation", "train.tsv"], "metrics must be of exact, sari,"),
+        (["--metrics", "x", "--validation", "train.tsv"], "metrics must be among exact, sari,"),
         (["--monitor", "x", "--validation", "train.tsv"], "--monitor must be loss, accuracy or"),
         (["--checkpoint-every", "0"], "expected steps, such as 500, or a time, such as 10m"),
         (["--checkpoint-every", "5d"], "expected steps, such as 500, or a time, such as 10m"),

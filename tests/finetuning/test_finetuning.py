@@ -167,7 +167,7 @@ def test_outputs_scores_and_curves(data, tmp_path, capsys):
     text = tensors["samples"][-1].tensor_proto.string_val[0].decode()
     assert all(part in text for part in (sources[0], references[2]))
     for arguments, message in (
-        ({"metrics": ["x"]}, "metrics must be of exact"),
+        ({"metrics": ["x"]}, "metrics must be among exact"),
         ({"references": ["b", "c"]}, "references"),
         ({"every": 0}, "every must be at least 1"),
     ):

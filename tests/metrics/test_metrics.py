@@ -218,7 +218,7 @@ def test_names_and_groups():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((["meteor"], None, ["a"], ["a"]), ValueError, "metrics must be of exact, .*'meteor'"),
+        ((["meteor"], None, ["a"], ["a"]), ValueError, "metrics must be among exact, .*'meteor'"),
         (([], None, ["a"], ["a"]), ValueError, "metrics must be some of .* received none"),
         (("exact", None, [], []), ValueError, "predictions must have at least one text"),
         (("exact", None, ["a"], ["a", "b"]), ValueError, "references must be as many .* 1, .* 2"),
