@@ -232,7 +232,7 @@ def test_an_export_generates(folder, shared_export, capsys):
         (["--tokenize", "moses"], "--tokenize: invalid choice: 'moses'"),
         (["--resamples", "0"], "--resamples: expected an integer of at least 1, received '0'"),
         (["--json", "no/scores.json"], "--json must lie in a folder that can be written, but no "),
-        (["--json", "."], "--json must be a file, but . is none"),
+        (["--json", "."], "--json must be a file, but . is not one"),
         (["--plot", "scores.jpeg2"], "--plot must end in .png, .pdf or .svg, received scores.jpeg"),
         (["--output", "new.txt"], "--output applies to --preset and --export only"),
         (["--num-beams", "2"], "--num-beams applies to --preset only"),

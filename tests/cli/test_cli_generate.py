@@ -285,7 +285,7 @@ def test_an_interrupted_run_keeps_its_lines_and_the_older_file(job, capsys):
     assert job.output.read_text() == "older"
     job.output.unlink()
     error = fails(capsys, *job.run)
-    assert f"{job.partial} exists; --resume goes on, --overwrite starts anew" in error
+    assert f"{job.partial} exists; --resume continues, --overwrite starts anew" in error
     assert job.partial.exists()
     assert cli.main([*job.run, "--overwrite"]) == 0
     assert job.output.read_text() == job.text
@@ -377,9 +377,9 @@ def test_resume_refuses_what_another_run_began(job, preset, tmp_path, capsys):
     settings = job.settings.read_text()
     for damaged in (settings[:20], "[]", ""):
         job.settings.write_text(damaged)
-        assert "tells what run began" in refused("--input", tmp_path / "same.txt")
+        assert "says which run began" in refused("--input", tmp_path / "same.txt")
     job.settings.unlink()
-    assert "tells what run began" in refused("--input", tmp_path / "same.txt")
+    assert "says which run began" in refused("--input", tmp_path / "same.txt")
     job.settings.write_text(settings)
     job.partial.write_text(job.lines(101))
     before = job.partial.read_bytes()
@@ -410,7 +410,7 @@ def test_one_run_at_a_time_writes_to_a_file(job, capsys):
         capsys.readouterr()
         for flag in ("--resume", "--overwrite"):
             error = fails(capsys, *job.run, flag)
-            assert f"another run writes to {job.partial}: let it end" in error
+            assert f"another run is writing to {job.partial}: let it end" in error
     assert job.partial.read_bytes() == before
     assert cli.main([*job.run, "--resume"]) == 0
     assert job.output.read_text() == job.text
@@ -425,7 +425,7 @@ def test_resume_needs_files(job, capsys):
     assert "--overwrite: not allowed with argument --resume" in error
     # What standard input began cannot be gone on with.
     job.partial.write_text("a\n")
-    assert "tells what run began" in fails(capsys, *job.run, "--resume")
+    assert "says which run began" in fails(capsys, *job.run, "--resume")
 
 
 @pytest.fixture
@@ -514,8 +514,8 @@ def test_killed_at_any_moment(flags, killed, tmp_path, monkeypatch):
         (["--input", "."], ".: Is a directory"),
         (["--input", "bad.txt"], "bad.txt, line 2: expected UTF-8, but byte 1 of the line (0xff)"),
         (["--input", "bad.jsonl"], 'bad.jsonl, line 2: expected {"source": "..."}, found \'\''),
-        (["--output", "."], "--output must be a file, or - for standard output, but . is none"),
-        (["--output", os.devnull, "--overwrite"], f"but {os.devnull} is none"),
+        (["--output", "."], "--output must be a file, or - for standard output, but . is not one"),
+        (["--output", os.devnull, "--overwrite"], f"but {os.devnull} is not one"),
         (["--output", "no/file"], "--output must lie in a folder that can be written, but no is"),
         (["--output", "bad.txt"], "bad.txt exists; --overwrite replaces it"),
         (["--output", "-", "--overwrite"], "--overwrite needs --output, a file to replace"),

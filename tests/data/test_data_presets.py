@@ -168,7 +168,9 @@ def test_bytes_that_are_no_text(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_there_are_told_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data folder must be a folder, but .*/no is none"):
+    with pytest.raises(
+        FileNotFoundError, match="data folder must be a folder, but .*/no is not one"
+    ):
         read("wikisplit", "train", tmp_path / "no")
     write(tmp_path, train__en="a\n", train__tsv="")
     with pytest.raises(

@@ -102,7 +102,7 @@ def test_fetched_once_pinned_and_checked(server, fetch, tmp_path):
 
 
 def test_a_known_sum(fetch, tmp_path):
-    with pytest.raises(ValueError, match="should have the SHA-256 00, but what came has"):
+    with pytest.raises(ValueError, match="should have the SHA-256 00, but what arrived has"):
         fetch(sha256="00")
     assert files(tmp_path) == set()
     assert fetch(sha256=SHA256) == CONTENT
@@ -184,7 +184,9 @@ def test_a_full_disk_is_told_and_leaves_no_file(fetch, tmp_path, monkeypatch):
 def test_a_damaged_pin(fetch, tmp_path):
     fetch()
     (tmp_path / "file.zip.json").write_text("[]")
-    with pytest.raises(ValueError, match="file.zip.json should tell the sha256 of file.zip, but"):
+    with pytest.raises(
+        ValueError, match="file.zip.json should contain the sha256 of file.zip, but"
+    ):
         fetch()
 
 
