@@ -1,4 +1,4 @@
-"""Exact products, where results are compared."""
+"""Exact matrix products, for comparing results."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import tensorflow as tf
 
 @contextlib.contextmanager
 def exact() -> Iterator[None]:
-    """Switches TensorFloat-32 off, which on GPUs is less exact than what is compared."""
+    """Switches off TensorFloat-32, which on GPUs is less exact than the comparisons."""
     enabled = tf.config.experimental.tensor_float_32_execution_enabled()
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:

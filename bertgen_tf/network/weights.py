@@ -73,7 +73,7 @@ def named_variables(layer: keras.Layer, prefix: str = "") -> dict[str, Any]:
     own = getattr(layer, "variable_parts", own)
     named = {prefix + variable.name: variable for variable in own}
     for child in layer._flatten_layers(include_self=False, recursive=False):
-        if getattr(child, "parts", 1) == 1:  # or its parts are layers beside it
+        if getattr(child, "parts", 1) == 1:  # otherwise its parts are layers beside it
             named.update(named_variables(child, f"{prefix}{child.name}/"))
     return named
 
@@ -89,8 +89,8 @@ def assign(
     """Assigns every tensor to its variable, or raises one `WeightsError` that lists what is wrong.
 
     Each tensor is read twice, to be checked and to be assigned: those of a mapping that reads them
-    from a file are never in memory all at once. Should the second reading fail, variables before it
-    have been assigned.
+    from a file are never in memory all at once. If the second reading fails, earlier variables have
+    already been assigned.
 
     Args:
         variables: what `named_variables` gives.
