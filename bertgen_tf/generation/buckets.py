@@ -1,4 +1,4 @@
-"""Sizes that sources and prompts are padded to: few, as each compiles a search once."""
+"""Sizes that sources and prompts are padded to: few, as a search is compiled for each."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ def prompt_width(model: "EncoderDecoderModel", decoder_input_ids: Any) -> int:
 
 
 def bucket_of(size: tf.Tensor, buckets: list[int]) -> tf.Tensor:
-    """The smallest bucket that holds `size`; what no bucket holds stays as it is."""
+    """The smallest bucket that holds `size`; a larger size stays unchanged."""
     table = tf.constant(buckets)
     index = tf.searchsorted(table, [size])[0]
     return tf.maximum(table[tf.minimum(index, len(buckets) - 1)], size)

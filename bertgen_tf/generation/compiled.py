@@ -2,8 +2,8 @@
 
 Strings cannot enter XLA, so text stays outside: the compiled function takes padded integers only.
 Batch and source length are padded to buckets inside the graph, so that a model compiles a bounded
-number of times, also when it is served. Nothing is written for AutoGraph, which would take longer
-at the first call than tracing does.
+number of times, even when it is served. Nothing is written for AutoGraph, which would take longer
+than tracing at the first call.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -30,14 +30,14 @@ from bertgen_tf.network.quantization import integer_products
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-# Settings whose compiled functions a model keeps.
+# For how many settings a model keeps compiled functions.
 MAX_FUNCTIONS = 16
 # input_ids, attention_mask, decoder_input_ids, seeds
 _SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 3 + [tf.TensorSpec([None, 2], tf.int32)]
 
 
 class KeptFunctions:
-    """The compiled functions of a model, for the settings that were used last."""
+    """The compiled functions of a model, for the most recently used settings."""
 
     def __init__(self):
         self._functions: dict[Hashable, Any] = {}
@@ -46,8 +46,8 @@ class KeptFunctions:
         return len(self._functions)
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What is kept under a key; if there is nothing, what `make` gives, which is kept then."""
-        # The one used last stands last; the first one goes.
+        """What is kept under a key; if nothing is, the result of `make`, which is then kept."""
+        # The most recently used one comes last; the first one is dropped.
         function = self._functions.pop(key, None)
         if function is None:
             if len(self._functions) >= MAX_FUNCTIONS:
@@ -58,7 +58,7 @@ class KeptFunctions:
 
 
 class GenerateTensors(NamedTuple):
-    """What a generation function gives; hypotheses are best first.
+    """What a generation function returns, hypotheses best first.
 
     T is P + max_new_tokens, or max_length: the longest output, start token and prompt included.
 
@@ -67,8 +67,9 @@ class GenerateTensors(NamedTuple):
         scores: float32 [B, n], see `bertgen_tf.generation.search.beam_search`.
         token_scores: float32 [B, n, T - 1]: the log-probability of sequences[..., i + 1] where that
             was generated, 0 elsewhere.
-        cross_attentions: float32 [B, n, layers, heads, T - 1, S], or None: the weights with which
-            the decoder looked at the source when it chose sequences[..., i + 1]; 0 after the end.
+        cross_attentions: float32 [B, n, layers, heads, T - 1, S], or None: the cross-attention
+            weights of each generated token, sequences[..., i + 1], over the source tokens; 0 after
+            the end.
     """
 
     sequences: tf.Tensor
@@ -85,23 +86,23 @@ def generation_function(
     logits_processor: Sequence[Processor] = (),
     output_attentions: bool = False,
 ) -> Callable[..., GenerateTensors]:
-    """The search of `model` by these settings, as a graph, traced once for each bucket of prompts.
+    """The search of `model` with these settings, as a graph, traced once per bucket of prompts.
 
-    With `jit_compile` the search is compiled by XLA, once for each bucket that comes up: batches
-    are padded to powers of two, sources to powers of two from 16, prompts to 1 and powers of two
-    from 8. Without, it is a plain graph, where only prompts are padded.
+    With `jit_compile` the search is compiled by XLA, once for each bucket that occurs: batches are
+    padded to powers of two, sources to powers of two from 16, prompts to 1 and powers of two from
+    8. Without it, the search is a plain graph, where only prompts are padded.
 
     Args:
         model: with `encoder` and `decoder`.
-        config: settings that `check_config` passed; its seed is not read.
+        config: settings that passed `check_config`; the seed is not read.
         jit_compile: see above.
         logits_processor: run after the processors of the settings, see
             `bertgen_tf.generation.search.logits`.
-        output_attentions: also gives the weights of cross-attention.
+        output_attentions: also return the cross-attention weights.
 
     Returns:
         `(input_ids [B, S], attention_mask [B, S], decoder_input_ids [B, P], seeds [B, 2])`, int32,
-        P known when traced and no padding among the prompts -> `GenerateTensors`.
+        with P known when traced and no padding in the prompts -> `GenerateTensors`.
     """
     functions: dict[int, Callable[..., GenerateTensors]] = {}
 
@@ -139,11 +140,11 @@ class StreamState(NamedTuple):
     loop: SamplingLoop
     cross: Any  # keys and values of the source
     inputs: "_Inputs"
-    batch: tf.Tensor  # int32 []: rows that are asked for
+    batch: tf.Tensor  # int32 []: requested rows
 
 
 class StreamStep(NamedTuple):
-    """What a step of a streamed search gives.
+    """What a step of a streamed search returns.
 
     Attributes:
         state: for the next step.
@@ -168,15 +169,16 @@ def streaming_functions(
 ) -> tuple[Callable[..., StreamState], Callable[[StreamState], StreamStep]]:
     """The search of `generation_function` in steps of `tokens_per_step` tokens.
 
-    Greedy search and sampling only: what is the best beam may change with every token. Inputs are
-    padded to buckets in both forms, and each function is traced once for each of them.
+    Greedy search and sampling only: the best beam may change with every token. Inputs are padded to
+    buckets with and without XLA, and each function is traced once per bucket.
 
     Returns:
         `start(input_ids, attention_mask, decoder_input_ids, seeds) -> StreamState`, with the inputs
         of `generation_function`, and `advance(StreamState) -> StreamStep`.
 
     Raises:
-        ValueError: the settings ask for beam search, or `tokens_per_step` is no positive integer.
+        ValueError: the settings ask for beam search, or `tokens_per_step` is not a positive
+            integer.
     """
     if uses_beams(config):
         raise ValueError(
@@ -190,7 +192,7 @@ def streaming_functions(
     def begin(inputs: _Inputs) -> tuple[SamplingLoop, Any]:
         with integer_products(jit_compile):
             prepared = _prepare(model, config, inputs)
-        # Processors are for what comes then.
+        # Only the later steps need processors.
         sampling = Sampling(**_options(model, config, ()))
         return sampling.start(prepared.state, **_start(config, inputs)), prepared.cross
 
@@ -291,7 +293,7 @@ def _prepare(model: "EncoderDecoderModel", config: GenerationConfig, inputs: _In
     longest = max(width, total_length(config, width) - 1)
     cache = decoder.init_cache(batch, longest, memory)
     if width > 1:
-        # Beyond the prompt's end this writes what the loop writes again before it is read.
+        # Beyond the prompt's end this writes what the loop overwrites before it is read.
         _, cache = decoder(
             inputs.prompt,
             encoder_attention_mask=inputs.attention_mask,
@@ -319,7 +321,7 @@ def _step_function(model: "EncoderDecoderModel", cross: Any, attention_mask: tf.
 
 
 def _reorder(state: dict[str, Any], parents: tf.Tensor) -> dict[str, Any]:
-    """The cache after beams changed places; keys and values stay where they are."""
+    """The cache after beams have changed places; keys and values stay where they are."""
     return {**state, "beams": tf.gather(state["beams"], parents, axis=1, batch_dims=1)}
 
 
@@ -342,7 +344,7 @@ def _processors(
 def _options(
     model: "EncoderDecoderModel", config: GenerationConfig, processors: Sequence[Processor]
 ) -> dict[str, Any]:
-    """The settings that all searches have."""
+    """The settings that all searches share."""
     return {
         # The size of buffers: where max_length is the limit, that of the shortest prompt.
         "max_new_tokens": config.max_new_tokens or config.max_length - 1,
@@ -409,7 +411,7 @@ def _cross_attentions(
     ends &= columns >= inputs.prompt_length
     ended = tf.cumsum(tf.cast(ends, tf.int32), axis=-1)[:, :, :read] > 0  # [B, n, read]
     filled = columns[:read] < total_length(config, inputs.prompt_length) - 1
-    # What is no hypothesis is nothing but padding.
+    # A missing hypothesis is nothing but padding.
     exists = sequences[:, :, :1] == inputs.prompt[:, tf.newaxis, :1]
     alive = exists & ~ended & filled  # [B, n, read]
     alive = tf.cast(alive, tf.float32)[:, :, tf.newaxis, tf.newaxis, :, tf.newaxis]
@@ -458,7 +460,7 @@ def _crop(
     prompt_length: tf.Tensor,
     output: GenerateTensors,
 ) -> GenerateTensors:
-    """Takes the padding of `_pad` off."""
+    """Removes the padding of `_pad`."""
     batch, length = tf.unstack(tf.shape(input_ids))
     total = total_length(config, prompt_length)
     attentions = output.cross_attentions

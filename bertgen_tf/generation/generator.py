@@ -1,8 +1,8 @@
-"""`generate` for inputs of any size: batches of one bucket, results in the order of the inputs.
+"""`generate` for any number of inputs: batches of one bucket, results in input order.
 
-What is alike in length is generated together, whatever its place: texts are read a window at a
-time, sorted by length, cut into batches that no bucket pads much, and put back in their order. An
-example's result does not depend on its batch, nor what is drawn for it: noise follows its number.
+Texts of similar length share a batch, and results return in input order. A result does not depend
+on its batch, nor does sampling: random numbers are keyed by the example's index. Texts are read a
+window at a time, sorted by length and cut into batches that need little padding.
 """
 
 import itertools
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 BATCH_SIZE = 32
-# Texts that are read, sorted and generated before the first result of them comes.
+# How many texts are read, sorted and generated before their first result is returned.
 WINDOW = 1024
 
 
 class GenerateOutput(NamedTuple):
-    """What `generate` gives for ids, or where scores or attentions are asked for.
+    """What `generate` returns for ids, or if scores or attentions are requested.
 
-    N examples, n = num_return_sequences hypotheses of each, best first. Rows of fewer tokens than
-    others are padded at their ends: sequences with the padding token, the others with 0.
+    N examples, n = num_return_sequences hypotheses of each, best first. Shorter rows are padded at
+    their ends: sequences with the padding token, the other fields with 0.
 
     Attributes:
         sequences: int32 [N, n, L]: start token, prompt, generated tokens, end token if it was
-            reached, padding. L is the longest prompt, the start token included, and max_new_tokens;
-            or max_length.
+            reached, padding. L is the length of the longest prompt, start token included, plus
+            max_new_tokens; or max_length.
         scores: float32 [N, n]: the log-probability of the sequence, divided by the length penalty
             of the settings.
         token_scores: float32 [N, n, L - 1] with `output_scores`, else None: the log-probability of
             `sequences[..., i + 1]` where it was generated, 0 on prompt and padding.
         cross_attentions: float32 [N, n, layers, heads, L - 1, S] with `output_attentions`, else
-            None: what the decoder looked at in the source, S the longest, when it chose
-            `sequences[..., i + 1]`.
-        texts: for text, what `generate` gives without further outputs, else None.
+            None: the cross-attention weights of each generated token, `sequences[..., i + 1]`, over
+            the source tokens; S is the length of the longest source.
+        texts: for text, what `generate` returns without further outputs, else None.
     """
 
     sequences: np.ndarray
@@ -90,32 +90,32 @@ def generate(
 ) -> Any:
     """Generates text from text, or ids from ids.
 
-    Inputs may be of any number: those of like length are generated together, and the results
-    are in the order of the inputs. An example's result does not depend on the others, up to
-    rounding; of `beam_scorer="gnmt"` that is true of the best hypothesis, as in tensor2tensor.
+    There may be any number of inputs: those of similar length are generated together, and the
+    results are in input order. An example's result does not depend on the others, up to
+    rounding; with `beam_scorer="gnmt"` that holds for the best hypothesis, as in tensor2tensor.
 
     TensorFlow keeps what XLA compiled for each combination of settings, and of
-    `logits_processor`, until the process ends. A program that is asked for ever new ones, such
-    as a temperature that its user sets, needs `jit_compile=False` for these.
+    `logits_processor`, until the process ends. A program that keeps receiving new ones, such as
+    a temperature that its user sets, needs `jit_compile=False` for these.
 
     Args:
         inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or
             `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)`, int32
-            [B, S] and [B, P], of which all but `input_ids` may be left out. The decoder ids are
-            prompts, with which the outputs begin; the start token is put in front unless every
-            row has it. The masks are 0 on padding, which prompts have at their ends.
+            [B, S] and [B, P]; all but `input_ids` may be left out. The decoder ids are prompts,
+            with which the outputs begin; the start token is prepended unless every row has it.
+            The masks are 0 on padding, which prompts have at their ends.
         generation_config: settings; by default the model's own.
         decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
             text that is returned.
         logits_processor: functions `(logits, ids, step) -> logits` that run after those of the
-            settings, see `bertgen_tf.generation.search.logits`. The compiled functions are kept
-            by them: pass the same objects again, or each call compiles anew.
-        output_scores: also give the log-probability of each token.
-        output_attentions: also give the weights of cross-attention. They take 4 bytes for each
-            layer, head, output and source token: of 24 layers with 16 heads, 50 MB for an
-            output of 64 tokens and a source of 512, all of them in memory until the end. Ask
-            for them for few inputs at a time.
-        batch_size: how many are generated together, at most.
+            settings, see `bertgen_tf.generation.search.logits`. Compiled functions are kept per
+            list of them: pass the same objects again, or each call compiles anew.
+        output_scores: also return the log-probability of each token.
+        output_attentions: also return the cross-attention weights. They take 4 bytes for each
+            layer, head, output token and source token: with 24 layers of 16 heads, 50 MB for an
+            output of 64 tokens and a source of 512, and all stay in memory until the end.
+            Request them for few inputs at a time.
+        batch_size: how many inputs are generated together, at most.
         verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
             there are more than 4 batches.
         jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
@@ -128,7 +128,7 @@ def generate(
         each str. For ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
 
     Raises:
-        TypeError, ValueError: inputs, prompts or settings are none that the model takes.
+        TypeError, ValueError: inputs, prompts or settings do not fit the model.
     """
     run = _prepare(
         model,
@@ -193,15 +193,15 @@ def iterate(
     compiled functions. Nothing is read before the first result is asked for.
 
     Args:
-        texts: strings from a list, a file, a generator; they may never end. A `tf.data.Dataset`
-            of single strings gives them as `dataset.as_numpy_iterator()`.
+        texts: strings from a list, a file, a generator; they may be endless. A
+            `tf.data.Dataset` of single strings gives them as `dataset.as_numpy_iterator()`.
         generation_config, logits_processor, batch_size, jit_compile, **options: as for
             `generate`.
         decoder_text: a prompt for all outputs, or one for each text.
         window: how many texts are read, sorted by length and generated before their results
-            come.
-        first_example: the number of the first text, which its random numbers follow: with it,
-            the rest of a run is drawn as in the whole.
+            are yielded.
+        first_example: the index of the first text, which keys its random numbers: with it, the
+            rest of a run is drawn as in the whole run.
         total: how many texts there are, those before `first_example` included, for `verbose`.
         verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
             there are more than 4 batches.
@@ -211,8 +211,8 @@ def iterate(
         hypotheses, best first.
 
     Raises:
-        TypeError, ValueError: texts, prompts or settings are none that the model takes; when
-            the first result, or the one of that window, is asked for.
+        TypeError, ValueError: texts, prompts or settings do not fit the model; raised when the
+            first result, or that of the window, is requested.
     """
     if isinstance(texts, str | bytes):
         raise TypeError(
@@ -274,7 +274,7 @@ def _windows(
     first_example: int,
     advance: Callable[[int], None],
 ) -> Iterator[GenerateOutput]:
-    """The outputs of a window of texts after the other, of at least one text each."""
+    """The outputs of one window of texts after another, each of at least one text."""
     if run.model.preprocessor is None:
         raise ValueError(
             "Generating from text needs a tokenizer, and this model has none. Pass tokenizer= "
@@ -322,7 +322,7 @@ def _generate_rows(
     if count:
         check_config(run.config, run.model, int(rows.prompt_lengths.max()))
     seeds = make_seeds(run.config, first_example, count)
-    # Up to the last token, also where there are gaps before it.
+    # Up to the last token, even if there are gaps before it.
     lengths = np.where(rows.attention_mask, np.arange(1, source_length + 1), 0).max(axis=1)
     buckets = np.searchsorted(source_buckets(run.model), lengths)
     parts = []
@@ -350,14 +350,14 @@ def _generate_rows(
 def _batches(
     lengths: np.ndarray, buckets: np.ndarray, prompt_lengths: np.ndarray, batch_size: int
 ) -> list[np.ndarray]:
-    """The numbers of the rows of each batch: alike in bucket and prompt, the longest first.
+    """The row numbers of each batch: of one bucket and prompt length, the longest first.
 
     Args:
         lengths, buckets, prompt_lengths: of the rows, integers [N].
         batch_size: the most rows of a batch.
     """
     if not len(lengths):
-        return [np.zeros([0], np.int64)]  # which tells the shapes of the results
+        return [np.zeros([0], np.int64)]  # which gives the shapes of the results
     order = np.lexsort((-lengths, prompt_lengths))
     kinds = np.stack([prompt_lengths[order], buckets[order]])
     starts = np.flatnonzero(np.diff(kinds).any(axis=0)) + 1
@@ -371,7 +371,7 @@ def _batches(
 def _join(
     parts: list[tuple[np.ndarray, GenerateOutput]], count: int, pad_token_id: int, source_length=0
 ) -> GenerateOutput:
-    """Outputs of rows with their numbers -> one of all `count` rows in order, padded alike."""
+    """Outputs of rows with their numbers -> one of all `count` rows in order, padded equally."""
 
     def join(name: str, fill: int = 0, least: int = 0) -> np.ndarray | None:
         arrays = [(rows, getattr(output, name)) for rows, output in parts]

@@ -1,4 +1,4 @@
-"""What settings of generation mean for a model: whether they fit, and what they do to logits."""
+"""What generation settings mean for a model: whether they fit, and what they do to logits."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_config(
     config: GenerationConfig, model: "EncoderDecoderModel", prompt_length: int = 1
 ) -> None:
-    """Raises if the settings do not fit the model, or not prompts of this length.
+    """Raises if the settings do not fit the model, or prompts of this length.
 
     Raises:
         ValueError: too many tokens for the decoder's positions, too few for the minimum, or ids
@@ -156,10 +156,10 @@ def processors_for(
 
 
 def filters_for(config: GenerationConfig, model: "EncoderDecoderModel") -> list[logits.Processor]:
-    """What narrows the choice of a draw, in the order of transformers."""
+    """Filters that narrow the choice of a draw, in the order of transformers."""
     if not config.do_sample:
         return []
-    # A beam must find a continuation beside its ends.
+    # A beam must find a continuation besides its ends.
     keep = 1 if config.num_beams == 1 else 1 + len(eos_token_ids(config, model))
     chosen = []
     if config.temperature != 1.0:
@@ -176,8 +176,8 @@ def filters_for(config: GenerationConfig, model: "EncoderDecoderModel") -> list[
 
 
 def uses_beams(config: GenerationConfig) -> bool:
-    """Whether `beam_search` follows these settings, or `sample`."""
-    # tensor2tensor's beam of one goes on after an end that was not likely enough.
+    """Whether these settings call for `beam_search`, rather than `sample`."""
+    # tensor2tensor's beam of one continues after an end that was not likely enough.
     return config.num_beams > 1 or (config.beam_scorer == "gnmt" and not config.do_sample)
 
 

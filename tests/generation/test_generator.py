@@ -547,7 +547,7 @@ def test_options_that_do_not_fit(model, options, error, message):
 
 
 def test_other_errors(model):
-    with pytest.raises(ValueError, match="inputs must end, received a .* repeats for ever"):
+    with pytest.raises(ValueError, match="inputs must end, received a .* repeats forever"):
         model.generate(tf.data.Dataset.from_tensors("a").repeat())
     with pytest.raises(ValueError, match="decoder_text is for text, .* Pass decoder_input_ids"):
         model.generate({"input_ids": IDS}, decoder_text="a")

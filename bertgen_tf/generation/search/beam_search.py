@@ -7,7 +7,7 @@
   of the prompt, 0 where that is only the start token;
 - `state`: any nested structure of tensors (a decoder's cache). When beams change places, beam
   search gathers its rows, or leaves that to a function `reorder(state, parents) -> state`, where
-  `parents`, int32 `[batch, num_beams]`, is the beam of the example that each beam now goes on from.
+  `parents`, int32 `[batch, num_beams]`, is the beam of the example that each beam now continues.
   What never changes (the cross-attention memory) belongs in the closure of `step`;
 - `logits`: floating point `[rows, vocab]`.
 
@@ -47,8 +47,8 @@ from bertgen_tf.generation.search.sequences import (
     write,
 )
 
-# Score of a hypothesis that does not exist, tensor2tensor's value. Whatever continues it, or went
-# over a banned token, stays below _ALIVE and no real hypothesis comes near that.
+# Score of a hypothesis that does not exist, tensor2tensor's value. Anything that continues it, or
+# contains a banned token, stays below _ALIVE, which no real hypothesis comes near.
 _NO_SCORE = BANNED
 _ALIVE = BANNED / 2
 # The same for final scores, which a negative length penalty multiplies: they may be far below.
@@ -59,11 +59,10 @@ _FINAL = _NO_FINAL_SCORE / 2
 class _Scorer(NamedTuple):
     """All that differs between beam searches. `length` counts generated tokens, EOS included.
 
-    `offer(log_probs [B, C], is_eos [B, C], length [], done [B]) -> [B, C]` gives the final score of
-    each candidate, in the order they were chosen, that is finished, and `_NO_FINAL_SCORE` to
-    the others. `is_done(best_running [B], finished [B, K], length [], done [B]) -> [B]` tells which
-    examples need no further search, from the sum of the best running beam and the sorted finished
-    scores.
+    `offer(log_probs [B, C], is_eos [B, C], length [], done [B]) -> [B, C]` gives each finished
+    candidate, in the order they were chosen, its final score, and the others `_NO_FINAL_SCORE`.
+    `is_done(best_running [B], finished [B, K], length [], done [B]) -> [B]` says which examples
+    need no further search, from the sum of the best running beam and the sorted finished scores.
     """
 
     offer: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
@@ -97,7 +96,7 @@ def _huggingface_scorer(
 def _gnmt_scorer(longest: int | tf.Tensor, alpha: float) -> _Scorer:
     """The rules of tensor2tensor 1.15, `utils/beam_search.py` (length penalty of Wu et al. 2016).
 
-    Nothing is sticky: until all examples are done, each of them goes on filling its slots.
+    Nothing is sticky: until all examples are done, each of them keeps filling its slots.
     """
 
     def offer(log_probs, is_eos, length, done):
@@ -174,20 +173,20 @@ def beam_search(
     - "gnmt": every kept continuation may finish. Score: sum / ((5 + L) / 6)**gnmt_alpha. Done if no
       beam can beat the best finished hypothesis any more. An example without a finished hypothesis
       at the limit returns its beams, scored by their plain sums. As in tensor2tensor,
-      the search goes on for all examples until all are done: the best hypothesis of an example
+      the search continues for all examples until all are done: the best hypothesis of an example
       does not depend on the rest of the batch, but later ones may.
 
     Log-probabilities are those after `processors`, which therefore receive log-probabilities, and
     are not renormalised. A slot for which there is no hypothesis (few sequences are possible, or
     "gnmt" was done first) holds only padding, with a score of -1e7.
 
-    With `do_sample` (HuggingFace's beam sampling), the continuations kept are not the best ones but
-    drawn without replacement, with probabilities proportional to exp(sum) of the sequence they
+    With `do_sample` (Hugging Face's beam sampling), the continuations kept are not the best ones
+    but drawn without replacement, with probabilities proportional to exp(sum) of the sequence they
     make, and their order is that of the draws: "the best `num_beams` continuations", which may
-    finish, are the first drawn. Of those that do not end, still the best become the next beams.
+    finish, are the first drawn. Of those that do not end, the best still become the next beams.
     `filters` run after the processors and their effect stays in the sums: with a temperature,
-    scores are sums of scaled log-probabilities. Each step so has the distribution of transformers;
-    the random numbers, and with them the draws for a given seed, are others.
+    scores are sums of scaled log-probabilities. So each step has the distribution of transformers;
+    the random numbers, and with them the draws for a given seed, differ.
 
     Args:
         step: the step function, see the module.
@@ -198,8 +197,8 @@ def beam_search(
         num_beams: beams per example, >= 1.
         num_return_sequences: the best n hypotheses are returned, at most `num_beams`.
         max_new_tokens: the most tokens to generate, EOS included, >= 1.
-        max_length: int or int32 scalar, the most tokens of a sequence, prompt included; what comes
-            first ends the search. None: no such limit.
+        max_length: int or int32 scalar, the most tokens of a sequence, prompt included; whichever
+            limit is reached first ends the search. None: no such limit.
         eos_token_ids: each of them ends a sequence.
         pad_token_id: fills sequences after their end.
         processors: run in order on the scores of the next token, see
@@ -282,7 +281,7 @@ class _Search(NamedTuple):
     seeds: tf.Tensor | None
 
     def start(self, state: Any) -> _BeamState:
-        """Before the first step."""
+        """The state before the first step."""
         prompt, num_beams = self.prompt, self.num_beams
         batch, width = size(prompt.sequences, 0), size(prompt.sequences, 1)
         beams = tf.repeat(prompt.sequences[:, tf.newaxis], num_beams, axis=1)  # [B, K, L]
@@ -360,8 +359,8 @@ def _output(last: _BeamState, penalty: float | tf.Tensor | None, pad_token_id: i
 
     Args:
         last: the state after the last step.
-        penalty: by which scores of what did not finish are divided.
-        pad_token_id: fills what is no hypothesis.
+        penalty: divides the scores of unfinished hypotheses.
+        pad_token_id: fills missing hypotheses.
     """
     # Only "gnmt" leaves an example without any finished hypothesis.
     any_finished = last.finished.scores[:, 0] > _FINAL  # [B]
@@ -373,7 +372,7 @@ def _output(last: _BeamState, penalty: float | tf.Tensor | None, pad_token_id: i
     scores = last.running.scores
     if penalty is not None:
         scores /= penalty
-    # Without the penalty, which could lift what does not exist above _ALIVE.
+    # Without the penalty, which could lift missing hypotheses above _ALIVE.
     exists = of_finished(last.finished.scores > _FINAL, last.running.scores > _ALIVE)  # [B, K]
     found = tf.nest.map_structure(of_finished, last.finished, last.running._replace(scores=scores))
     return SearchOutput(
@@ -392,7 +391,7 @@ def _best_continuations(
         log_probs: float32 `[B*K, V]` of the next token.
         scores: float32 `[B, K]`, the sums so far.
         count: C.
-        subtract: float32 `[B*K]`, what makes log-probabilities of `log_probs` if these are logits.
+        subtract: float32 `[B*K]`, turns `log_probs` into log-probabilities if these are logits.
 
     Returns:
         The continuations, best first.
@@ -434,7 +433,7 @@ def _drawn_continuations(
         step: int32 scalar.
 
     Returns:
-        The continuations, as they were drawn.
+        The continuations, in the order in which they were drawn.
     """
     num_beams = scores.shape[1]
     vocabulary = size(log_probs, 1)
@@ -474,7 +473,7 @@ def _best(hypotheses: _Hypotheses, count: int) -> tuple[_Hypotheses, tf.Tensor]:
 
 
 def _gather_rows(state: Any, parents: tf.Tensor) -> Any:
-    """`state` of rows B*K, each row replaced by that of the beam `parents` `[B, K]` names."""
+    """`state` of rows B*K, each row replaced by that of the beam that `parents` `[B, K]` names."""
     batch, num_beams = size(parents, 0), size(parents, 1)
     rows = tf.reshape(parents + num_beams * tf.range(batch)[:, tf.newaxis], [-1])  # [B*K]
     return tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), state)

@@ -102,7 +102,7 @@ def is_one_of(ids: tf.Tensor, token_ids: tuple[int, ...]) -> tf.Tensor:
 
 
 def length_power(length: tf.Tensor | int, exponent: float) -> tf.Tensor:
-    """HuggingFace's length penalty."""
+    """Hugging Face's length penalty."""
     return tf.pow(tf.cast(length, tf.float32), exponent)
 
 
