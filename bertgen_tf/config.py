@@ -144,9 +144,9 @@ class BertGenerationConfig(_Config):
             check_integer("source_positions", self.source_positions)
             if self.source_positions >= self.max_position_embeddings or self.add_cross_attention:
                 raise ValueError(
-                    "source_positions must leave positions for the target, so be below "
-                    f"max_position_embeddings ({self.max_position_embeddings}), and excludes "
-                    f"cross-attention, received {self.source_positions} with "
+                    "source_positions must be below max_position_embeddings "
+                    f"({self.max_position_embeddings}), to leave positions for the target, and "
+                    f"excludes cross-attention, received {self.source_positions} with "
                     f"add_cross_attention={self.add_cross_attention}."
                 )
         if self.quantization not in (None, *QUANTIZATIONS):

@@ -172,7 +172,7 @@ def _with_start(
     if begun.any():
         raise ValueError(
             f"decoder_input_ids must begin with the start token ({start[0, 0]}) in every row, or "
-            f"in none, and is then prepended; received it in {begun.sum()} of {len(begun)} rows."
+            f"in none, to have it prepended; received it in {begun.sum()} of {len(begun)} rows."
         )
     return np.concatenate([start, prompts], axis=1), lengths + 1
 
