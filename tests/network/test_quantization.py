@@ -341,7 +341,7 @@ def test_what_they_are_not_for(tmp_path):
         with pytest.raises(ValueError, match="cannot be trained.*Train the float32 model"):
             train()
     for stack in (model, model.encoder, model.decoder):
-        with pytest.raises(ValueError, match="Save the model that was quantized"):
+        with pytest.raises(ValueError, match="Save the float32 model"):
             stack.save_to_huggingface(tmp_path / "folder")
     assert not list(tmp_path.iterdir())
     float32 = make_model()
