@@ -66,7 +66,7 @@ def finish_encoder(
 
 
 def copy_layers(whole: Any, stack: Any, kept: list[int], new: str = r"(?!)") -> None:
-    """Assigns to a stack the weights of a deeper one, of which it has the layers `kept`.
+    """Assigns to a stack the weights of a deeper one, for the layers `kept` of the latter.
 
     Args:
         whole, stack: both encoders, or both decoders.

@@ -359,7 +359,9 @@ class _Search:
                     if kind == 10:  # DT_BOOL
                         feeds[name, 0] = exist
                     elif kind != 1:
-                        raise ValueError(f"{self._describe(part)}, which is no score, may stop it")
+                        raise ValueError(
+                            f"{self._describe(part)}, which is not a score, may stop it"
+                        )
                     else:
                         feeds[name, 0] = np.float32(sums if name == self.sums else scores)
                 for name in set(names) & set(self.counters):
