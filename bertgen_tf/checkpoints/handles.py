@@ -1,4 +1,4 @@
-"""What a handle names: a preset, a HuggingFace checkpoint or a TF Hub module."""
+"""What a handle names: a preset, a Hugging Face checkpoint or a TF Hub module."""
 
 import os
 
@@ -9,10 +9,10 @@ PRESET, HUB, HUGGINGFACE = "preset", "TF Hub", "HuggingFace"
 
 
 def family_of(handle: str | os.PathLike) -> str:
-    """`HUGGINGFACE`, `PRESET` or, for all else, `HUB`; nothing is fetched, and no graph is read.
+    """`HUGGINGFACE`, `PRESET` or, for anything else, `HUB`; nothing is fetched, no graph is read.
 
     Args:
-        handle: a folder, a file, a URL, or `org/name` of the HuggingFace hub.
+        handle: a folder, a file, a URL, or `org/name` of the Hugging Face hub.
     """
     if is_huggingface(handle):
         return HUGGINGFACE
@@ -27,7 +27,7 @@ def kind_of(handle: str | os.PathLike) -> str:
         encoder" or "HuggingFace decoder".
 
     Raises:
-        OSError, ValueError: there is nothing, or nothing that can be read.
+        OSError, ValueError: nothing is there, or nothing that can be read.
     """
     family = family_of(handle)
     if family == HUGGINGFACE:

@@ -30,26 +30,26 @@ TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokeniz
 
 @keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
 class EncoderDecoderModel(keras.Model):
-    """Encoder, decoder and tokenizer: trains with `fit`, answers with `generate`.
+    """Encoder, decoder and tokenizer: `fit` trains, `generate` produces text.
 
     Called on `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)` (int32;
-    the masks may be left out) it gives float32 logits [B, T, V].
+    the masks may be left out) it returns float32 logits [B, T, V].
 
     Args:
-        encoder, decoder: of one hidden size; the decoder with cross-attention, unless both have
-            `source_positions`: a decoder-only model.
-        tokenizer: turns text into ids and back; without one the model reads and gives ids only.
-        decoder_tokenizer: that of targets, where it is another one than that of sources.
-        max_source_length, max_target_length: tokens that `fit` and `generate` read of a text, at
-            most; by default 128, or what the positions allow if that is less.
-        add_eos, add_bos, mask_first: further special tokens of source and target, see
-            `Seq2SeqPreprocessor`; the originals have none, what `from_hub` warm-starts needs them.
-        hidden_token_ids, prose: what `generate` leaves out of text, and how it puts word pieces
-            together; see `Seq2SeqPreprocessor`.
-        generation_config: the settings of `generate` where a call gives no others.
+        encoder, decoder: of the same hidden size; the decoder with cross-attention, unless both
+            have `source_positions`: a decoder-only model.
+        tokenizer: turns text into ids and back; without one the model takes and returns ids only.
+        decoder_tokenizer: that of targets, if it differs from that of sources.
+        max_source_length, max_target_length: the most tokens of a text that `fit` and `generate`
+            read; by default 128, or what the positions allow if that is less.
+        add_eos, add_bos, mask_first: extra special tokens around source and target, see
+            `Seq2SeqPreprocessor`. Off for the originals; models warm-started from BERT need them.
+        hidden_token_ids, prose: what `generate` leaves out of text, and how it joins word pieces;
+            see `Seq2SeqPreprocessor`.
+        generation_config: the settings of `generate` if a call passes no others.
         source_checkpoint: where the weights came from before training, for the record: a handle
-            for each of "encoder" and "decoder", or for "model"; "config" where it gave sizes and
-            vocabulary alone.
+            for each of "encoder" and "decoder", or for "model"; "config" if the checkpoint only
+            provided sizes and vocabulary.
     """
 
     def __init__(
@@ -80,9 +80,7 @@ class EncoderDecoderModel(keras.Model):
         self.source_checkpoint = dict(source_checkpoint or {})
         self.preprocessor = None
         if decoder_tokenizer is not None and tokenizer is None:
-            raise ValueError(
-                "decoder_tokenizer goes with tokenizer=, that of sources: received None."
-            )
+            raise ValueError("decoder_tokenizer needs tokenizer=, that of sources, received None.")
         if tokenizer is not None:
             check_tokenizers(tokenizer, decoder_tokenizer, encoder.config, decoder.config)
             self.preprocessor = Seq2SeqPreprocessor(
@@ -104,7 +102,7 @@ class EncoderDecoderModel(keras.Model):
         self.kept_functions = KeptFunctions()
         self.build()
 
-    # Written where they are done, with this model as their first argument.
+    # Defined in modules of their own, with this model as their first argument.
     generate = generator.generate
     iterate = generator.iterate
     stream = streaming.stream
@@ -128,14 +126,14 @@ class EncoderDecoderModel(keras.Model):
             from_hub(encoder="https://tfhub.dev/google/bert_uncased_L-12_H-768_A-12/1")
 
         Args:
-            handle: an encoder-decoder module, `google/bertseq2seq/*` or alike, which comes with
+            handle: an encoder-decoder module, `google/bertseq2seq/*` or similar, which comes with
                 tokenizer and generation settings; see `bertgen_tf.hub.load_original` for what
                 `verify` does and for the further keywords.
             encoder, decoder, share, cross_attention, num_layers: BERT modules to start from; see
                 `bertgen_tf.hub.load_encoder_decoder` for these and the further keywords.
 
         Raises:
-            ValueError: not one of `handle` and `encoder`, or an option of the other.
+            ValueError: not exactly one of `handle` and `encoder`, or an option of the other.
         """
         return sources.hub.load(
             handle,
@@ -162,7 +160,7 @@ class EncoderDecoderModel(keras.Model):
         tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Reads a HuggingFace checkpoint; see `checkpoints.huggingface.load_encoder_decoder`."""
+        """Reads a Hugging Face checkpoint; see `checkpoints.huggingface.load_encoder_decoder`."""
         return sources.huggingface.load_encoder_decoder(
             folder,
             encoder=encoder,
@@ -176,7 +174,7 @@ class EncoderDecoderModel(keras.Model):
         )
 
     def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
+        """Writes a checkpoint for transformers; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
     @classmethod
@@ -189,13 +187,13 @@ class EncoderDecoderModel(keras.Model):
         sources.presets.save(self, folder)
 
     def quantize(self, mode: str, config: Any = None) -> None:
-        """Makes the matrices int8, in place, for generation: a quarter of their memory.
+        """Makes the matrices int8, in place, for generation in a quarter of their memory.
 
-        That is all matrices that a product reads, each with a scale per output. The inputs of a
-        product are rounded as well, with a scale per row, when it runs. Embeddings, layer
-        normalisation and softmax stay float32, so the output matrix becomes one of its own. Such a
-        model generates, saves as a preset and exports; it does not train, and goes to no other
-        format. A model that is int8 stays as it is.
+        That is all matrices used in products, each with a scale per output. The inputs of a product
+        are quantized as well, with a scale per row, at run time. Embeddings, layer normalisation
+        and softmax stay float32, so the output matrix is no longer tied to the embeddings. Such a
+        model can generate, be saved as a preset and be exported; it cannot be trained or saved in
+        another format. A model that is already int8 is unchanged.
 
         Args:
             mode: "int8".
@@ -213,7 +211,7 @@ class EncoderDecoderModel(keras.Model):
         self.forget_compiled()
 
     def forget_compiled(self) -> None:
-        """For other variables: compiled functions and the optimizer hold on to the old ones."""
+        """For replaced variables: compiled functions and the optimizer hold on to the old ones."""
         self.kept_functions = KeptFunctions()
         self.train_function = self.test_function = self.predict_function = None
         if self.compiled:
@@ -228,38 +226,39 @@ class EncoderDecoderModel(keras.Model):
         targets: Sequence[str] = ("query", "value"),
         train_new_weights: bool = True,
     ) -> None:
-        """Freezes the model and puts small matrices beside its projections; see `training.lora`.
+        """Freezes the model and adds small matrices beside its projections; see `training.lora`.
 
-        Presets and `.keras` files keep them as they are. Compile afterwards.
+        Presets and `.keras` files keep them unmerged. Compile afterwards.
 
         Args:
-            rank: of the matrices, 4 to 64 as a rule.
-            alpha: their product counts `alpha / rank`; by default as it is.
+            rank: of the matrices, typically 4 to 64.
+            alpha: scale; the adapters' product is multiplied by `alpha / rank`. Default: `rank`, no
+                scaling.
             targets: projections by name: "query", "key", "value", "output_dense", "intermediate",
                 or the end of a path, such as "cross_attention/query".
-            train_new_weights: also train, as a whole, what no checkpoint gave, see
+            train_new_weights: also train, in full, what no checkpoint provided, see
                 `freezing.new_variables`. False for a model that is fine-tuned already.
 
         Raises:
-            ValueError: a value is out of its range, a target matches nothing, or the model is int8
+            ValueError: a value is out of range, a target matches nothing, or the model is int8
                 or has adapters already.
         """
         lora.enable(self, rank, alpha, targets, train_new_weights)
 
     def merge_lora(self) -> None:
-        """Adds the adapters to the matrices: the same model, without them. Compile afterwards."""
+        """Merges the adapters into the matrices: an equivalent model. Compile afterwards."""
         lora.merge(self)
 
     def save_adapter(self, path: str) -> None:
-        """Writes what trains with LoRA as one safetensors file; see `bertgen_tf.training.lora`."""
+        """Writes what LoRA trained to one safetensors file; see `bertgen_tf.training.lora`."""
         lora.save(self, path)
 
     def load_adapter(self, path: str) -> None:
-        """Reads what `save_adapter` wrote, with its settings; the model must be the same.
+        """Reads what `save_adapter` wrote, with its settings; the base model must be the same.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no adapter, or not one of such a model; nothing was changed.
+            ValueError: it is not an adapter, or not one for this model; nothing was changed.
         """
         lora.load(self, path)
 
@@ -290,14 +289,14 @@ class EncoderDecoderModel(keras.Model):
         weighted_metrics: Any = "auto",
         **kwargs: Any,
     ) -> None:
-        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.training.optimizers`.
+        """Keras's `compile`, with defaults for fine-tuning: see `bertgen_tf.training.optimizers`.
 
         Args:
-            optimizer: by default AdamW of `optimizers.default_optimizer()`.
+            optimizer: by default the AdamW of `optimizers.default_optimizer()`.
             loss: by default cross-entropy per real target token.
-            weighted_metrics: by default the share of target tokens predicted right.
-            **kwargs: among them `jit_compile`, "auto" by default: XLA where there is an
-                accelerator. On a CPU alone Keras trains without, which is faster there.
+            weighted_metrics: by default the share of target tokens predicted correctly.
+            **kwargs: among them `jit_compile`, "auto" by default: XLA if there is an accelerator.
+                On a CPU alone Keras trains without it, which is faster there.
         """
         if isinstance(optimizer, optimizers.BertAdamW) and optimizer.needs_new_weights:
             optimizer.new_weights = tuple(v.path for v in freezing.new_variables(self))
@@ -317,7 +316,7 @@ class EncoderDecoderModel(keras.Model):
         return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras leaves this to models with a `compile` of their own.
+        # Keras leaves this to models that override `compile`.
         config = keras.saving.deserialize_keras_object(config)
         frozen = config.pop("frozen_slots", ())  # older versions have none
         self.compile(**config)
@@ -350,7 +349,7 @@ class EncoderDecoderModel(keras.Model):
         elif validation_data is not None:
             validation_data = batches.text_to_dataset(self.preprocessor, validation_data)[0]
         if isinstance(x, tf.data.Dataset):
-            # Keras warns of its own default, because datasets are shuffled before.
+            # Keras would warn about its own default, because datasets are shuffled beforehand.
             kwargs.setdefault("shuffle", False)
         return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
 
@@ -368,8 +367,8 @@ class EncoderDecoderModel(keras.Model):
     def make_train_function(self, force: bool = False) -> Any:
         if self.is_quantized:
             raise ValueError(
-                "A quantized model does not train: its matrices are int8. Train the float32 model, "
-                "then quantize."
+                "A quantized model cannot be trained: its matrices are int8. Train the float32 "
+                "model, then quantize."
             )
         return super().make_train_function(force)
 
@@ -395,7 +394,7 @@ class EncoderDecoderModel(keras.Model):
             if self.decoder_tokenizer is not None:  # older versions do not know it
                 config["decoder_tokenizer"] = _tokenizer_config(self.decoder_tokenizer)
             config.update(self.preprocessor.get_config())
-        # Only if they say something: older versions do not know them.
+        # Only if they are set: older versions do not know them.
         if self.source_checkpoint:
             config["source_checkpoint"] = dict(self.source_checkpoint)
         if frozen := freezing.frozen_layers(self):

@@ -1,4 +1,4 @@
-"""Text as datasets for `fit` and `evaluate`: batches padded to few lengths."""
+"""Text as datasets for `fit` and `evaluate`: batches padded to a few lengths."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 
 def lengths_of_batches(preprocessor: Seq2SeqPreprocessor) -> list[int]:
-    """What sources and targets of a batch are padded to, of both the longest."""
+    """The lengths that the sources and targets of a batch may be padded to."""
     return bucket_lengths(max(preprocessor.max_source_length, preprocessor.max_target_length))
 
 
@@ -22,7 +22,7 @@ def bucketed_dataset(
     shuffle: int | None = None,
     seed: int | None = None,
 ) -> tf.data.Dataset:
-    """Batches (source, target) strings of similar length, padded to few lengths.
+    """Batches (source, target) strings of similar length, padded to a few lengths.
 
     Each distinct shape compiles the training step once: there are at most as many lengths as
     powers of two between 16 and the preprocessor's limits.
@@ -31,7 +31,7 @@ def bucketed_dataset(
         pairs: unbatched dataset of (source, target) strings.
         batch_size: pairs in a batch.
         shuffle: size of the shuffle buffer, in pairs; None keeps the order within a length.
-        seed: of the shuffling.
+        seed: for shuffling.
 
     Returns:
         dataset of (x, y, sample_weight) as `fit` takes it.
@@ -81,12 +81,12 @@ def text_to_dataset(
     batch_size: int | None = None,
     shuffle: bool = False,
 ) -> tuple[Any, Any, int | None]:
-    """`(x, y, batch_size)` for Keras: text as a preprocessed dataset, all else as it is.
+    """`(x, y, batch_size)` for Keras: text as a preprocessed dataset, all else unchanged.
 
     Args:
-        preprocessor: of the model; None if it has none.
+        preprocessor: the model's; None if it has none.
         x, y: lists or arrays of sources and targets, or a dataset of pairs and None.
-        batch_size: of text that is not batched yet; 32 by default.
+        batch_size: for text that is not batched yet; 32 by default.
         shuffle: shuffles lists, as Keras does with arrays.
     """
     if _is_text(x) and _is_text(y):

@@ -1,15 +1,16 @@
-"""LoRA: small matrices beside frozen projections, which train in their place.
+"""LoRA: small matrices beside frozen projections, trained in their place.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A projection `x W^T`
-becomes `x W^T + (alpha / rank) x A^T B^T`, A [rank, inputs] random and B [units, rank] zero at
-first: shapes, scale and start are those of HuggingFace's `peft`. A warm-started model also has
-weights that no checkpoint gave, such as cross-attention, see
-`bertgen_tf.training.freezing.new_variables`.
-Beside them adapters make no sense: they train as a whole, unless told otherwise.
+becomes `x W^T + (alpha / rank) x A^T B^T`, with A [rank, inputs] initially random and
+B [units, rank] initially zero: shapes, scale and initialisation are those of Hugging Face's `peft`.
+A warm-started model also has weights that no checkpoint provided, such as cross-attention, see
+`bertgen_tf.training.freezing.new_variables`. Adapters make no sense for these: they are trained in
+full by default.
 
-An adapter file is a safetensors file with what trained: `PROJECTION/lora_a` and `PROJECTION/lora_b`
-for each adapted projection, named as in `decoder/layer_0/self_attention/query`, and the new weights
-under names of the same kind, matrices as [units, inputs]. Its metadata has the settings as JSON.
+An adapter file is a safetensors file with what was trained: `PROJECTION/lora_a` and
+`PROJECTION/lora_b` for each adapted projection, named as in `decoder/layer_0/self_attention/query`,
+and the new weights under names of the same kind, with matrices as [units, inputs]. Its metadata
+holds the settings as JSON.
 """
 
 import json
@@ -50,7 +51,7 @@ def enable(
     if model.is_quantized:
         raise ValueError(
             "model must have float32 matrices for LoRA, and those of this one are int8. Enable it "
-            "on the model that was quantized."
+            "before quantizing."
         )
     targets = [targets] if isinstance(targets, str) else list(targets)
     alpha = rank if alpha is None else alpha
@@ -58,7 +59,7 @@ def enable(
     largest = min(min(dense.units // dense.parts, dense.kernel.shape[1]) for dense, _ in chosen)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ValueError(
-            f"rank must be a whole number from 1 to {largest}, the least side of the matrices, "
+            f"rank must be a whole number from 1 to {largest}, the smallest dimension, "
             f"received {rank!r}."
         )
     if alpha <= 0:
@@ -94,7 +95,7 @@ def save(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     try:
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
-    except SafetensorError as error:  # among them a full disk
+    except SafetensorError as error:  # such as a full disk
         raise OSError(f"{path} could not be written: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -138,7 +139,7 @@ def _denses(model: keras.Model) -> list[Dense]:
 
 
 def _projections(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, Dense, int]]:
-    """Name, layer and part of every projection; what is shared comes under each of its names."""
+    """Name, layer and part of every projection; a shared one appears under each of its names."""
     for child in layer._flatten_layers(include_self=False, recursive=False):
         name = prefix + child.name
         if isinstance(child, Projection):
@@ -169,7 +170,7 @@ def _choose(
             chosen[id(dense), part] = dense, part
     if not chosen:
         raise ValueError(
-            f"targets={list(targets)!r} are new weights in this model, which train as a whole. "
+            f"targets={list(targets)!r} are new weights in this model, which are trained in full. "
             "Choose others, or pass train_new_weights=False."
         )
     return list(chosen.values())
@@ -180,7 +181,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _trained(model: "EncoderDecoderModel") -> dict[str, Any]:
-    """What belongs to an adapter file: each variable or part of one, under its first name."""
+    """What goes into an adapter file: each variable or part of one, under its first name."""
     new = set()
     if model.lora["train_new_weights"]:
         new = {id(variable) for variable in new_variables(model)}
@@ -195,7 +196,7 @@ def _trained(model: "EncoderDecoderModel") -> dict[str, Any]:
 
 
 def _leave(model: "EncoderDecoderModel", each: Any) -> None:
-    """Ends LoRA: `each` takes the adapters off a layer. What trains is again as layers say."""
+    """Ends LoRA: `each` removes a layer's adapters. Layers again decide what trains."""
     for dense in _denses(model):
         each(dense)
     for layer in model._flatten_layers():

@@ -15,7 +15,7 @@ class SmoothedCrossEntropy(keras.losses.Loss):
     there is no tensor of one-hot labels [B, T, V].
 
     Args:
-        label_smoothing: from 0 to below 1.
+        label_smoothing: at least 0 and below 1.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ def default_loss(label_smoothing: float = 0.0) -> keras.losses.Loss:
 
     Args:
         label_smoothing: the share of each label that is spread over the vocabulary, such as 0.1.
-            `evaluate` and validation give the smoothed loss, too, which then does not go to 0.
+            `evaluate` and validation also give the smoothed loss, which then does not go to 0.
 
     Returns:
         a loss of labels, int [B, T], and logits, float32 [B, T, V], with `sample_weight` [B, T]: a
@@ -65,19 +65,19 @@ def default_loss(label_smoothing: float = 0.0) -> keras.losses.Loss:
 
 
 def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
-    """A replica's loss, so that those of all add up to the mean over the tokens of all.
+    """A replica's loss, scaled so that the sum over replicas is the mean over all tokens.
 
-    Keras gives each replica's mean the same weight, whatever tokens it has.
+    Keras gives each replica's mean the same weight, however many tokens it has.
 
     Args:
-        loss: of Keras's `compute_loss`: the mean of a replica, divided by their number.
+        loss: of Keras's `compute_loss`: the replica's mean, divided by the number of replicas.
         of: the loss function. Only those whose `reduction` is "mean_with_sample_weight" change.
         sample_weight: [B, T] of the replica's rows.
     """
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     mean = getattr(of, "reduction", None) == "mean_with_sample_weight"
     context = tf.distribute.get_replica_context()
-    # Without a context Keras only traces what there is to build.
+    # Without a context, Keras only traces to build.
     if replicas == 1 or context is None or sample_weight is None or not mean:
         return loss
     own = tf.reduce_sum(sample_weight)
@@ -87,9 +87,9 @@ def share_of_replica(loss: Any, of: Any, sample_weight: Any) -> Any:
 
 @keras.saving.register_keras_serializable("bertgen_tf", "TokenAccuracy")
 class TokenAccuracy(keras.metrics.SparseCategoricalAccuracy):
-    """The share of tokens that are right, each of the same weight.
+    """The share of tokens that are predicted correctly, all weighted equally.
 
-    Keras's own has a token of a longer batch count less.
+    In Keras's own, a token of a longer batch counts less.
     """
 
     def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> None:
@@ -101,5 +101,5 @@ class TokenAccuracy(keras.metrics.SparseCategoricalAccuracy):
 
 
 def default_metrics() -> list[keras.metrics.Metric]:
-    """The share of real target tokens that are predicted right from the true ones before them."""
+    """The share of real target tokens predicted correctly from the true ones before them."""
     return [TokenAccuracy(name="accuracy")]

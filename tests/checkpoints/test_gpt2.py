@@ -357,7 +357,7 @@ def test_wrong_checkpoints_are_refused_before_they_are_read(gpt2, bert, tmp_path
         ("BERT2GPT", {"encoder": folder, "decoder": folder}, "encoder= .*bert.* type gpt2"),
         ("BERT2GPT", {"encoder": bert, "decoder": bert}, "decoder= .*gpt2.* type bert"),
         ("BERT2GPT", {"encoder": bert}, "needs decoder="),
-        ("GPT", {"encoder": bert, "decoder": folder}, "decoder alone and takes no encoder="),
+        ("GPT", {"encoder": bert, "decoder": folder}, "decoder-only and takes no encoder="),
         ("GPT", {"decoder": folder, "cross_attention": "self_attention"}, "no cross-attention"),
         ("RND2GPT", {"encoder": bert, "decoder": folder}, "random encoder"),
         ("BERT2GPT", {"encoder": wide, "decoder": folder}, "one hidden_size.*15.*12"),

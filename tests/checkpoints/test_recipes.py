@@ -117,7 +117,7 @@ def test_tf_hub_modules(hub_module, checkpoint):
         ("BERTSHARE", {"encoder": "x", "decoder": "y"}, ["shares", "no decoder=", "'y'"]),
         ("BERT2BERT", {"encoder": "x", "cross_attention": "new"}, ["cross_attention", "'new'"]),
         ("BERT2RND", {"encoder": "x", "cross_attention": "self_attention"}, ["is random"]),
-        ("ROBERTASHARE", {"encoder": "nowhere.tar.gz"}, ["HuggingFace", "nowhere.tar.gz"]),
+        ("ROBERTASHARE", {"encoder": "nowhere.tar.gz"}, ["Hugging Face", "nowhere.tar.gz"]),
     ],
 )
 def test_wrong_combinations_are_refused_before_anything_is_read(name, arguments, words):

@@ -141,7 +141,7 @@ def test_int8_on_the_command_line(checks, tmp_path, capsys):
     assert f"{int8} is int8: train the float32 preset" in fails(capsys, "finetune", *start)
     assert cli.main(["convert", int8, str(tmp_path / "new")]) == 2
     error = capsys.readouterr().err
-    assert "must have float32 matrices to become a HuggingFace checkpoint" in error
+    assert "must have float32 matrices to become a Hugging Face checkpoint" in error
     assert not (tmp_path / "new").exists()
     assert "--quantize: invalid choice: 'x'" in fails(capsys, "generate", *flags, "--quantize", "x")
 

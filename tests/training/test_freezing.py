@@ -208,5 +208,5 @@ def test_errors():
     unfreeze(model)
     callback = GradualUnfreezing(steps_per_layer=1)
     callback.set_model(model)
-    with pytest.raises(ValueError, match="Compile the model anew"):
+    with pytest.raises(ValueError, match="Compile the model again"):
         callback.on_train_begin()

@@ -1,8 +1,8 @@
 """Reading TF Hub BERT encoders, in TF2 SavedModel format and in TF1 Hub format.
 
 TF2: the variables that Model Garden's `export_tfhub` writes (`tensorflow/bert_*`,
-`tensorflow/small_bert/*` and alike). TF1: those of `google-research/bert` (`google/bert_*` and
-alike), under any scope, with the signatures `tokens` and `tokenization_info`.
+`tensorflow/small_bert/*` and similar). TF1: those of `google-research/bert` (`google/bert_*` and
+similar), under any scope, with the signatures `tokens` and `tokenization_info`.
 """
 
 import collections
@@ -94,7 +94,7 @@ _TF2_REQUIRED = (
 )
 
 
-# After the scope is taken off, everything begins with bert/ or cls/.
+# After the scope is removed, everything begins with bert/ or cls/.
 _TF1_LAYER = r"bert/encoder/layer_(\d+)/"
 TF1_RULES = (
     Rule("bert/embeddings/word_embeddings", "embeddings/word_embeddings/embeddings"),
@@ -124,7 +124,7 @@ class Source:
         module: where it was read.
         tensors, rules: as `weights.assign` takes them.
         config, tokenizer: of the encoder.
-        run: gives `sequence_output` of the module for a dict of its inputs.
+        run: returns the module's `sequence_output` for a dict of its inputs.
         inputs: names of the module's ids, mask and token types.
     """
 
@@ -204,7 +204,7 @@ def _read_tf1(module: Module, scope: str) -> Source:
         remedy = (
             "It is an encoder-decoder: EncoderDecoderModel.from_hub(handle) reads it."
             if original
-            else "ALBERT modules and such are not BERT encoders."
+            else "ALBERT modules and the like are not BERT encoders."
         )
         raise ValueError(
             f"{handle} should be a BERT encoder in TF1 Hub format, with the variables of "
@@ -257,7 +257,7 @@ def _read_tf1_tokenizer(module: Module, graph: Graph) -> BertTokenizer:
         path = module.asset(f"{source[0]}:{source[1]}")
     if lowercase is None or path is None:
         raise ValueError(
-            f"{module.handle} should tell its vocabulary (vocab_file, an asset) and casing "
+            f"{module.handle} should specify its vocabulary (vocab_file, an asset) and casing "
             "(do_lower_case, a constant) in its signature tokenization_info, but does not."
         )
     return _bert_tokenizer(module.handle, path, bool(lowercase))
@@ -266,7 +266,7 @@ def _read_tf1_tokenizer(module: Module, graph: Graph) -> BertTokenizer:
 def _read_tf2_tokenizer(handle: str, loaded: Any) -> BertTokenizer:
     if not hasattr(loaded, "vocab_file") or not hasattr(loaded, "do_lower_case"):
         raise ValueError(
-            f"{handle} should tell its vocabulary (vocab_file) and casing (do_lower_case), "
+            f"{handle} should specify its vocabulary (vocab_file) and casing (do_lower_case), "
             "but does not."
         )
     path = loaded.vocab_file.asset_path.numpy().decode()
@@ -283,7 +283,7 @@ def _bert_tokenizer(handle: str, path: str, lowercase: bool) -> BertTokenizer:
 
 
 def _read_tf2_graph(module: Module) -> tuple[str, float]:
-    """Activation and epsilon of the layer normalisation, which no variable tells."""
+    """Activation and epsilon of the layer normalisation, which no variable holds."""
     activations = set()
     epsilons = set()
     names = {"Erf": "gelu", "Erfc": "gelu", "Tanh": "gelu_new", "Relu": "relu"}
@@ -323,7 +323,7 @@ def _verify(source: Source, encoder: BertGenerationEncoder) -> None:
     except Exception as error:  # whatever the module's graph raises
         raise ValueError(
             f"{handle} should take {', '.join(inputs)} and give sequence_output, but the "
-            f"call failed: {first_line(error)}. verify=False takes up the weights unchecked."
+            f"call failed: {first_line(error)}. verify=False loads the weights unchecked."
         ) from error
     difference = np.inf
     if expected.shape == ours.shape:
@@ -332,5 +332,5 @@ def _verify(source: Source, encoder: BertGenerationEncoder) -> None:
         raise ValueError(
             f"{handle} should give the same output as our encoder with its weights, within "
             f"{VERIFY_TOLERANCE}, but differs by {difference:.3g}: its graph is not that of a BERT "
-            "encoder. verify=False takes up the weights all the same."
+            "encoder. verify=False loads the weights anyway."
         )

@@ -1,7 +1,7 @@
 """Fetches TF Hub modules: URLs and archives become folders, in a cache.
 
 Archives are not trusted: only plain files and folders are unpacked, inside their own folder, up to
-a size.
+a size limit.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tensorflow_hub import resolver
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
 
-# The largest original is 3.1 GB; an archive that unpacks to more is no module of these kinds.
+# The largest original is 3.1 GB; an archive that unpacks to more is not such a module.
 MAX_UNPACKED_BYTES = 8 * 2**30
 MAX_MEMBERS = 10_000
 # Long names and extended attributes are read whole into memory; real ones have a few hundred bytes.
@@ -37,20 +37,20 @@ _TIMEOUT_SECONDS = 60
 def resolve(handle: str) -> str:
     """The local folder of a handle: downloaded and unpacked, if need be.
 
-    It is unpacked under `TFHUB_CACHE_DIR`, or, where that is unset, under `bertgen_tf/hub` in the
-    user's folder for caches: `XDG_CACHE_HOME`, or `~/.cache`. That one is made for the user alone
-    (mode 0700), and must be writable for nobody else. What is there stays, 3 GB for the largest,
-    until it is deleted.
+    It is unpacked under `TFHUB_CACHE_DIR`, or, if that is unset, under `bertgen_tf/hub` in the
+    user's cache folder: `XDG_CACHE_HOME`, or `~/.cache`. The latter is created for the user alone
+    (mode 0700), and must not be writable by anyone else. What is there, up to 3 GB per module,
+    stays until it is deleted.
 
     Args:
         handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`), kept under
-            the name that tensorflow_hub gives it; or a .tar.gz file, such as Kaggle serves, kept
+            the name that tensorflow_hub gives it; or a .tar.gz file, as served by Kaggle, kept
             under its SHA-256.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or others can write to
-            the user's folder, or nobody.
+        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or the user's cache
+            folder is writable by others, or not at all.
     """
     is_url = "://" in handle
     is_archive = os.path.isfile(handle) and handle.endswith(_ARCHIVES)
@@ -123,7 +123,7 @@ def _check_cache(handle: str) -> None:
     except (OSError, ValueError, tf.errors.OpError) as error:
         raise ValueError(
             f"{handle} should be unpacked, but there is no folder for that: {first_line(error)}. "
-            f"Mend that, or set {CACHE_VARIABLE} to a folder."
+            f"Fix that, or set {CACHE_VARIABLE} to a folder."
         ) from error
 
 
@@ -150,7 +150,7 @@ def _same_cache() -> Iterator[None]:
 
 
 class _Bounded:
-    """A stream of which only so many bytes may be read before `left` is set anew."""
+    """A stream that fails after `left` more bytes have been read, unless `left` is reset."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -168,8 +168,8 @@ def unpack(file: BinaryIO, folder: str) -> None:
     """Unpacks a .tar.gz stream into a folder.
 
     Raises:
-        ValueError: a member is no plain file or folder, would lie outside, or all together are too
-            large or too many, or a header is too large.
+        ValueError: a member is not a plain file or folder, or would lie outside, or all together
+            are too large or too many, or a header is too large.
     """
     size = 0
     with gzip.open(file) as plain:
@@ -186,7 +186,9 @@ def unpack(file: BinaryIO, folder: str) -> None:
                 # A folder's size would count as read, though nothing of it is.
                 plain_folder = member.isdir() and member.size == 0
                 if not (member.isreg() or plain_folder) or member.issparse():
-                    raise ValueError(f"member {name!r} of the archive is no plain file or folder")
+                    raise ValueError(
+                        f"member {name!r} of the archive is not a plain file or folder"
+                    )
                 if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
                     raise ValueError(f"member {name!r} of the archive would lie outside its folder")
                 if size > MAX_UNPACKED_BYTES or count > MAX_MEMBERS:

@@ -1,4 +1,4 @@
-"""What is known of the modules `google/bertseq2seq/*`, besides what they hold themselves."""
+"""What is known about the modules `google/bertseq2seq/*`, besides what they hold themselves."""
 
 import dataclasses
 import os
@@ -11,25 +11,25 @@ from bertgen_tf.tokenizers import BertTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Original:
-    """What is known of a module `google/bertseq2seq/*`, besides what it holds itself.
+    """What is known about a module `google/bertseq2seq/*`, besides what it holds itself.
 
     Sources: the paper (Rothe, Narayan, Severyn 2020, arXiv 1907.12461) for task and lengths; the
-    model cards of HuggingFace's copies for the example and the tokenizer's kind; the size of those
-    copies for the sharing. Fields marked "inferred" were never printed anywhere: they follow from
-    the defaults of HuggingFace's classes and the sizes of its files.
+    model cards of Hugging Face's copies for the example and the tokenizer's kind; the size of those
+    copies for the sharing. Fields marked "inferred" were never published: they follow from
+    the defaults of Hugging Face's classes and the sizes of its files.
 
     Attributes:
         task: what it was fine-tuned for.
-        max_source_length, max_target_length: of the paper, in tokens.
+        max_source_length, max_target_length: the paper's, in tokens.
         tokenizer: "sentencepiece" or "wordpiece".
         shared: whether encoder and decoder are one stack (for bert24_* inferred).
-        card_input, card_output: the example of the model card, made with HuggingFace's copy and its
-            settings, not with the module; None where the text is not known here, see `note`.
+        card_input, card_output: the example of the model card, made with Hugging Face's copy and
+            its settings, not with the module; None if the text is not known here, see `note`.
         pad_token_id, bos_token_id, eos_token_id: inferred for all but roberta24_cnndm.
-        num_beams: inferred, but the paper's for translation.
-        gnmt_alpha: the paper's for translation; None for the rest, of which no source tells it
-            (the sizes of the files of HuggingFace's copies speak against 0.6).
-        note: what else the sources say of the module and its example.
+        num_beams: inferred, except for translation, where it is the paper's.
+        gnmt_alpha: the paper's for translation; None for the rest, for which no source gives it
+            (the sizes of the files of Hugging Face's copies argue against 0.6).
+        note: what else the sources say about the module and its example.
     """
 
     task: str
@@ -52,7 +52,7 @@ _TRANSLATION = (
     "encoded without special tokens (add_special_tokens=False)."
 )
 
-# What fills a gap that the graph of one of these leaves; see `load_original`.
+# These fill gaps that the graph of a module leaves; see `load_original`.
 ORIGINALS: Mapping[str, Original] = {
     "google/bertseq2seq/bert24_en_de/1": Original(
         "translation, English to German (WMT14)",
@@ -86,8 +86,8 @@ ORIGINALS: Mapping[str, Original] = {
         "Some Sony PlayStation gamers are being advised to stay away from the network because of "
         "a problem with the PlayStation 3 network.",
         note="The card's input is a whole article about the PlayStation 3, with line breaks, whose "
-        "text is not in the sources of this table. With the same article as one line the copy says "
-        "something else.",
+        "text is not in the sources of this table. With the same article as one line, the copy "
+        "gives another answer.",
     ),
     "google/bertseq2seq/roberta24_cnndm/1": Original(
         "summarisation (CNN/DailyMail)",
@@ -138,13 +138,13 @@ ORIGINALS: Mapping[str, Original] = {
         "Due to the hurricane, Lobsterfest has been canceled, making Bob very happy about it. He "
         "decides to open Bob's Burgers for customers who were planning on going to Lobsterfest.",
         note="It was not trained on the character \". The card's input is encoded between bos and "
-        "eos, though HuggingFace's documentation says that none is needed.",
+        "eos, though Hugging Face's documentation says that neither is needed.",
     ),
 }
 
 
 def known_original(handle: str, original: str | None = None) -> Original | None:
-    """The entry of `ORIGINALS` that a URL names, or `original` in short ("roberta24_bbc")."""
+    """The entry of `ORIGINALS` that a URL names, or `original` for short ("roberta24_bbc")."""
     if original is None:
         match = re.match(
             r"https?://(?:www\.)?tfhub\.dev/(google/bertseq2seq/\w+/\d+)(?:$|[/?])",
@@ -161,7 +161,7 @@ def known_original(handle: str, original: str | None = None) -> Original | None:
 
 
 def check_known(handle: str, known: dict[str, Any], shared: bool, tokenizer: Any) -> None:
-    """Raises if the module is another than the entry of `ORIGINALS` that it should be."""
+    """Raises if the module is not the one of `ORIGINALS` that it should be."""
     found = {
         "shared": shared,
         "tokenizer": "wordpiece" if isinstance(tokenizer, BertTokenizer) else "sentencepiece",
@@ -169,6 +169,6 @@ def check_known(handle: str, known: dict[str, Any], shared: bool, tokenizer: Any
     for field, value in found.items():
         if known.get(field, value) != value:
             raise ValueError(
-                f"{handle} should be what bertgen_tf.hub.ORIGINALS tells, with {field}="
+                f"{handle} should match its entry in bertgen_tf.hub.ORIGINALS, with {field}="
                 f"{known[field]!r}, but has {value!r}. Leave original= out, or name another."
             )

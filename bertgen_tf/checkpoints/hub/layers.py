@@ -1,6 +1,6 @@
-"""BERT's layers in a TF1 Hub module: the names of their variables, and what only the graph tells.
+"""BERT's layers in a TF1 Hub module: their variables' names, and what only the graph contains.
 
-The graph is followed from the variables on, so that neither names of scopes nor the loop that a
+The graph is followed from the variables on, so that neither scope names nor the loop that a
 decoder runs in matter: activation, epsilon and heads are read wherever a stack is used, and all
 uses must agree.
 """
@@ -26,7 +26,7 @@ _NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
 
 def scope_of(names: Any) -> str | None:
-    """What stands before `bert/` in the names of a TF1 module; None if it has no such names."""
+    """What precedes `bert/` in the names of a TF1 module; None if it has no such names."""
     endings = re.compile(r"((?:.*/)?)bert/embeddings/word_embeddings")
     return next((match[1] for name in names if (match := endings.fullmatch(name))), None)
 
@@ -53,7 +53,7 @@ def layer_rules(source: str) -> tuple[Rule, ...]:
         ("output/dense/(kernel|bias)", r"feed_forward/output_dense/\2"),
         ("output/LayerNorm/(gamma|beta)", r"feed_forward/layer_norm/\2"),
     )
-    # Ours is the layout of kernels [outputs, inputs]; vectors stay as they are.
+    # Our kernels have the layout [outputs, inputs]; vectors are unchanged.
     return tuple(Rule(layer + name, r"layer_\1/" + target, np.transpose) for name, target in names)
 
 
@@ -67,7 +67,7 @@ def read_layers(graph: Graph, source: str, norms: str, layers: str) -> dict[str,
         layers: regular expression for the names of its layers, such as `bert/encoder/layer_0/`.
 
     Raises:
-        ValueError: one of the three cannot be read, is none that our layers have, or is not the
+        ValueError: one of the three cannot be read, is not one that our layers have, or is not the
             same everywhere; the message says what the graph does instead.
     """
     variables = graph.variables()
@@ -130,7 +130,9 @@ def _epsilon(graph: Graph, node: Node, at: int) -> float:
         values = [value for value in values if value is not None and value.size == 1]
         if sum_.op in ("Add", "AddV2") and len(values) == 1:
             return shortest(values[0].item())
-    raise ValueError(f"{node.name} multiplies by gamma what no Rsqrt(variance + epsilon) gives")
+    raise ValueError(
+        f"{node.name} multiplies gamma by something other than Rsqrt(variance + epsilon)"
+    )
 
 
 def _activation(graph: Graph, node: Node, at: int, biases: set[str]) -> str:
@@ -151,13 +153,13 @@ def _activation(graph: Graph, node: Node, at: int, biases: set[str]) -> str:
             if output.shape == values.shape and np.abs(output - expected).max() < 1e-5:
                 return name
     raise ValueError(
-        f"{node.name} reads another function of the intermediate layer than "
+        f"{node.name} reads a function of the intermediate layer other than "
         f"{', '.join(HIDDEN_ACTS)}, made of {graph.ops_of(between) or 'nothing'}"
     )
 
 
 def _heads(graph: Graph, node: Node, at: int, hidden: int) -> int:
-    """From the shape that queries get, [batch, length, heads, size of a head], or their bias."""
+    """From the shape given to queries, [batch, length, heads, size of a head], or to their bias."""
     bias = graph.nodes[graph.source(node.inputs[at])[0]]
     shape = _shape(graph, bias.inputs[1]) if bias.op == "Reshape" else []
     if len(shape) == 2 and shape[0] and shape[0] * (shape[1] or 0) == hidden:
@@ -182,7 +184,7 @@ def _heads(graph: Graph, node: Node, at: int, hidden: int) -> int:
 
 
 def _shape(graph: Graph, tensor: Tensor) -> list[int | None]:
-    """The dimensions of a shape, None for those that are no constants."""
+    """The dimensions of a shape, None for those that are not constants."""
     value = graph.constant(tensor)
     if value is not None:
         return [int(v) for v in np.ravel(value)]
@@ -197,7 +199,7 @@ def _shape(graph: Graph, tensor: Tensor) -> list[int | None]:
 def gathers(graph: Graph, variable: str) -> list[tuple[Node, Tensor]]:
     """The look-ups in a matrix of embeddings: (node, tensor of the ids).
 
-    Among them products with one-hot rows, as google-research/bert's `embedding_lookup` makes them
+    They include products with one-hot rows, as google-research/bert's `embedding_lookup` makes them
     with `use_one_hot_embeddings`.
     """
     found = []
@@ -228,7 +230,7 @@ def normalized(graph: Graph, beta: str) -> list[str]:
 
 
 def after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
-    """Who reads the last value of a loop variable, past slices."""
+    """Which nodes read the last value of a loop variable, past slices."""
     found, queue = [], [name]
     for current in queue:  # grows
         for consumer, index in graph.consumers[current]:

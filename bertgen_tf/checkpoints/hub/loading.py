@@ -1,11 +1,12 @@
 """TF Hub modules: BERT as encoder and decoder, and the originals as whole models.
 
-A module's own graph has no causal mask, no cross-attention and no cache, so its weights move into
-our layers; the module then checks them: it runs on a probe batch beside our model (`verify`).
+A module's own graph has no causal mask, no cross-attention and no cache, so its weights are loaded
+into our layers. The module then checks them: it is run on a probe batch beside our model
+(`verify`).
 
-Read are BERT encoders in TF2 SavedModel format (`tensorflow/bert_*`, `tensorflow/small_bert/*` and
-alike, as Model Garden's `export_tfhub` writes them) and in TF1 Hub format (`google/bert_*`), and
-encoder-decoders in TF1 Hub format (`google/bertseq2seq/*`).
+Supported are BERT encoders in TF2 SavedModel format (`tensorflow/bert_*`, `tensorflow/small_bert/*`
+and similar, as Model Garden's `export_tfhub` writes them) and in TF1 Hub format (`google/bert_*`),
+and encoder-decoders in TF1 Hub format (`google/bertseq2seq/*`).
 
 A handle is a folder; a URL in the TF Hub protocol, which is unpacked under `TFHUB_CACHE_DIR`, or
 else under `bertgen_tf/hub` in the user's cache folder; or a .tar.gz file as Kaggle serves them,
@@ -24,7 +25,7 @@ from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
 
-# Keywords of `load_original` that say nothing to a warm start.
+# Keywords of `load_original` that do not apply to a warm start.
 ORIGINAL_OPTIONS = (
     "original",
     *(f for f in originals.SETTINGS if f not in ("max_source_length", "hidden_token_ids")),
@@ -43,7 +44,7 @@ def load(
     model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
 ) -> Model:
-    """What `EncoderDecoderModel.from_hub` gives: an original, or a warm start.
+    """What `EncoderDecoderModel.from_hub` returns: an original, or a warm start.
 
     Args:
         handle, verify: as for `load_original`, which also takes `kwargs` then.
@@ -52,7 +53,7 @@ def load(
         model_class: what to build.
 
     Raises:
-        ValueError: not one of `handle` and `encoder`, or an option of the other.
+        ValueError: not exactly one of `handle` and `encoder`, or an option of the other.
     """
     if (handle is None) == (encoder is None):
         raise ValueError(
@@ -92,8 +93,8 @@ def load_encoder(
 
     Args:
         handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`); or a .tar.gz
-            file; the last two are unpacked as this module's first lines tell. In TF2 SavedModel or
-            TF1 Hub format.
+            file; the last two are unpacked as described at the top of this module. In TF2
+            SavedModel or TF1 Hub format.
         num_layers: keeps the first n layers, or the layers of a list, counted from 0.
         verify: runs the module on a probe batch and raises if the encoder differs from it.
         model_class: what to build.
@@ -118,9 +119,9 @@ def load_decoder(
 
     Args:
         handle, num_layers, verify, model_class: as for `load_encoder`.
-        cross_attention: how the weights that BERT does not have begin: "random" (the paper's rule)
-            or "self_attention" (a copy of each layer's self-attention, which learns to copy from
-            the source much sooner).
+        cross_attention: how the weights that BERT lacks are initialised: "random" (the paper's
+            rule) or "self_attention" (a copy of each layer's self-attention, which learns to copy
+            from the source much sooner).
     """
     pretrained.check_cross_attention(cross_attention)
     encoder, _ = load_encoder_with_tokenizer(handle, num_layers, verify)
@@ -143,9 +144,9 @@ def load_encoder_decoder(
     Args:
         encoder, decoder: handles as for `load_encoder`; without `decoder`, the same module for
             both sides.
-        share: True is the paper's BERTSHARE: one set of variables for both sides, besides
+        share: True is the paper's BERTSHARE: one set of variables for both sides, except
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
-            decoder and softmax where both are of the same module.
+            decoder and softmax if both come from the same module.
         cross_attention, num_layers, verify: as for `load_decoder`.
         model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
@@ -181,45 +182,41 @@ def load_original(
 ) -> Model:
     """One of the originals, `google/bertseq2seq/*`, or a module like them, as a model of ours.
 
-    It says what the module says: weights, tokenizer and all settings of the search are read from
-    the module. A module could hide some of the settings from the graph, by taking them or computing
-    them from its input, or in an op of its own: ids of start and end, lengths, beams and alpha. A
-    keyword then gives them; for the seven of `ORIGINALS` its table does, as far as it tells them. A
-    keyword goes before the graph, the graph before the table. What the graph does in another way
-    than our search is an error that names it. Whether the score of an unfinished answer is
-    normalised has no part in what a module says; where the graph does not tell, it is False, as in
-    tensor2tensor.
+    The model gives the module's answers. Settings come from keywords first, then the module's
+    graph, then the table `ORIGINALS`. A search that ours cannot reproduce raises an error that
+    names the difference. Whether the score of an unfinished answer is normalised does not affect
+    the answers; if the graph does not specify it, it is False, as in tensor2tensor.
 
-    The model shares as the module does: everything (roberta24_*), or only the word embeddings of
-    two stacks (bert24_*), of which position embeddings are then held twice, or nothing if there
-    are two matrices. It has an output bias, of zeros. No special tokens are added to the source
-    unless the module adds them.
+    The model shares what the module shares: everything (roberta24_*), only the word embeddings of
+    two stacks (bert24_*; position embeddings are then held twice), or nothing if there are two
+    matrices. Its output bias is zero. No special tokens are added to the source unless the module
+    adds them.
 
-    An empty text: the module masks padding with a large negative number, so that of an empty text
-    beside longer ones only padding is seen, all of it alike, and what it says depends on its
-    neighbours. Alone, its answer is well defined; ours is that one in any batch.
+    An empty text: the module masks padding with a large negative number, so that an empty text
+    beside longer ones attends to padding only, uniformly, and its answer depends on its neighbours.
+    Alone, its answer is well defined; ours is that one in any batch.
 
-    Text of WordPiece modules is put together with single spaces between words (`prose=False` of
-    `Seq2SeqPreprocessor`), as the modules do.
+    Text of WordPiece modules is joined with single spaces between words (`prose=False` of
+    `Seq2SeqPreprocessor`), as in the modules.
 
     Args:
         handle: as for `load_encoder`.
-        original: which of `ORIGINALS` the module is, such as "roberta24_bbc", where the handle is
-            no URL of tfhub.dev that says so.
+        original: which of `ORIGINALS` the module is, such as "roberta24_bbc", if the handle is not
+            a URL of tfhub.dev that says so.
         max_source_length, max_new_tokens, num_beams, gnmt_alpha, normalize_unfinished,
             hidden_token_ids, pad_token_id, bos_token_id (the start token), eos_token_id: in place
-            of what the module says.
+            of the module's.
         verify: runs the module on a few texts and raises if the encoder's output, or the scores of
-            answers where the graph tells them, differ by more than 1e-4, or what the two say
-            differs at all. This alone tells of what is not read: how the candidates of a step
-            become answers and go on.
+            answers if the graph exposes them, differ by more than 1e-4, or if the answers differ at
+            all. Only this checks what is not read: how the candidates of a step become answers or
+            continue.
         name: of the model.
         model_class: what to build.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: what is there is no such module, or another than `original`, or a setting
-            cannot be read, or the two differ.
+        ValueError: what is there is not such a module, or not `original`, or a setting cannot be
+            read, or the two differ.
     """
     given = {
         "pad_token_id": pad_token_id,
@@ -246,7 +243,7 @@ def is_original(handle: str) -> bool:
     """Whether a module is an encoder-decoder, which `load_original` reads, by its variables.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_encoder`, where there is no module.
+        FileNotFoundError, ValueError: as `load_encoder`, if there is no module.
     """
     path = fetch.resolve(os.fspath(handle))
     return originals.is_original(modules.read_meta_graphs(os.fspath(handle), path))
@@ -261,7 +258,7 @@ def _check_options(form: str, options: Iterable[str], others: Iterable[str]) -> 
             + (
                 "these are settings of originals, from_hub(handle). Pass generation_config=."
                 if form == "encoder="
-                else "an original comes whole. from_hub(encoder=...) warm-starts."
+                else "an original is loaded whole. from_hub(encoder=...) warm-starts."
             )
         )
 
@@ -272,7 +269,7 @@ def load_encoder_with_tokenizer(
     verify: bool = True,
     model_class: type[Encoder] = BertGenerationEncoder,
 ) -> tuple[Encoder, BertTokenizer]:
-    """What `load_encoder` gives, and the tokenizer of the module."""
+    """What `load_encoder` returns, and the tokenizer of the module."""
     encoder, tokenizer = encoders.read_encoder(handle, verify)
     kept = pretrained.kept_layers(num_layers, encoder.config.num_hidden_layers)
     return pretrained.finish_encoder(encoder, kept, model_class), tokenizer

@@ -1,6 +1,6 @@
 """Opens TF Hub modules: folders, URLs and archives in, variables and graphs out.
 
-Running a module runs its graph, which can read and write files, so load only those whose maker you
+Running a module runs its graph, which can read and write files, so load only those whose author you
 trust.
 """
 
@@ -32,7 +32,7 @@ class Tensors(Mapping[str, np.ndarray]):
     Args:
         handle: of the module, for messages.
         shapes: of all variables, which need no reading.
-        read: gives the array of a name.
+        read: returns the array of a name.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self._read = read
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array; a ValueError if its file is damaged."""
+        """The array; raises a ValueError if its file is damaged."""
         if name not in self.shapes:
             raise KeyError(name)
         return self._read(name)
@@ -61,7 +61,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
     def without(self, prefix: str) -> "Tensors":
-        """The same variables, with a prefix taken off the names that have it.
+        """The same variables, with a prefix removed from the names that have it.
 
         Raises:
             ValueError: two variables then have one name.
@@ -82,7 +82,7 @@ class Module:
     """A module as it was opened.
 
     Attributes:
-        handle: as it was asked for.
+        handle: as it was given.
         path: its folder.
         names: of all variables, some perhaps twice.
         tensors: name -> array, read on access.
@@ -98,7 +98,7 @@ class Module:
 
     @property
     def loaded(self) -> Any:
-        """What tensorflow_hub gives: runs the module, and holds all its variables once more.
+        """What tensorflow_hub loads: runs the module, and holds all its variables once more.
 
         Raises:
             ValueError: it cannot be loaded.
@@ -109,15 +109,15 @@ class Module:
         return self._loaded
 
     def unload(self) -> None:
-        """Gives the memory of `loaded` back, of a module in TF1 Hub format.
+        """Frees the memory of `loaded`, for a module in TF1 Hub format.
 
-        Functions that came from it must not be in use any more. Asked for again, it is loaded anew.
+        Functions that came from it must no longer be in use. The next access loads it again.
         """
         self._loaded = None
-        gc.collect()  # it is full of circles
+        gc.collect()  # it is full of reference cycles
 
     def graph(self) -> Graph:
-        """The graph for inference of a TF1 Hub module: the one without tags."""
+        """The inference graph of a TF1 Hub module: the one without tags."""
         chosen = [m for m in self.meta_graphs if not m.meta_info_def.tags]
         if len(chosen) != 1:
             raise ValueError(
@@ -132,14 +132,14 @@ class Module:
             ) from error
 
     def signature(self, name: str) -> Any:
-        """The `SignatureDef` of the graph for inference, or None."""
+        """The `SignatureDef` of the inference graph, or None."""
         for meta_graph in self.meta_graphs:
             if not meta_graph.meta_info_def.tags and name in meta_graph.signature_def:
                 return meta_graph.signature_def[name]
         return None
 
     def asset(self, tensor: str) -> str | None:
-        """The path of the file whose name the tensor `node:0` of the graph holds, if there is."""
+        """The path of the file whose name the tensor `node:0` of the graph holds, if any."""
         for meta_graph in self.meta_graphs:
             assets = list(meta_graph.asset_file_def)
             # Where TF1 wrote them.
@@ -152,7 +152,7 @@ class Module:
 
 
 def open_module(handle: str | os.PathLike) -> Module:
-    """Fetches a module and opens it. Of modules in TF1 Hub format no variable is read yet.
+    """Fetches a module and opens it. In TF1 Hub format, no variable is read yet.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -183,7 +183,7 @@ def open_module(handle: str | os.PathLike) -> Module:
 def _loading(handle: str, path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # TensorFlow raises a dozen kinds for files that are cut or mixed up
+    except Exception as error:  # TensorFlow raises a dozen kinds for truncated or mixed-up files
         raise ValueError(
             f"{where(handle, path)} should be a TF Hub module with a SavedModel and its "
             f"variables, but loading it failed: {first_line(error)}"
@@ -193,8 +193,8 @@ def _loading(handle: str, path: str) -> Iterator[None]:
 def _checkpoint(handle: str, path: str) -> Tensors:
     """The variables of a module in TF1 Hub format, in one data file or several.
 
-    Its checkpoint has their names, and also those that are no resources, which
-    `tensorflow_hub.load` does not tell.
+    Its checkpoint has their names, and also those that are not resources, which
+    `tensorflow_hub.load` does not list.
     """
     with _loading(handle, path):
         reader = tf.train.load_checkpoint(os.path.join(path, "variables", "variables"))
@@ -208,13 +208,13 @@ def _checkpoint(handle: str, path: str) -> Tensors:
 
 
 def _check_variables(where: str, meta_graphs: list[Any], tensors: Tensors) -> None:
-    """Raises if BERT's variables in the graph for inference are not those of the checkpoint."""
+    """Raises if BERT's variables in the inference graph are not those of the checkpoint."""
     problems = []
     for meta_graph in meta_graphs:
         for node in () if meta_graph.meta_info_def.tags else meta_graph.graph_def.node:
             if node.op not in ("VarHandleOp", "VariableV2") or "bert/" not in node.name:
                 continue
-            # A variable in parts is one in the checkpoint.
+            # A partitioned variable is a single one in the checkpoint.
             if re.sub(r"/part_\d+$", "", node.name) not in tensors:
                 problems.append(f"no {node.name}")
             elif node.name in tensors:

@@ -1,9 +1,9 @@
 """Reading the originals, `google/bertseq2seq/*`: TF1 Hub modules from strings to strings.
 
 Everything comes from the module itself: sizes and sharing from its variables (named as
-HuggingFace's converter of these modules reads them), activation, epsilon and heads from its layers'
-graph, the search from its loop, the tokenizer from its ops, and the treatment of the source from
-running that part of it on texts.
+Hugging Face's converter of these modules reads them), activation, epsilon and heads from the graph
+of its layers, the search from its loop, the tokenizer from its ops, and the treatment of the source
+from running that part of it on texts.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncod
 from bertgen_tf.network.weights import Rule
 from bertgen_tf.tokenizers import BertTokenizer
 
-# What must be known; only the last has a value that is right for most modules.
+# What must be known; only the last has a default that is right for most modules.
 SETTINGS = (
     "pad_token_id",
     "bos_token_id",
@@ -53,13 +53,13 @@ SETTINGS = (
     "hidden_token_ids",
     "normalize_unfinished",
 )
-# What the two are compared on: the last is cut.
+# The texts on which the two are compared: the last is truncated.
 _VERIFIED = (
     *PROBES,
     '"Caf\u00e9"  in K\u00f6ln; who\'s there?\tNobody.',
     " ".join(PROBES * 30),
 )
-# Of a hypothesis that does not exist, at least; scores are sums of log-probabilities.
+# Hypotheses that do not exist score no more than this; scores are sums of log-probabilities.
 _NO_SCORE = -1e6
 _EMBEDDINGS = (
     Rule("bert/embeddings/word_embeddings", "embeddings/word_embeddings/embeddings"),
@@ -126,7 +126,7 @@ class _Layout:
     """Which variables a module has.
 
     Attributes:
-        scope: what stands before `bert/` in their names.
+        scope: what precedes `bert/` in their names.
         tensors: by their names without the scope.
     """
 
@@ -135,7 +135,7 @@ class _Layout:
 
     @property
     def one_stack(self) -> bool:
-        """Whether encoder and decoder are one stack, besides cross-attention."""
+        """Whether encoder and decoder are one stack, except cross-attention."""
         return not any(name.startswith("bert/decoder/layer_") for name in self.tensors)
 
     @property
@@ -167,7 +167,7 @@ class _Layout:
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a model is built of, but for the weights.
+    """What a model is built from, except the weights.
 
     Attributes:
         encoder, decoder: the sizes of the stacks.
@@ -228,7 +228,7 @@ def _read_parts(
     found: Found,
     settings: "_Settings",
 ) -> _Parts:
-    """Tokenizer, sizes and settings; `found` gets what the ids of a few texts tell."""
+    """Tokenizer, sizes and settings; `found` gets what the ids of a few texts show."""
     read = read_ids(module, graph, text)
     found.read("pad_token_id", lambda: int(read(["", PROBES[0]])[0, -1]))
     ids = {n: settings.get(n) for n in TOKEN_IDS}
@@ -277,7 +277,7 @@ class _Settings:
             return self.given[field]
         if field in self.found.values:
             return self.found.values[field]
-        # What the graph does in another way is no gap, that a table could fill.
+        # What the graph does differently is not a gap that a table could fill.
         if field in self.known and field not in self.found.unread:
             return self.known[field]
         reason = self.found.unread.get(field) or self.found.hidden.get(field)
@@ -292,19 +292,19 @@ class _Settings:
             )
         if self.missing:
             reasons = "; ".join(f"{name} ({why})" for name, why in self.missing.items())
-            remedy = f"Give {', '.join(f'{name}=' for name in self.missing)} to from_hub"
+            remedy = f"Pass {', '.join(f'{name}=' for name in self.missing)} to from_hub"
             if not self.known and not set(self.missing) & set(self.found.unread):
                 remedy += (
-                    ', or original="roberta24_bbc" or such if it is one of bertgen_tf.hub.ORIGINALS'
+                    ', or original="roberta24_bbc" etc. if it is one of bertgen_tf.hub.ORIGINALS'
                 )
             raise ValueError(
-                f"{self.handle} should tell its settings, but could not be read for {reasons}. "
+                f"{self.handle} should specify its settings, but could not be read for {reasons}. "
                 f"{remedy}."
             )
 
 
 def _layout_of(module: Module) -> _Layout:
-    """What variables there are, after a check that they are an original's."""
+    """The variables of a module, after a check that they are an original's."""
     scope = scope_of(module.tensors)
     missing = []
     if scope is None:
@@ -315,7 +315,7 @@ def _layout_of(module: Module) -> _Layout:
         missing.append("signature default")
     if missing:
         raise ValueError(
-            f"{module.handle} should be an encoder-decoder as google/bertseq2seq/*, with the "
+            f"{module.handle} should be an encoder-decoder like google/bertseq2seq/*, with the "
             f"variables of google-research/bert, but it has no {', '.join(missing)}. "
             f"Found {modules.found_variables(module)}. "
             "from_hub(encoder=...) warm-starts from BERT encoders."
@@ -324,7 +324,7 @@ def _layout_of(module: Module) -> _Layout:
 
 
 def _check_variables(module: Module, graph: Graph, layout: _Layout) -> None:
-    """Raises unless what sizes and the graph's parts are read from is in checkpoint and graph."""
+    """Raises unless checkpoint and graph have what sizes and the graph's parts are read from."""
     scope = layout.scope
     sides = ("encoder",) if layout.one_stack else ("encoder", "decoder")
     embeddings = sorted({"bert/embeddings", layout.decoder_embeddings})
@@ -350,7 +350,7 @@ def _check_variables(module: Module, graph: Graph, layout: _Layout) -> None:
 def _hidden_ids(shown: np.ndarray, ids: dict[str, int]) -> tuple[int, ...]:
     for name in ("pad_token_id", "bos_token_id"):
         if shown[ids[name]] and ids[name] != ids["eos_token_id"]:
-            raise ValueError(f"it shows {ids[name]}, its {name}, which our text never has")
+            raise ValueError(f"it shows {ids[name]}, its {name}, which our text never contains")
     return tuple(sorted(set(np.flatnonzero(~shown).tolist()) - set(ids.values())))
 
 
@@ -413,9 +413,9 @@ def _verify(
     scores: tuple[str, str] | None,
     model: EncoderDecoderModel,
 ) -> None:
-    """Compares the encoder's output, and what module and model say, with its scores."""
+    """Compares the encoder's output, and the answers of both with their scores."""
     texts = list(_VERIFIED)
-    remedy = "verify=False takes up the weights all the same."
+    remedy = "verify=False loads the weights anyway."
     output = _encoder_output(module, graph, scope, model.encoder.config.num_hidden_layers)
     with exact():
         batch = model.preprocessor.generate_preprocess(texts)
@@ -468,7 +468,7 @@ def _module_scores(
     model: EncoderDecoderModel,
     texts: list[str],
 ) -> np.ndarray | None:
-    """The scores of the module's best hypotheses; None where its graph does not tell them."""
+    """The scores of the module's best hypotheses; None if its graph does not expose them."""
     ends = [graph.after_loop(name) for name in scores or ()]
     if not ends or None in ends:
         return None

@@ -1,4 +1,4 @@
-"""Runs a HuggingFace checkpoint in transformers and here, and tells how far apart they are.
+"""Runs a Hugging Face checkpoint in transformers and here, and reports how far apart they are.
 
 Needs transformers and torch: the extra `compare`.
 """
@@ -41,10 +41,10 @@ def compare_with_huggingface(
     """Runs both sides on the same random ids, with padding.
 
     Args:
-        model: what `from_huggingface(folder)` gave, with all its layers, in float32.
+        model: what `from_huggingface(folder)` returned, with all its layers, in float32.
         folder: the checkpoint, or `org/name` of one.
-        tolerance: the greatest difference of hidden states and logits, relative to their greatest
-            absolute value where that is above 1.
+        tolerance: the greatest allowed difference of hidden states and logits, relative to their
+            greatest absolute value if that is above 1.
         seed: of the ids.
 
     Returns:
@@ -118,7 +118,7 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
 def _random_ids(
     rng: np.random.Generator, config: Any, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask, int32 [ROWS, length], the rows ever shorter."""
+    """Ids and mask, int32 [ROWS, length], each row shorter than the last."""
     length = min(longest, config.max_position_embeddings)
     mask = (np.arange(length) < length - 3 * np.arange(ROWS)[:, None].clip(max=length - 1)).astype(
         np.int32

@@ -1,7 +1,7 @@
-"""HuggingFace's `config.json` and `generation_config.json`, in and out.
+"""Hugging Face's `config.json` and `generation_config.json`, in and out.
 
-Every field is used, or known to change nothing, or refused: all that is refused comes in one error.
-Versions 4 and 5 of transformers are meant; version 4 also writes its settings of generation, and
+Every field is used, or known to change nothing, or refused: one error lists all that is refused.
+Versions 4 and 5 of transformers are supported; version 4 also writes its generation settings, and
 dozens of defaults, into `config.json`.
 """
 
@@ -16,13 +16,13 @@ from bertgen_tf.config import OWN_FIELDS, TOKEN_IDS, BertGenerationConfig, Gener
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
-# The key in config.json for what HuggingFace has no place for.
+# The key in config.json for what Hugging Face has no place for.
 OWN = "bertgen_tf"
 ENCODER_DECODER = "encoder-decoder"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 BERT_GENERATION = "bert-generation"
 
-# Fields of one name and meaning there and here.
+# Fields with the same name and meaning there and here.
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -46,7 +46,7 @@ _BERT_BASE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# What a field that is not written means, where it is not what it means here.
+# Defaults of fields that are not written, where they differ from ours.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     BERT_GENERATION: {},
     "bert": _BERT_BASE,
@@ -60,7 +60,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     gpt2.GPT2: gpt2.DEFAULTS,
 }
 STACKS = tuple(_DEFAULTS)
-# Those that an encoder-decoder may have for its encoder.
+# Those that an encoder-decoder may have as its encoder.
 _ENCODERS = (BERT_GENERATION, "bert", "roberta")
 HIDDEN_ACTS = {
     "gelu": "gelu",
@@ -70,7 +70,7 @@ HIDDEN_ACTS = {
     "relu": "relu",
 }
 
-# Fields that change neither the numbers nor the ids, whatever they say.
+# Fields that change neither the numbers nor the ids, whatever their values.
 _HARMLESS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
     *("architectures", "chunk_size_feed_forward", "classifier_dropout", "cls_token_id"),
@@ -95,7 +95,7 @@ _NEUTRAL: dict[str, tuple] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """What `config.json` says of one stack.
+    """What `config.json` says about one stack.
 
     Attributes:
         kind: its model_type.
@@ -103,7 +103,7 @@ class Stack:
         first_position: rows of the position embeddings before that of the first token: RoBERTa
             begins after its padding id.
         is_decoder: whether it is causal there; GPT-2 always is.
-        has_ids: whether the three ids are all told.
+        has_ids: whether all three ids are given.
     """
 
     kind: str
@@ -115,14 +115,14 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """What the two files say of an encoder-decoder.
+    """What the two files say about an encoder-decoder.
 
     Attributes:
         encoder, decoder: its stacks; the ids of the decoder are those that generation uses, with
             the start token as bos.
         sharing: what both stacks share, as for `BertGenerationDecoder`.
-        generation: settings of generation, unless others replace them.
-        preprocessor: arguments of ours for `EncoderDecoderModel`.
+        generation: generation settings, unless others replace them.
+        preprocessor: our own arguments for `EncoderDecoderModel`.
     """
 
     encoder: Stack
@@ -133,16 +133,16 @@ class Pair:
 
 
 def model_type(values: dict[str, Any], where: str) -> str:
-    """The kind of model that a `config.json` tells.
+    """The kind of model that a `config.json` specifies.
 
     Raises:
-        ValueError: it tells none, or one that we do not know.
+        ValueError: it specifies none, or one that we do not know.
     """
     kind = values.get("model_type")
     known = (ENCODER_DECODER, *STACKS)
     if kind not in known:
         raise ValueError(
-            f"{where} should tell a model_type, one of {', '.join(known)}, but tells {kind!r}."
+            f"{where} should have a model_type, one of {', '.join(known)}, but has {kind!r}."
         )
     return kind
 
@@ -159,7 +159,7 @@ def read_stack(values: dict[str, Any], where: str) -> Stack:
     _check_fields(values, "", problems)
     if values["model_type"] not in (BERT_GENERATION, gpt2.GPT2) and values.get("is_decoder"):
         problems.append(
-            "is_decoder=True (BERT's decoder has a head of its own, and is no warm start)"
+            "is_decoder=True (BERT's decoder has a head of its own, and cannot warm-start)"
         )
     stack = _stack(values, "", problems)
     errors = _refusal(where, problems)
@@ -212,7 +212,9 @@ def read_pair(
             if decoder.get(field) is not True:
                 ours.append(f"decoder.{field}={decoder.get(field)!r} (only True)")
         ids = generation
-        if ends is not None and generation is not None:  # not the decoder's, by our own word
+        if (
+            ends is not None and generation is not None
+        ):  # not the decoder's, according to our own settings
             ids = {**generation, "eos_token_id": None}
         decoder.update(_generation_ids(values, ids, decoder, problems))
         stacks["decoder"] = _stack(decoder, "decoder.", ours)
@@ -358,7 +360,7 @@ def _field_errors(fields: dict[str, Any]) -> list[str]:
 def _side(
     values: dict[str, Any], side: str, kinds: tuple[str, ...], problems: list[str]
 ) -> dict[str, Any] | None:
-    """A copy of what is told of one stack; None, and a problem, if it is not of these kinds."""
+    """A copy of what is said about one stack; None, and a problem, if it is not of these kinds."""
     stack = values.get(side)
     kind = stack.get("model_type") if isinstance(stack, dict) else None
     if kind in kinds:
@@ -375,7 +377,7 @@ def _side(
 
 
 def _fill_ids(encoder: dict[str, Any], decoder: dict[str, Any]) -> None:
-    """Ids that an encoder does not tell: its kind's, which place RoBERTa's positions, or others."""
+    """Ids that an encoder lacks: its kind's, which place RoBERTa's positions, or the decoder's."""
     size = encoder.get("vocab_size", math.inf)
     for field in TOKEN_IDS:
         if encoder.get(field) is None:
@@ -424,7 +426,7 @@ def _generation_ids(
                     return 0
                 if len(tokens) == 1:
                     return tokens[0]
-                # Several ends are settings of generation; the decoder's own is one alone.
+                # Several end tokens are a generation setting; the decoder has only one.
                 several = tokens[0] if several is None else several
         return getattr(defaults, fields[-1]) if several is None else several
 
@@ -446,7 +448,7 @@ def _generation_ids(
 
 
 def _settings_in_config(values: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """The settings of generation that transformers 4 wrote into `config.json`."""
+    """The generation settings that transformers 4 wrote into `config.json`."""
     settings = {
         field: value
         for field, value in decoder.items()

@@ -1,11 +1,11 @@
-"""HuggingFace checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts.
+"""Hugging Face checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts.
 
 A checkpoint is a folder as transformers 4 and 5 write it, or `org/name` of one on the hub. What is
 read: `config.json`, `generation_config.json`, weights in safetensors (whole or in shards) or, with
 torch, in `pytorch_model.bin`, and the tokenizer's files.
 
-Everything is checked before anything is taken up: an option, a setting or a tensor that we cannot
-follow is an error, and one error lists all of a kind.
+Everything is checked before anything is used: an option, a setting or a tensor that we do not
+support is an error, and one error lists all of a kind.
 """
 
 import os
@@ -52,35 +52,35 @@ def load_encoder_decoder(
     model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
 ) -> Model:
-    """An encoder-decoder from one checkpoint of a whole one, or warm-started from encoders.
+    """An encoder-decoder read whole from one checkpoint, or warm-started from encoders.
 
     Args:
         folder: a BertGeneration encoder-decoder. Its start token (`decoder_start_token_id`) is
-            what we call bos. Its settings of generation are taken over; where they tell no length,
-            it is that of a new model (at most 64 tokens) and not transformers' 20. Texts are read
-            up to the positions, unless `save` stored other lengths; special tokens that they spell
-            out are special tokens, as in transformers, unless `split_special_tokens` is stored.
+            what we call bos. Its generation settings are kept; if they specify no length, it is
+            that of a new model (at most 64 tokens), not transformers' 20. Texts are read up to the
+            number of positions, unless `save` stored other lengths; special tokens spelled out in
+            them are special tokens, as in transformers, unless `split_special_tokens` is stored.
         encoder, decoder: instead of `folder`, checkpoints of encoders (bert-generation, bert,
             roberta); without `decoder`, the same one for both sides.
-        share: one set of variables for both sides, besides cross-attention. Of `folder`, None does
-            what it says (`tie_encoder_decoder`), or makes two stacks if both are stored and differ,
-            as transformers 5 trains them; True needs equal stacks, False makes two. Of `encoder`,
+        share: one set of variables for both sides, except cross-attention. With `folder`, None
+            follows its `tie_encoder_decoder`, or makes two stacks if both are stored and differ, as
+            transformers 5 trains them; True needs equal stacks, False makes two. With `encoder`,
             None is False.
-        cross_attention: of `encoder` only: "random" (the default) or "self_attention", as for
+        cross_attention: with `encoder` only: "random" (the default) or "self_attention", as for
             `pretrained.build_decoder`.
-        num_layers: of `encoder` only: keeps the first n layers, or those of a list.
-        tokenizer: replaces the checkpoint's. For `encoder`, if its vocabulary is not the
-            checkpoint's, the embeddings follow its pieces: a RoBERTa can so start a model with the
-            SentencePiece vocabulary of the BertGeneration originals. Special tokens go by their
-            roles; a piece that the checkpoint lacks gets the mean of all rows.
+        num_layers: with `encoder` only: keeps the first n layers, or those of a list.
+        tokenizer: replaces the checkpoint's. With `encoder`, if its vocabulary is not the
+            checkpoint's, the embeddings follow its pieces: this way a RoBERTa can start a model
+            with the SentencePiece vocabulary of the BertGeneration originals. Special tokens are
+            matched by role; a piece that the checkpoint lacks gets the mean of all rows.
         model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `generation_config` replaces the settings of
-            `folder`, also those that are not supported.
+            `folder`, including those that are not supported.
 
     Raises:
         FileNotFoundError: there is no such folder or file, or it cannot be fetched.
         ImportError: a hub name without huggingface_hub, or `pytorch_model.bin` without torch.
-        ValueError: a file is damaged, or something in it cannot be followed.
+        ValueError: a file is damaged, or something in it is not supported.
     """
     if (folder is None) == (encoder is None):
         raise ValueError(
@@ -143,12 +143,12 @@ def load_decoder(
     """A decoder from a bert-generation, bert, roberta or gpt2 checkpoint.
 
     Args:
-        folder: the checkpoint. A GPT-2, or one that says `is_decoder`, comes as it is, with its
-            head and with or without cross-attention; any other is a warm start: its heads are left
-            out, and it becomes causal.
-        cross_attention: how cross-attention begins where the checkpoint has none: "random" or
+        folder: the checkpoint. A GPT-2, or one that says `is_decoder`, is loaded unchanged, with
+            its head and with or without cross-attention; any other is a warm start: its heads are
+            left out, and it becomes causal.
+        cross_attention: how cross-attention is initialised if the checkpoint has none: "random" or
             "self_attention", as for `pretrained.build_decoder`. None is "random" for a warm start,
-            and leaves a decoder without cross-attention as it is.
+            and leaves a decoder without cross-attention unchanged.
         num_layers: keeps the first n layers, or those of a list, counted from 0.
         model_class: what to build.
 
@@ -295,7 +295,7 @@ def load_encoder_with_tokenizer(
     need_ids: bool = True,
     model_class: type[Encoder] = BertGenerationEncoder,
 ) -> tuple[Encoder, tokenizers.Tokenizer | None]:
-    """An encoder with its tokenizer; `need_ids` for what will be a decoder, too."""
+    """An encoder with its tokenizer; `need_ids` if it will also be a decoder."""
     path = files.resolve(name)
     source = os.fspath(name)
     stack = _read_stack(path)
@@ -311,7 +311,7 @@ def load_encoder_with_tokenizer(
         )
     own, changes = None, {}
     if need_ids:
-        # A BERT's configuration tells no bos and eos, or ids that nobody ever used.
+        # A BERT's configuration has no bos and eos, or ids that were never used.
         ids = _ids(stack) if stack.has_ids and stack.kind != "bert" else None
         try:
             own = tokenizers.read_tokenizer(path, ids)
@@ -324,8 +324,8 @@ def load_encoder_with_tokenizer(
             changes = {field: getattr(chosen, field) for field in TOKEN_IDS}
         elif not stack.has_ids:
             raise ValueError(
-                f"{source} tells no bos_token_id and eos_token_id and has no vocabulary that would "
-                "tell them. In Python: from_huggingface(..., tokenizer=...)."
+                f"{source} has no bos_token_id and eos_token_id, and no vocabulary to take them "
+                "from. In Python: from_huggingface(..., tokenizer=...)."
             )
     tensors = files.read_tensors(path)
     prefix = "roberta." if stack.kind == "roberta" else "bert."

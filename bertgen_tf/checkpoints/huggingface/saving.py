@@ -1,4 +1,4 @@
-"""Writes HuggingFace checkpoints, which transformers 5 loads and which we read back."""
+"""Writes Hugging Face checkpoints, which transformers 5 loads and which we read back."""
 
 import os
 import pathlib
@@ -30,38 +30,38 @@ def save(
     """Writes a checkpoint that transformers 5 loads with `from_pretrained`, and that we read back.
 
     The folder appears, or is replaced, only when everything is written. Shared variables are
-    written once for each name that transformers has for them. What HuggingFace has no place for is
-    under the key "bertgen_tf" of `config.json`, which transformers keeps and does not read: what
-    the stacks share, the arguments of `Seq2SeqPreprocessor`, and the scorer "gnmt" with its
-    settings. transformers searches with its own scorer then, and a length penalty of its default.
+    written once for each name that transformers has for them. What Hugging Face has no place for is
+    stored under the key "bertgen_tf" of `config.json`, which transformers keeps and does not read:
+    what the stacks share, the arguments of `Seq2SeqPreprocessor`, and the scorer "gnmt" with its
+    settings. transformers then searches with its own scorer and its default length penalty.
 
     Args:
         model: whatever its dtype policy, its weights are written in float32.
-        folder: must not exist, be empty, or hold what this function wrote only.
-        max_shard_size: bytes, or a string such as "5GB"; more than that becomes several files. One
-            of them at a time is in memory.
-        check: gets the folder before it takes its name; what it raises keeps an older one.
+        folder: must not exist, be empty, or hold only what this function wrote.
+        max_shard_size: bytes, or a string such as "5GB"; more than that is split into several
+            files. One of them at a time is in memory.
+        check: gets the folder before it takes its name; if it raises, an older one stays.
 
     Raises:
         OSError: the folder holds other files, or cannot be written.
-        ValueError: `max_shard_size` is no size, or the model is quantized or has adapters.
+        ValueError: `max_shard_size` is not a size, or the model is quantized or has adapters.
     """
     size = files.parse_size(max_shard_size)
-    lora.check_merged(model, "a HuggingFace checkpoint")
+    lora.check_merged(model, "a Hugging Face checkpoint")
     stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoderModel) else [model]
     if any(stack.config.quantization for stack in stacks):
         raise ValueError(
-            "model must have float32 matrices to become a HuggingFace checkpoint, and those of "
-            "this one are int8. Save the model that was quantized."
+            "model must have float32 matrices to become a Hugging Face checkpoint, and those of "
+            "this one are int8. Save the float32 model."
         )
     if any(stack.config.norm_first or stack.config.decoder_only for stack in stacks):
         raise ValueError(
-            "model must have BERT's blocks to become a HuggingFace checkpoint: bert-generation has "
-            "no place for GPT-2's (norm_first=True). Save a preset."
+            "model must have BERT's blocks to become a Hugging Face checkpoint: bert-generation "
+            "has no place for GPT-2's (norm_first=True). Save a preset."
         )
     if getattr(model, "decoder_tokenizer", None) is not None:
         raise ValueError(
-            "model must have one tokenizer to become a HuggingFace checkpoint, which has no place "
+            "model must have one tokenizer to become a Hugging Face checkpoint, which has no place "
             "for a decoder_tokenizer. Save a preset."
         )
     generation = tokenizer = None
@@ -85,13 +85,13 @@ def save(
             tokenizers.write_tokenizer(path, tokenizer)
         files.write_tensors(path, tensors, sizes, size)
 
-    folders.write_folder(folder, write, is_ours, "a HuggingFace checkpoint", check)
+    folders.write_folder(folder, write, is_ours, "a Hugging Face checkpoint", check)
 
 
 def is_ours(folder: pathlib.Path) -> bool:
-    """Whether a folder holds what `save` wrote, and nothing else, which would be lost.
+    """Whether a folder holds what `save` wrote, and nothing else that would be lost.
 
-    transformers keeps our key when it saves a model that it trained, and tells its version.
+    transformers keeps our key when it saves a model that it trained, and adds its version.
     """
     try:
         config = files.read_json(folder / CONFIG_FILE)

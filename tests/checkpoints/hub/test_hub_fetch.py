@@ -176,7 +176,10 @@ def test_a_folder_with_a_size_leaves_no_room_for_a_header(kind, tmp_path):
         archive.addfile(folder)
         archive.addfile(tarfile.TarInfo("a/" * (2**22 if kind == "folder" else 2**12)))
     buffer.seek(0)
-    messages = {"folder": "'assets' of the archive is no plain", "name": "a name of 819[12] char"}
+    messages = {
+        "folder": "'assets' of the archive is not a plain",
+        "name": "a name of 819[12] char",
+    }
     with pytest.raises(ValueError, match=messages[kind]):
         fetch.unpack(buffer, str(tmp_path / "folder"))
 
@@ -203,7 +206,7 @@ def test_long_names_and_many_files_are_read(tmp_path):
 OUTSIDE = "member .* of the archive would lie outside its folder"
 
 
-NO_FILE = "member .* of the archive is no plain file or folder"
+NO_FILE = "member .* of the archive is not a plain file or folder"
 
 
 HOSTILE = {

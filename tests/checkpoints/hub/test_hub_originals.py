@@ -212,7 +212,7 @@ def test_encoders_and_originals_are_told_apart(folder, hub_module, tmp_path):
     assert hub.is_original(folder) and not hub.is_original(hub_module)
     with pytest.raises(ValueError, match=r"It is an encoder-decoder: EncoderDecoderModel.from_hub"):
         bg.BertGenerationEncoder.from_hub(folder)
-    with pytest.raises(ValueError, match=r"should be an encoder-decoder as google/bertseq2seq"):
+    with pytest.raises(ValueError, match=r"should be an encoder-decoder like google/bertseq2seq"):
         bg.EncoderDecoderModel.from_hub(hub_module)
     maker.make_encoder(tmp_path / "encoder", PIECES, num_layers=1)
     assert not hub.is_original(tmp_path / "encoder")

@@ -436,7 +436,7 @@ def test_a_table_gives_what_the_graph_hides(functional, tmp_path, spiece):
 
 def test_no_table_gives_another_alpha_than_it_has(tmp_path, spiece):
     maker.make_shared_original(tmp_path / "module", spiece, **SMALL, penalty="hidden")
-    with pytest.raises(ValueError, match=r"gnmt_alpha .*exponent.* Give gnmt_alpha= to from_hub.$"):
+    with pytest.raises(ValueError, match=r"gnmt_alpha .*exponent.* Pass gnmt_alpha= to from_hub.$"):
         bg.EncoderDecoderModel.from_hub(str(tmp_path / "module"), original="roberta24_bbc")
 
 

@@ -193,8 +193,8 @@ def test_positions_of_a_roberta_that_tells_no_padding(checkpoints, copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.pop("model_type"), "should tell a model_type, one of .* but tells None"),
-        (lambda v: v.update(model_type="t5"), "but tells 't5'"),
+        (lambda v: v.pop("model_type"), "should have a model_type, one of .* but has None"),
+        (lambda v: v.update(model_type="t5"), "but has 't5'"),
         (
             lambda v: v["decoder"].update(model_type="bert"),
             r"decoder with model_type 'bert' \(only bert-generation: the head of that decoder",

@@ -222,7 +222,9 @@ def test_missing_files(folder, tmp_path):
         FileNotFoundError,
     )
     (folder / "config.json").unlink()
-    refused(folder, "should be a HuggingFace checkpoint with a file config.json", FileNotFoundError)
+    refused(
+        folder, "should be a Hugging Face checkpoint with a file config.json", FileNotFoundError
+    )
     refused(tmp_path / "none", "but there is no such folder", FileNotFoundError)
 
 
@@ -360,7 +362,7 @@ def test_hub_names(folder, monkeypatch, model):
     assert calls == [("org/model", files.PATTERNS)]
     refused(
         "org/other",
-        "^org/other is no folder here and could not be fetched .* OSError: no connection$",
+        "^org/other is not a local folder and could not be fetched .* OSError: no connection$",
         FileNotFoundError,
     )
     for name in ("model", "a/b/c", "/org/model", "../model", "https://host/model"):
@@ -455,7 +457,7 @@ def test_a_hub_over_http(folder, tmp_path, model):
     try:
         for name, answer in (
             ("org/model", str(len(model.weights))),
-            ("org/none", "org/none is no folder here and could not be fetched from the"),
+            ("org/none", "org/none is not a local folder and could not be fetched from the"),
         ):
             done = subprocess.run(
                 [sys.executable, "-c", PROGRAM, name],

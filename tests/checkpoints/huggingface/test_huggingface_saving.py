@@ -174,7 +174,7 @@ def test_what_is_replaced(tmp_path, model):
     model.save_to_huggingface(tmp_path / "out")
     assert not list((tmp_path / "out").glob("*index*"))
     (tmp_path / "out/notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="or a HuggingFace checkpoint of ours to replace"):
+    with pytest.raises(FileExistsError, match="or a Hugging Face checkpoint of ours to replace"):
         model.save_to_huggingface(tmp_path / "out")
     folder = write_checkpoint(tmp_path / "theirs")
     with pytest.raises(FileExistsError, match="holds other files"):

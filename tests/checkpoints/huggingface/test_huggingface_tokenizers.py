@@ -58,7 +58,7 @@ def test_word_pieces_of_transformers_5(tmp_path):
         ("tokenizer_config.json", '{"unk_token": "<what>"}', "not found: unk_token='<what>'"),
         ("added_tokens.json", '{"<new>": 80}', "Tokens were added .* lacks: '<new>'"),
         ("tokenizer_config.json", "{", "tokenizer_config.json should be a JSON file"),
-        ("spiece.model", "no model", "is no SentencePiece model. To use another one"),
+        ("spiece.model", "no model", "is not a SentencePiece model. To use another one"),
         ("vocab.txt", "one\ntwo\n", "must contain every special token"),
     ],
 )

@@ -129,12 +129,12 @@ def test_roberta_with_another_vocabulary(copy, spiece):
         np.testing.assert_allclose(ours[i], expected, rtol=1e-6, err_msg=piece)
     assert 5 < found < tokenizer.vocab_size - 8
     word_pieces = bg.BertTokenizer(list(PIECES))
-    with pytest.raises(ValueError, match="tokenizer must be of the kind of the checkpoint's"):
+    with pytest.raises(ValueError, match="tokenizer must be of the same kind as the checkpoint's"):
         bg.EncoderDecoderModel.from_huggingface(encoder=str(folder), tokenizer=word_pieces)
 
 
 def test_ids_of_a_bert_without_vocabulary(checkpoints):
-    with pytest.raises(ValueError, match="tells no bos_token_id and eos_token_id and has no voc"):
+    with pytest.raises(ValueError, match="has no bos_token_id and eos_token_id, and no voc"):
         bg.EncoderDecoderModel.from_huggingface(encoder=str(checkpoints / "v5_bert"))
     tokenizer = bg.BertTokenizer(list(PIECES[:47]))
     model = bg.EncoderDecoderModel.from_huggingface(
