@@ -206,7 +206,7 @@ def _score_signature(model: EncoderDecoderModel, forward: Callable) -> Callable:
     def serve(source: tf.Tensor, target: tf.Tensor) -> dict[str, tf.Tensor]:
         source, target = tf.reshape(source, [-1]), tf.reshape(target, [-1])
         same = tf.equal(tf.size(source), tf.size(target))
-        asserted = tf.debugging.Assert(same, ["source and target must have the same number of texts"])
+        asserted = tf.debugging.Assert(same, ["source and target must be equal in number"])
         with tf.control_dependencies([asserted]):
             source = tf.identity(source)
         x, labels, weights = preprocessor.pack(

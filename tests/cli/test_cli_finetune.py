@@ -105,7 +105,7 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bits(folder, capsys):
     ]
     assert not (folder / "killed").exists()
     capsys.readouterr()
-    assert "a training that did not end; --resume goes on" in fails(capsys, *again)
+    assert "a training that did not end; --resume continues it" in fails(capsys, *again)
     other = [*again, "--resume", "--learning-rate", "0.02", "--seed", "3"]
     assert "had another --learning-rate, --seed; --overwrite" in fails_late(capsys, other)
 
