@@ -194,7 +194,7 @@ def test_a_full_disk_keeps_the_state_before(folder, capsys, monkeypatch):
     flags = ["--steps", "6", "--checkpoint-every", "2"]
     error = fails_late(capsys, command(folder, "full", *flags))
     states = folder / "full.training"
-    kept = f"{states} keeps what was saved before: the same command with --resume goes on"
+    kept = f"{states} keeps what was saved before: the same command with --resume continues"
     file = f"{states}/state-00000004.safetensors"
     assert error == f"bertgen-tf: error: {file}: File too large; {kept}"
     left = {path.name for path in states.iterdir()} - {"log.jsonl"}
