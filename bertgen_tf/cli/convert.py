@@ -24,8 +24,9 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
         help="convert TF Hub modules, Hugging Face checkpoints and presets",
-        description="Writes a TF Hub module or a Hugging Face checkpoint as a preset, or a preset\nas "
-        "a Hugging Face folder. Shows what was read, and runs both sides to see that they agree.",
+        description="Writes a TF Hub module or a Hugging Face checkpoint as a preset, or a preset\n"
+        "as a Hugging Face folder. Shows what was read, and runs both sides to see that they "
+        "agree.",
         epilog="""\
 sources:
   a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT

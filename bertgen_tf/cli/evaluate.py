@@ -112,7 +112,7 @@ def add_command(commands: Any) -> None:
         "--metrics",
         type=_metrics,
         metavar="NAME,NAME",
-        help=f"from {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
+        help=f"any of {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
         f"{','.join(DEFAULT_METRICS)}, or the paper's for --data)",
     )
     scores.add_argument(

@@ -255,7 +255,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         "--metrics-pairs",
         **count,
         default=200,
-        help="of the first N pairs of --validation (default: %(default)s)",
+        help="for the first N pairs of --validation (default: %(default)s)",
     )
     group.add_argument(
         "--monitor",

@@ -152,8 +152,8 @@ def test_stopped_it_loses_nothing(folder, capsys, monkeypatch):
     arguments = command(folder, output, "--steps", "9")
     assert cli.main(arguments) == 130
     assert capsys.readouterr().err == (
-        "bertgen-tf: interrupted after step 5, which is saved: the same command with --resume goes "
-        "on\n"
+        "bertgen-tf: interrupted after step 5, which is saved: the same command with --resume "
+        "continues\n"
     )
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert (folder / f"{output}.training" / "state-00000005.safetensors").exists()
