@@ -57,7 +57,7 @@ def read_preset_config(folder: str) -> dict[str, Any]:
     with user_errors():
         config = presets.read_config(folder)
     if not config.get("tokenizer"):
-        raise UserError(f"{folder} has no tokenizer, and without one there is no text")
+        raise UserError(f"{folder} has no tokenizer, so it cannot read or write text")
     return config
 
 

@@ -253,7 +253,7 @@ def _make_model(
             freezing.freeze(model, **arguments.freeze)
     if arguments.unfreeze_every and model.lora is not None:
         raise UserError(
-            f"{arguments.preset} has LoRA adapters, beside which nothing is unfrozen: leave "
+            f"{arguments.preset} has LoRA adapters, with which layers stay frozen: leave "
             "--unfreeze-every out"
         )
     return model, saved_config
@@ -285,7 +285,7 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
             model = read(**handles, share=bool(arguments.share), **given)
         if model.tokenizer is None:
             handle = arguments.encoder or arguments.decoder
-            raise UserError(f"{handle} has no tokenizer, and without one there is no text")
+            raise UserError(f"{handle} has no tokenizer, so it cannot read or write text")
     if not arguments.preset or arguments.max_target_length:
         model.generation_config = model.generation_config.replace(
             max_new_tokens=model.preprocessor.max_target_length

@@ -47,7 +47,7 @@ files, in UTF-8:
   .tsv           in: the first column of each line
   others         in: one text a line; out: one text a line, tabs between several
 
-Outputs are written, and --resume continues, by the thousand: a thousand cut short begins anew.
+Outputs are written a thousand at a time; --resume continues after the last full thousand.
 
 With --engine ray, --input is a pattern of many files and --output a folder: NAME.* becomes
 NAME.jsonl, where each line is the object of the input line, or {"source": "..."}, with "output".

@@ -54,7 +54,7 @@ class TrainingData:
         verbose: 1 shows progress on stderr, 0 does not; "auto" shows it on a terminal.
 
     Raises:
-        ValueError: there are no pairs, or all are skipped; a target is too long for "error".
+        ValueError: there are no pairs, or all are skipped; a target is too long, with "error".
     """
 
     def __init__(

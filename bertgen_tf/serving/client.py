@@ -43,7 +43,7 @@ __all__ = ["Client", "DeadlineExceeded", "ServingError", "ServingOutput", "Versi
 # Seconds. Before its first retry, a request waits for up to FIRST_PAUSE.
 FIRST_PAUSE, MAX_PAUSE = 0.5, 10.0
 POLL_INTERVAL = 0.5
-# For the time-out of the transport itself, whose error tells more.
+# For the time-out of the transport itself, whose error says more.
 GRACE = 0.1
 TEXTS = {"text": tf.string, "score": tf.float32}
 LOG_PROBABILITIES = {"log_probability": tf.float32, "num_tokens": tf.int32}

@@ -337,7 +337,7 @@ def _ray_running(address: str | None, workers: int | None, cpus: int) -> Iterato
     address = cluster_address(address)
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Its C++ side logs as errors what is none.
+        # Its C++ side logs errors that are not errors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
