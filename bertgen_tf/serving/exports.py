@@ -1,9 +1,9 @@
 """The exports of a server: found in a folder, loaded, and replaced by newer versions.
 
 The folder holds `NAME/VERSION/saved_model.pb`. The highest version of each model is served, as
-TensorFlow Serving does by default. When a higher one appears it is loaded beside the old one and takes
-over; the old one is unloaded when its last request is done. An export that cannot be loaded is
-reported, and tried again only when its files change; the version before it stays in service, and
+TensorFlow Serving does by default. When a higher one appears it is loaded beside the old one and
+takes over; the old one is unloaded when its last request is done. An export that cannot be loaded
+is reported, and tried again only when its files change; the version before it stays in service, and
 so does a model whose folder disappears.
 
 `Models` belongs to one event loop; files are read and models loaded in threads.
