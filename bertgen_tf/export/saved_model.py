@@ -80,7 +80,7 @@ def export_saved_model(
         model: a model with a tokenizer.
         path: `NAME/VERSION`, where VERSION is an integer and does not exist yet; TensorFlow Serving
             serves the highest version in the folder NAME.
-        generation_config: settings of all signatures but `signatures`; by default the model's.
+        generation_config: settings of all signatures except `signatures`; by default the model's.
         signatures: further signatures by name, each with its own settings.
         logits_processor: run after the processors of the settings, see
             `bertgen_tf.generation.search.logits`; they become part of the graph.

@@ -103,7 +103,8 @@ def train(
     Args:
         model: compiled; with `optimizer.use_ema` it has averaged weights at the end of epochs, for
             validation and callbacks, and at the end of training.
-        data: the strategy's replicas divide its batches; each takes its rows.
+        data: with a batch size that is a multiple of the number of the strategy's replicas; each
+            takes its rows.
         steps: of the whole training.
         steps_per_epoch: steps before each validation and `on_epoch_end`; by default a pass over
             the data.

@@ -3,8 +3,8 @@
     client = Client("http://localhost:8501", "my_model")  # or grpc://localhost:8500
     client.generate(["one", "two"])
 
-A call is split into requests of `batch_size` texts, a few of which are in flight at a time. Those
-that fail in passing are retried: HTTP 429, 502 and 503, gRPC's UNAVAILABLE and RESOURCE_EXHAUSTED,
+A call is split into requests of `batch_size` texts, a few of which are in flight at a time.
+Transient failures are retried: HTTP 429, 502 and 503, gRPC's UNAVAILABLE and RESOURCE_EXHAUSTED,
 refused and broken connections. That is safe, because an answer changes nothing on the server. The
 pauses between tries are random and double their range each time, so that many clients do not come
 back at once; `Retry-After` makes them longer. HTTP 504 and DEADLINE_EXCEEDED are not retried: the
@@ -190,7 +190,7 @@ class Client:
 
         Raises:
             ServingError: see `generate`.
-            TypeError, ValueError: sources or targets are neither.
+            TypeError, ValueError: sources or targets are neither strings nor lists of equal length.
         """
         sources, single = _read_texts("sources", sources)
         targets, single_target = _read_texts("targets", targets)
@@ -410,7 +410,7 @@ def _attempt(
     stop: threading.Event,
     late: DeadlineExceeded,
 ) -> T:
-    """The result of `call`, which is retried where its error may pass."""
+    """The result of `call`, which is retried where its error is transient."""
     for attempt in itertools.count():
         rest = end - time.monotonic()
         if rest <= 0:

@@ -1,7 +1,7 @@
 """One request to TensorFlow Serving, over REST or gRPC, with its answer checked.
 
 The two transports are the same to `bertgen_tf.serving.client`, which splits calls into requests and
-retries them: `predict`, `status` and `metadata` give arrays or TensorFlow Serving's own messages,
+retries these: `predict`, `status` and `metadata` give arrays or TensorFlow Serving's own messages,
 or raise `ServingError`, whatever comes in place of an answer.
 """
 

@@ -49,7 +49,7 @@ MAX_OVERHEAD_MS = 10.0
 # Growth of memory in the second half of the requests.
 MAX_GROWTH_MB = 32
 SECONDS = 300  # until a server that hangs is given up on
-# Draws the words of the small model and of the texts.
+# For the words of the small model and of the texts.
 SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
 
 
