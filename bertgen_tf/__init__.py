@@ -14,12 +14,12 @@ Start from a checkpoint, train, generate, export:
 | what | where |
 | --- | --- |
 | models | `EncoderDecoderModel`, `BertGenerationEncoder`, `BertGenerationDecoder` |
-| where they start | `from_hub`, `from_huggingface`, `from_preset` of these; `warm_start`, `hub` |
+| starting points | `from_hub`, `from_huggingface`, `from_preset` of these; `warm_start`, `hub` |
 | settings | `BertGenerationConfig`, `GenerationConfig` |
 | text | `BertTokenizer`, `BertGenerationTokenizer`, `Seq2SeqPreprocessor`, `trim_vocabulary` |
 | training | `default_optimizer`, `paper_optimizer`, `default_loss`, `bucketed_dataset` |
-| layers that train | `freeze`, `unfreeze`, `GradualUnfreezing` |
-| training that can be stopped | `bertgen_tf.finetuning` |
+| choice of layers to train | `freeze`, `unfreeze`, `GradualUnfreezing` |
+| resumable training | `bertgen_tf.finetuning` |
 | scores | `bertgen_tf.metrics` |
 | serving | `export_saved_model`; `bertgen_tf.serving` |
 
@@ -30,7 +30,7 @@ import keras as _keras
 
 if _keras.backend.backend() != "tensorflow":
     raise ImportError(
-        "bertgen_tf needs Keras's TensorFlow backend, and Keras uses "
+        "bertgen_tf needs Keras's TensorFlow backend, but Keras uses "
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
@@ -52,7 +52,7 @@ from bertgen_tf.training.optimizers import averaged_weights, default_optimizer, 
 
 __version__ = "0.1.0"
 
-# The names of these classes in older documents of HuggingFace.
+# The names of these classes in older Hugging Face documentation.
 BertForSeqGenerationConfig = BertGenerationConfig
 BertForSeqGenerationTokenizer = BertGenerationTokenizer
 BertForSeqGenerationEncoder = BertGenerationEncoder

@@ -1,4 +1,4 @@
-"""What the commands share: errors of the user, messages, the flags of a model and its settings."""
+"""What the commands share: user errors, messages, the flags of a model and its settings."""
 
 import argparse
 import contextlib
@@ -18,16 +18,14 @@ PROGRAM = "bertgen-tf"
 
 
 class UserError(Exception):
-    """What the user can mend: the message tells how."""
+    """What the user can fix: the message says how."""
 
 
 @contextlib.contextmanager
 def user_errors(**names: str) -> Iterator[None]:
-    """Around the calls by which the library checks what a user gave: its ValueErrors are theirs.
+    """Turns a ValueError or ImportError of the library into a UserError.
 
-    So are its ImportErrors, which tell what to install.
-
-    Not around training and generation, where a ValueError is a bug.
+    Wrap calls that validate user input; never training or generation, where a ValueError is a bug.
 
     Args:
         **names: argument of the library -> flag, where a message begins with the argument.
@@ -45,7 +43,7 @@ def in_flags(message: str) -> str:
 
 
 def complain(message: str) -> None:
-    """A line on stderr."""
+    """Prints a line on stderr."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
 
 
@@ -59,12 +57,12 @@ def read_preset_config(folder: str) -> dict[str, Any]:
     with user_errors():
         config = presets.read_config(folder)
     if not config.get("tokenizer"):
-        raise UserError(f"{folder} has no tokenizer, without which there is no text")
+        raise UserError(f"{folder} has no tokenizer, so it cannot read or write text")
     return config
 
 
 def read_settings(arguments: argparse.Namespace) -> GenerationConfig:
-    """The settings of the preset with those of the flags in their place."""
+    """The settings of the preset, replaced by those of the flags where given."""
     saved = read_preset_config(arguments.preset).get("generation_config")
     try:
         config = GenerationConfig.from_dict(saved)
@@ -77,7 +75,7 @@ def read_settings(arguments: argparse.Namespace) -> GenerationConfig:
 
 
 def load_model(arguments: argparse.Namespace, config: GenerationConfig) -> EncoderDecoderModel:
-    """The model of --preset, quantized if that is asked for, which must fit the settings."""
+    """The model of --preset, quantized if requested; the settings must fit it."""
     with user_errors():
         model = EncoderDecoderModel.from_preset(arguments.preset)
         check_config(config, model)
@@ -98,7 +96,7 @@ def add_warm_start(group: Any) -> None:
     group.add_argument(
         "--cross-attention",
         choices=("random", "self_attention"),
-        help="how the weights that BERT does not have begin: random, or a copy of each layer's "
+        help="how the weights that BERT lacks begin: random, or as a copy of each layer's "
         "self-attention, which learns to copy from the source much sooner (default: random)",
     )
     group.add_argument(
@@ -117,7 +115,7 @@ def add_preset(parser: argparse.ArgumentParser, instead: Any = None) -> None:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="make the matrices of a float32 preset int8: a quarter of their memory; faster with "
+        help="make the matrices of a float32 preset int8: a quarter of the memory; faster with "
         "XLA, slower without",
     )
 
@@ -126,8 +124,8 @@ def add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "") 
     """A flag for each field of `GenerationConfig`; those not given keep the preset's value."""
     group = parser.add_argument_group(
         "generation",
-        "A setting that is left out is that of the preset, as finetune saved it; those that can be "
-        "none\ntake none as a value.",
+        "Settings left out are those of the preset, as finetune saved it; those that can be none\n"
+        "take none as a value.",
     )
     for field in dataclasses.fields(GenerationConfig):
         if field.name == leave_out:
@@ -137,7 +135,7 @@ def add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "") 
         default = _GENERATION_DEFAULTS.get(field.name, default)
         group.add_argument(
             "--" + field.name.replace("_", "-"),
-            # None is a value of some.
+            # None is a valid value for some.
             default=argparse.SUPPRESS,
             help=f"{text} (default: {default})",
             **(_GENERATION_KINDS.get(field.name) or _GENERATION_KINDS[field.type]),
@@ -172,19 +170,19 @@ _GENERATION_DEFAULTS = {
 _GENERATION_HELPS = {
     "max_new_tokens": "the most tokens to generate, the end token included",
     "max_length": "the same with the start token; instead of --max-new-tokens",
-    "min_new_tokens": "no end before so many tokens",
+    "min_new_tokens": "do not end before this many tokens",
     "min_length": "the same with the start token; both may be given",
     "num_beams": "width of the beam search; 1 is greedy search, or sampling with --do-sample",
-    "num_return_sequences": "outputs of each text, best first; at most --num-beams, or any number "
+    "num_return_sequences": "outputs for each text, best first; at most --num-beams, or any number "
     "with --do-sample and --num-beams 1",
-    "do_sample": "whether tokens are drawn by their probabilities",
+    "do_sample": "sample tokens by their probabilities",
     "temperature": "of sampling: above 1 more varied, below 1 less",
-    "top_k": "draw from so many of the likeliest tokens; 0 for all",
-    "top_p": "draw from the fewest of the likeliest tokens whose probabilities reach it",
-    "min_p": "draw from tokens that have at least this share of the highest probability",
-    "typical_p": "draw from the most typical tokens whose probabilities reach it",
-    "seed": "of sampling: the same outputs in every run; none for others in each",
-    "beam_scorer": "how beam search compares lengths and stops: as HuggingFace does, or as "
+    "top_k": "sample from this many of the most likely tokens; 0 for all",
+    "top_p": "sample from the fewest most likely tokens whose probabilities add up to it",
+    "min_p": "sample from tokens that have at least this share of the highest probability",
+    "typical_p": "sample from the most typical tokens whose probabilities add up to it",
+    "seed": "of sampling: the same outputs in every run; none for different ones",
+    "beam_scorer": "how beam search compares lengths and stops: as Hugging Face does, or as "
     "Google's NMT, which the TF Hub originals use",
     "length_penalty": "exponent of the length by which huggingface divides scores: higher "
     "makes longer texts",
@@ -192,18 +190,18 @@ _GENERATION_HELPS = {
     "complete texts (true), when better ones are unlikely (false) or impossible (never)",
     "gnmt_alpha": "the same exponent for gnmt",
     "normalize_unfinished": "whether gnmt divides the score of a text that did not end, too",
-    "repetition_penalty": "above 1, tokens that came already become less likely",
+    "repetition_penalty": "above 1, tokens that have occurred become less likely",
     "encoder_repetition_penalty": "above 1, tokens of the source become more likely",
-    "no_repeat_ngram_size": "no sequence of so many tokens twice; 0 for no such rule",
-    "encoder_no_repeat_ngram_size": "no sequence of so many tokens that the source has; 0 for no "
+    "no_repeat_ngram_size": "no sequence of this many tokens twice; 0 for no such rule",
+    "encoder_no_repeat_ngram_size": "no sequence of this many tokens from the source; 0 for no "
     "such rule",
     "bad_words_ids": "sequences of token ids that are never generated, such as 5,6;7",
     "sequence_bias": "what is added to the scores of sequences of token ids, such as 5,6:-2.5;7:1",
     "suppress_tokens": "ids of tokens that are never generated, such as 5,17",
     "begin_suppress_tokens": "ids of tokens that are not generated first",
     "forced_bos_token_id": "id of the token to begin with",
-    "forced_eos_token_id": "id of the token, or tokens, to end with at the greatest length",
-    "exponential_decay_length_penalty": "after N tokens the end becomes likelier by the factor X "
-    "with each further one, such as 20,1.1",
+    "forced_eos_token_id": "id of the token, or tokens, to end with at the maximum length",
+    "exponential_decay_length_penalty": "after N tokens the end becomes more likely by the factor "
+    "X with each further one, such as 20,1.1",
     "eos_token_id": "id of the token that ends a text, or ids of several",
 }

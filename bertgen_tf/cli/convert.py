@@ -1,4 +1,4 @@
-"""`bertgen-tf convert`: between TF Hub modules, HuggingFace checkpoints and presets."""
+"""`bertgen-tf convert`: between TF Hub modules, Hugging Face checkpoints and presets."""
 
 import argparse
 import importlib.util
@@ -23,16 +23,17 @@ def add_command(commands: Any) -> None:
     """Adds the command and its flags."""
     parser = commands.add_parser(
         "convert",
-        help="convert TF Hub modules, HuggingFace checkpoints and presets",
-        description="Writes a TF Hub module or a HuggingFace checkpoint as a preset, or a preset as"
-        " a HuggingFace\nfolder. Shows what was read, and runs both sides to see that they agree.",
+        help="convert TF Hub modules, Hugging Face checkpoints and presets",
+        description="Writes a TF Hub module or a Hugging Face checkpoint as a preset, or a preset\n"
+        "as a Hugging Face folder. Shows what was read, and runs both sides to see that they "
+        "agree.",
         epilog="""\
 sources:
   a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
                    encoder, which becomes the start of an encoder-decoder
-  HuggingFace      a folder, or a name such as org/name: a BertGeneration encoder-decoder, or a
+  Hugging Face     a folder, or a name such as org/name: a BertGeneration encoder-decoder, or a
                    BertGeneration, BERT or RoBERTa encoder
-  a preset         what this command or finetune saved; becomes a HuggingFace folder
+  a preset         what this command or finetune saved; becomes a Hugging Face folder
 
 examples:
   bertgen-tf convert path/to/bertseq2seq_module my_model
@@ -48,8 +49,8 @@ examples:
     parser.add_argument(
         "--original",
         metavar="NAME",
-        help="which of the originals a module is, such as roberta24_bbc, if it does not tell all "
-        "that is needed",
+        help="which of the originals a module is, such as roberta24_bbc, if it does not contain "
+        "all that is needed",
     )
     add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
 
@@ -64,7 +65,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     source, target, verify = arguments.source, arguments.target, arguments.verify
     kind = kind_of(source)
     if kind == "preset":
-        folders.check_writable(target, huggingface.is_ours, "a HuggingFace checkpoint")
+        folders.check_writable(target, huggingface.is_ours, "a Hugging Face checkpoint")
     else:
         presets.check_writable(target)
     model = _read(arguments, kind)
@@ -76,7 +77,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     if verify and kind.startswith("TF Hub"):
         print("verified: the module itself gives the same")
     elif verify and kind == "HuggingFace encoder" and arguments.num_layers is not None:
-        print("not compared with HuggingFace's own outputs: not all layers were kept")
+        print("not compared with Hugging Face's own outputs: not all layers were kept")
     elif verify and kind != "preset":
         pair = kind == "HuggingFace encoder-decoder"
         _verify_with_transformers(model if pair else model.encoder, source, source)
@@ -194,7 +195,7 @@ def _verify_with_transformers(model: Model, folder: str, name: str) -> None:
     ]
     if missing:
         print(
-            f"not compared with HuggingFace's own outputs: {' and '.join(missing)} not installed "
+            f"not compared with Hugging Face's own outputs: {' and '.join(missing)} not installed "
             '(pip install "bertgen_tf[compare]")'
         )
         return
@@ -203,7 +204,7 @@ def _verify_with_transformers(model: Model, folder: str, name: str) -> None:
     if failed:
         raise ValueError(
             f"{name} should give the same in transformers and here, but differs in "
-            f"{'; '.join(failed)}. --no-verify converts all the same"
+            f"{'; '.join(failed)}. --no-verify converts it anyway"
         )
     for check in checks:
         print(f"verified with transformers: {check.name}: {check.result}")
@@ -221,8 +222,8 @@ def _verify_written(model: EncoderDecoderModel, written: EncoderDecoderModel, ta
     same = np.array_equal(model(batch), written(batch)) and _settings(model) == _settings(written)
     if not same:
         raise ValueError(
-            f"{target} was not written, because what was written for it gives something else when "
-            "read again: report this"
+            f"{target} was not written, because what was written for it gives different outputs "
+            "when read again: please report this"
         )
     print("verified: read again, it gives the same logits and has the same settings")
 

@@ -23,7 +23,7 @@ def add_command(commands: Any) -> None:
         "export",
         help="export a model for TensorFlow Serving",
         description="Writes a preset as a SavedModel, text in and text out, that TensorFlow Serving"
-        " runs.\nThe settings of generation are baked in.",
+        " runs.\nThe generation settings are baked in.",
         epilog="""\
 example:
   bertgen-tf export --preset my_model --output saved_models/my_model/1 --num-beams 4""",
@@ -33,7 +33,7 @@ example:
         "--output",
         required=True,
         metavar="NAME/VERSION",
-        help="a new folder, called by an integer, such as saved_models/my_model/1",
+        help="a new folder, named by an integer, such as saved_models/my_model/1",
     )
     parser.add_argument(
         "--max-batch-size",
@@ -52,7 +52,7 @@ example:
     parser.add_argument(
         "--no-check",
         action="store_true",
-        help="do not run the export in a process of its own to see that it answers as the model",
+        help="do not check in a separate process that the export answers as the model does",
     )
     # Each signature gives one hypothesis, or all.
     add_generation_config(parser, leave_out="num_return_sequences")

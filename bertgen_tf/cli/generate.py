@@ -47,7 +47,7 @@ files, in UTF-8:
   .tsv           in: the first column of each line
   others         in: one text a line; out: one text a line, tabs between several
 
-Outputs are written, and --resume goes on, by the thousand: killed before, it begins with them anew.
+Outputs are written a thousand at a time; --resume continues after the last full thousand.
 
 With --engine ray, --input is a pattern of many files and --output a folder: NAME.* becomes
 NAME.jsonl, where each line is the object of the input line, or {"source": "..."}, with "output".
@@ -62,7 +62,7 @@ examples:
     model.add_argument(
         "--export",
         metavar="NAME/VERSION",
-        help="what export wrote, settings of generation included; with --engine ray",
+        help="what export wrote, generation settings included; with --engine ray",
     )
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="texts (default: -, standard input)"
@@ -81,18 +81,18 @@ examples:
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on with FILE.partial, which an earlier run with the same --input, --preset and "
-        "settings left, if there is one; a complete --output is left as it is",
+        help="continue FILE.partial, if an earlier run with the same --input, --preset and "
+        "settings left one; a complete --output is left as it is",
     )
     parser.add_argument(
         "--batch-size",
         type=values.at_least(1),
         default=BATCH_SIZE,
         metavar="N",
-        help="texts that are generated together (default: %(default)s); fewer need less memory",
+        help="texts generated together (default: %(default)s); fewer need less memory",
     )
     parser.add_argument(
-        "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
+        "--no-xla", action="store_true", help="without XLA: starts sooner, runs slower"
     )
     add_generation_config(parser)
 
@@ -117,7 +117,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray-address",
         metavar="HOST:PORT",
-        help="a Ray cluster, on all of whose machines --export is at the same path (default: "
+        help="a Ray cluster; --export is at the same path on all its machines (default: "
         "RAY_ADDRESS, or else this machine)",
     )
     group.add_argument(
@@ -137,7 +137,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if path == "-":
         if arguments.resume:
-            raise UserError("--resume needs --output, a file to go on with")
+            raise UserError("--resume needs --output, a file to continue")
         if arguments.overwrite:
             raise UserError("--overwrite needs --output, a file to replace")
     with user_errors(output="--output"):
@@ -150,7 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
     begun = resumable.Begun()
     if not stream:
         with user_errors():
-            # Twice is little beside generating, and finds every malformed line now.
+            # Reading twice costs little beside generating, and finds every malformed line now.
             total = sum(1 for _ in text_files.read_texts(arguments.input))
         if path != "-":
             run = {
@@ -207,7 +207,7 @@ def _generate_lines(
         window=window,
         first_example=first,
         total=total,
-        # Where the outputs are on the terminal, they show the progress.
+        # Outputs on the terminal show the progress themselves.
         verbose=int(sys.stderr.isatty() and not (file is sys.stdout and sys.stdout.isatty())),
         jit_compile=not arguments.no_xla,
     )
@@ -220,7 +220,7 @@ def _generate_lines(
 
 
 def _read_texts(path: str, first: int, sources: collections.deque[str]) -> Iterator[str]:
-    """The texts from `first` on; they wait in `sources` for their outputs, too."""
+    """The texts from `first` on; they also wait in `sources` for their outputs."""
     texts = itertools.islice(text_files.read_texts(path), first, None)
     while True:
         with user_errors():
@@ -232,7 +232,7 @@ def _read_texts(path: str, first: int, sources: collections.deque[str]) -> Itera
 
 
 def _describe_model(arguments: argparse.Namespace, config: GenerationConfig) -> dict[str, Any]:
-    """What decides the outputs beside the input; names are those that the user knows."""
+    """What determines the outputs besides the input, by names that the user knows."""
     preset = Path(arguments.preset)
     names = [presets.CONFIG_FILE, presets.WEIGHTS_FILE]
     names += sorted(name for name, _ in presets.VOCABULARIES.values())
@@ -258,7 +258,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         if ray_files.cluster_address(arguments.ray_address) is not None:
             raise ValueError(
                 "--preset is on this machine only: export it where all machines of the Ray cluster "
-                "find it, then use --export"
+                "can find it, then use --export"
             )
         return
     fields = [field.name for field in dataclasses.fields(GenerationConfig)]
@@ -267,18 +267,18 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if given:
         raise ValueError(f"{flags(given)} applies to --preset only: --export has its settings")
     if arguments.signature is not None and arguments.no_xla:
-        raise ValueError("--no-xla chooses a signature of its own, not --signature")
+        raise ValueError("--no-xla chooses a signature itself: leave --signature out")
 
 
 def _find_jobs(arguments: argparse.Namespace, run: dict[str, Any] | None) -> list[ray_files.Job]:
     """What is to be done.
 
     Args:
-        arguments: of the command.
-        run: what decides the outputs of --preset; None for --export.
+        arguments: the command's.
+        run: what determines the outputs of --preset; None for --export.
 
     Raises:
-        ImportError, OSError, ValueError: what the user can mend.
+        ImportError, OSError, ValueError: what the user can fix.
     """
     ray_files.import_ray()
     if run is None:
@@ -302,7 +302,7 @@ def _run_jobs(
     """Runs what `_find_jobs` found.
 
     Args:
-        arguments: of the command.
+        arguments: the command's.
         jobs: at least one that is not complete.
         model: of --preset, which is exported to a temporary folder; None for --export.
         config: its settings.

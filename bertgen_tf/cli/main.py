@@ -1,7 +1,7 @@
 """The command `bertgen-tf`: finetune, generate, evaluate, export, convert, serve.
 
-Whatever its user can mend is one line on stderr and exit code 2; anything else is a bug and shows
-its traceback.
+What the user can fix is one line on stderr and exit code 2; anything else is a bug and shows its
+traceback.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; by default those of the process.
 
     Returns:
-        the exit code: 0, 2 for an error of the user, 130 after Ctrl-C, 141 when the reader of the
-        output went away.
+        the exit code: 0, 2 for a user error, 130 after Ctrl-C, 141 when the reader of the output
+        went away.
     """
     tf.get_logger().setLevel("ERROR")  # its warnings are advice to programmers
     try:
@@ -45,13 +45,13 @@ def main(argv: list[str] | None = None) -> int:
             _COMMANDS[arguments.command].run(arguments)
         finally:
             sys.stdout.flush()
-    except SystemExit as stop:  # of argparse
+    except SystemExit as stop:  # from argparse
         return stop.code
     except KeyboardInterrupt as stop:
         complain(str(stop) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Or Python complains when it flushes what nobody reads.
+        # Otherwise Python warns when it flushes what nobody reads.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; `command` of what it parses is the name of a command, such as finetune."""
+    """The parser; `command` in what it returns is the name of a command, such as finetune."""
     parser = _Parser(
         prog=PROGRAM,
         description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "

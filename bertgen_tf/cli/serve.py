@@ -9,19 +9,19 @@ from bertgen_tf.cli.common import user_errors
 
 _DESCRIPTION = """\
 Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
-together, and a page in the browser to try the models. Ends by Ctrl-C or SIGTERM, when all that it
+together, and a page in the browser to try the models. Ctrl-C or SIGTERM ends it, once all that it
 accepted is answered."""
 _EPILOG = """\
-FOLDER is what holds the exports, NAME/VERSION, such as saved_models. It can be one model, NAME, or
-one export, NAME/VERSION, too. Of each model the highest version is served. Versions and models that
-come later are loaded while the others answer. Signatures that end in _xla are compiled when they
-are first asked for a batch size and a length; all other requests wait until that is done.
+FOLDER holds the exports, NAME/VERSION, such as saved_models. It can also be one model, NAME, or one
+export, NAME/VERSION. The highest version of each model is served. Versions and models added later
+are loaded while the others answer. Signatures that end in _xla are compiled when they are first
+asked for a batch size and a length; all other requests wait until that is done.
 
 paths:
   /                                 the page
   /v1/models                        all models
   /v1/models/NAME[/versions/V]      state; with /metadata: signatures; with :predict: answers
-  /healthz, /readyz                 200 if it is alive; if every model is loaded, too
+  /healthz, /readyz                 200 if it is alive; if every model is loaded
   /monitoring/prometheus/metrics    for Prometheus
 
 example:
@@ -44,16 +44,16 @@ def add_command(commands: Any) -> None:
         "--host",
         default="127.0.0.1",
         help="address to listen on (default: %(default)s, for this machine only; 0.0.0.0 for "
-        "everybody who reaches it: there is no password)",
+        "everybody who can reach it: there is no password)",
     )
     where.add_argument(
         "--port", type=_port, default=8501, metavar="N", help="0 for a free one (default: 8501)"
     )
     times = parser.add_argument_group("times, in seconds")
     for flag, default, text in (
-        ("--poll-seconds", 2.0, "between two looks for new versions"),
+        ("--poll-seconds", 2.0, "between checks for new versions"),
         ("--request-timeout", 30.0, "until a request is given up, with status 504"),
-        ("--shutdown-timeout", 30.0, "to answer what was accepted when it shall end"),
+        ("--shutdown-timeout", 30.0, "to answer what was accepted before it ends"),
     ):
         times.add_argument(
             flag,
@@ -66,8 +66,8 @@ def add_command(commands: Any) -> None:
     for flag, default, text in (
         ("--max-body-bytes", 4 * 2**20, "of a request; more gets status 413"),
         ("--max-texts", 1024, "of a request; more gets 413"),
-        ("--max-queued-texts", 4096, "that wait for their turn; more gets 503"),
-        ("--max-connections", 512, "that are open; more gets 503"),
+        ("--max-queued-texts", 4096, "waiting for their turn; more gets 503"),
+        ("--max-connections", 512, "open at a time; more gets 503"),
     ):
         limits.add_argument(
             flag,

@@ -1,4 +1,4 @@
-"""The training loop: it can be stopped and resumed at any step, on one device or many."""
+"""The training loop. It can be stopped and resumed at any step, on one device or many."""
 
 from bertgen_tf.finetuning.callbacks import GenerateCallback
 from bertgen_tf.finetuning.data import TrainingData

@@ -21,7 +21,7 @@ _LOST = (
 
 
 class WorkerLost(RuntimeError):
-    """Another worker is gone, without which there is no going on."""
+    """Another worker is gone, and training cannot continue without it."""
 
 
 class Replicas:
@@ -37,7 +37,7 @@ class Replicas:
         self.is_chief = self.first == 0
 
     def dataset(self, data: TrainingData, first: int, last: int) -> tf.data.Dataset:
-        """Of each step a list of the batches of the replicas of this process."""
+        """For each step, the batches of the replicas of this process."""
         if data.batch_size % self.count:
             raise ValueError(
                 f"batch_size must be a multiple of the {self.count} replicas that share a batch, "
@@ -61,7 +61,7 @@ class Replicas:
         return self._values(lambda context: parts[context.replica_id_in_sync_group - self.first])
 
     def add(self, numbers: Sequence[int]) -> list[int]:
-        """Sums over all workers of their int32 numbers."""
+        """Sums of int32 numbers over all workers."""
         if not self.many_workers:
             return list(numbers)
         zeros = tf.zeros([len(numbers)], tf.int32)
@@ -80,14 +80,14 @@ class Replicas:
 
 def sum_of_replicas(value: Any) -> Any:
     """The sum of the values of all replicas, in a replica's context."""
-    # On the replica's device, as arguments are not.
+    # Moves it to the replica's device, where arguments are not.
     value = tf.identity(value)
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 @contextlib.contextmanager
 def together(replicas: Replicas) -> Iterator[None]:
-    """Around what all workers do: raises a `WorkerLost` if one is not there."""
+    """Wraps what all workers do together: raises `WorkerLost` if one is gone."""
     try:
         yield
     except _LOST as error:
@@ -99,13 +99,13 @@ def together(replicas: Replicas) -> Iterator[None]:
 
 
 def make_strategy(distribute: str = "auto", workers: bool = False) -> tf.distribute.Strategy:
-    """The `tf.distribute` strategy for what there is, to make a model in.
+    """The `tf.distribute` strategy for the available devices, to make a model in.
 
     Args:
-        distribute: of `STRATEGIES`. "auto" takes all GPUs of this machine, "mirrored" all GPUs or
-            else all logical CPUs, "tpu" a TPU (never tried), "none" one device.
-        workers: whether TF_CONFIG names several, who then share each batch, unless "none" is asked
-            for. TensorFlow must not have done anything before.
+        distribute: one of `STRATEGIES`. "auto" takes all GPUs of this machine, "mirrored" all GPUs
+            or else all logical CPUs, "tpu" a TPU (untested), "none" one device.
+        workers: whether TF_CONFIG names several workers, which then share each batch unless
+            `distribute` is "none". TensorFlow must not have been used before.
     """
     if distribute not in STRATEGIES:
         raise ValueError(

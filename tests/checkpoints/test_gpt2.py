@@ -376,7 +376,7 @@ def test_tool_compares_tokenizers(gpt2, tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.write_text("".join(f"{text}\n" for text in (*CORPUS, "don't,  you're\tnew", "")))
     assert compare_tokenizers.main([gpt2[1], str(texts)]) == 0
-    assert capsys.readouterr().out == "5 of 5 texts are cut alike\n"
+    assert capsys.readouterr().out == "5 of 5 texts are cut the same\n"
     # The form of the originals: GPT-2's ids behind 101 others, each text behind a space.
     from sentencepiece import sentencepiece_model_pb2
 
@@ -405,7 +405,7 @@ def test_tool_compares_tokenizers(gpt2, tmp_path, capsys):
     capsys.readouterr()
     assert compare_tokenizers.main([gpt2[1], str(texts), "--spiece", str(model)]) == 1
     out = capsys.readouterr().out
-    assert out.startswith(f"0 of {len(CORPUS)} texts are cut alike\n0 of the other")
+    assert out.startswith(f"0 of {len(CORPUS)} texts are cut the same\n0 of the other")
     assert compare_tokenizers.main([str(tmp_path), str(texts)]) == 2
 
 

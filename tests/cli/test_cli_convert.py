@@ -233,7 +233,7 @@ def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monk
     checkpoint = str(write_checkpoint(tmp_path / "encoders" / "bert"))
     assert line in run(capsys, checkpoint, str(tmp_path / "encoder"))[1]
     out = run(capsys, checkpoint, str(tmp_path / "some"), "--num-layers", "2")[1]
-    assert line not in out and "not compared with HuggingFace's own outputs: not all" in out
+    assert line not in out and "not compared with Hugging Face's own outputs: not all" in out
     assert folders == [
         *[("EncoderDecoderModel", tmp_path.name)] * 3,
         ("BertGenerationEncoder", "encoders"),
@@ -242,7 +242,9 @@ def test_what_differs_in_transformers_is_an_error(preset, tmp_path, capsys, monk
         cli_convert.importlib.util, "find_spec", lambda name: None if name == "torch" else name
     )
     status, out, _ = run(capsys, there, str(tmp_path / "third"))
-    assert status == 0 and "not compared with HuggingFace's own outputs: torch not installed" in out
+    assert (
+        status == 0 and "not compared with Hugging Face's own outputs: torch not installed" in out
+    )
 
 
 def write_config(folder: Path, **config) -> str:

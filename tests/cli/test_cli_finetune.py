@@ -105,7 +105,7 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bits(folder, capsys):
     ]
     assert not (folder / "killed").exists()
     capsys.readouterr()
-    assert "a training that did not end; --resume goes on" in fails(capsys, *again)
+    assert "a training that did not end; --resume continues it" in fails(capsys, *again)
     other = [*again, "--resume", "--learning-rate", "0.02", "--seed", "3"]
     assert "had another --learning-rate, --seed; --overwrite" in fails_late(capsys, other)
 
@@ -152,8 +152,8 @@ def test_stopped_it_loses_nothing(folder, capsys, monkeypatch):
     arguments = command(folder, output, "--steps", "9")
     assert cli.main(arguments) == 130
     assert capsys.readouterr().err == (
-        "bertgen-tf: interrupted after step 5, which is saved: the same command with --resume goes "
-        "on\n"
+        "bertgen-tf: interrupted after step 5, which is saved: the same command with --resume "
+        "continues\n"
     )
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert (folder / f"{output}.training" / "state-00000005.safetensors").exists()
@@ -194,7 +194,7 @@ def test_a_full_disk_keeps_the_state_before(folder, capsys, monkeypatch):
     flags = ["--steps", "6", "--checkpoint-every", "2"]
     error = fails_late(capsys, command(folder, "full", *flags))
     states = folder / "full.training"
-    kept = f"{states} keeps what was saved before: the same command with --resume goes on"
+    kept = f"{states} keeps what was saved before: the same command with --resume continues"
     file = f"{states}/state-00000004.safetensors"
     assert error == f"bertgen-tf: error: {file}: File too large; {kept}"
     left = {path.name for path in states.iterdir()} - {"log.jsonl"}

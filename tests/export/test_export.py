@@ -313,7 +313,7 @@ def test_ids_of_no_columns_and_no_rows(exported, signatures):
 
 
 def test_scores_need_pairs(signatures):
-    with pytest.raises(tf.errors.InvalidArgumentError, match="source and target must be of one"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="source and target must be equal"):
         signatures["score"](source=tf.constant(["a", "b"]), target=tf.constant(["a"]))
 
 

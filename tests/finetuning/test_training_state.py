@@ -57,7 +57,7 @@ def test_no_state_is_none_but_only_damaged_ones_are_an_error(folder):
     assert folder.load(pytest.fail) is None
     folder.save(state(4))
     (folder / "state-00000004.safetensors").write_bytes(b"")
-    with pytest.raises(OSError, match="holds no state that is whole: overwrite=True starts anew"):
+    with pytest.raises(OSError, match="holds no undamaged state: overwrite=True starts anew"):
         folder.load(lambda message: None)
     # And nothing was removed.
     assert states(folder) == ["state-00000004.safetensors"]
@@ -80,7 +80,7 @@ def test_only_the_same_run_goes_on(folder):
     folder.check_same(dict(SETTINGS))
     with pytest.raises(ValueError, match="another --seed; overwrite=True starts anew"):
         folder.check_same({**SETTINGS, "--seed": 4})
-    with pytest.raises(ValueError, match="resume=True goes on"):
+    with pytest.raises(ValueError, match="resume=True continues it"):
         folder.check(resume=False, overwrite=False)
     folder.check(resume=True, overwrite=False)
     folder.end()

@@ -292,7 +292,7 @@ def no_ray(monkeypatch):
         (["--input", "BAD/*.jsonl"], "bad.jsonl, line 2: expected {"),
         (["--input", "TWICE/*"], "x.txt would both become"),
         (["--signature", "score"], "must be one from text to text, which in"),
-        (["--signature", "beams", "--no-xla"], "--no-xla chooses a signature of its own"),
+        (["--signature", "beams", "--no-xla"], "--no-xla chooses a signature itself"),
         (["--export", "LINES"], "must be the folder of a SavedModel, NAME/VERSION"),
         (["--export", "DAMAGED"], "saved_model.pb is damaged"),
         (["--num-beams", "3", "--quantize", "int8"], "--num-beams, --quantize applies to --preset"),

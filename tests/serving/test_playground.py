@@ -334,7 +334,7 @@ def test_beams(chrome, stub):
     marks = [[mark.text for mark in card.find_elements(By.TAG_NAME, "mark")] for card in cards]
     assert marks == [[], ["four"], [], ["five"]]
     gaps = [gap.get_attribute("title") for gap in page.all("#beams li .gap")]
-    assert gaps == ["the best has here: two"]
+    assert gaps == ["here the best has: two"]
 
 
 def test_heat_map(chrome, stub):

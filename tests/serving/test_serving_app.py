@@ -179,8 +179,8 @@ IDS = {"signature_name": "ids"}
         ({"instances": []}, "No values in 'instances' array"),
         ({"instances": "a"}, "'instances' must be a list"),
         ({"instances": [["a"], ["b"]]}, "expected a tensor of shape [?], received one with 2"),
-        ({"instances": ["a", {"text": "b"}]}, "element 1 is another kind than the first"),
-        ({"instances": [{"text": "a"}, {"b64": "YQ"}]}, "element 1 is another kind"),
+        ({"instances": ["a", {"text": "b"}]}, "element 1 is of another kind than the first"),
+        ({"instances": [{"text": "a"}, {"b64": "YQ"}]}, "element 1 is of another kind"),
         ({"instances": [{"text": "a", "b": "c"}]}, "exactly the inputs 'text'"),
         ({"instances": [[1], [2]], **IDS}, "a list of objects with the inputs"),
         (
@@ -383,7 +383,7 @@ def test_full_queue(folder):
             await asyncio.sleep(0)
         status, headers, answer = await ask(app, "POST", PREDICT, body)
         assert status == 503 and headers["retry-after"] == "1"
-        assert "2 texts wait, and at most 3 may" in json.loads(answer)["error"]
+        assert "2 texts wait, but at most 3 may" in json.loads(answer)["error"]
         go_on.set()
         assert [(await task)[0] for task in tasks] == [200, 200]
 

@@ -228,7 +228,7 @@ def test_full_queue():
         fake = Fake()
         first = await hold(batcher, fake)
         tasks = await start(batcher, fake, texts("a", "b"), texts("c"))
-        with pytest.raises(QueueFull, match="3 texts wait, and at most 4 may"):
+        with pytest.raises(QueueFull, match="3 texts wait, but at most 4 may"):
             await batcher.run(fake, texts("d", "e"))
         tasks += await start(batcher, fake, texts("f"))
         with pytest.raises(QueueFull):

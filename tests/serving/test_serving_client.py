@@ -178,7 +178,7 @@ def test_score(server):
         assert client.score(sources[0], targets[0]) == expected[0]
         assert client.score([], []) == []
         for pair in [(["a"], ["b", "c"]), ("a", ["b"])]:
-            with pytest.raises(ValueError, match="of one length"):
+            with pytest.raises(ValueError, match="of equal length"):
                 client.score(*pair)
 
 
@@ -554,7 +554,7 @@ def test_the_deadline_holds_for_what_an_error_tells_too(rest, monkeypatch):
     monkeypatch.setattr(rest, "right_answer", answer)
     with Client(rest.url, "model", timeout=1.0) as client:
         try:
-            with pytest.raises(ServingError, match="not found.*Nor does the server tell") as error:
+            with pytest.raises(ServingError, match="not found.*Nor does the server say") as error:
                 client.generate("a", signature="nothing")
         finally:
             released.set()
@@ -661,7 +661,7 @@ def test_wait_until_ready_gives_up(server, served):
 def test_wait_until_ready_does_not_wait_for_what_does_not_come(rest, monkeypatch):
     monkeypatch.setattr(rest, "right_answer", lambda *_: Reply(403, '{"error": "who are you"}'))
     with Client(rest.url, "model") as client:
-        with pytest.raises(ServingError, match="who are you. If it takes a token") as error:
+        with pytest.raises(ServingError, match="who are you. If it requires a token") as error:
             client.wait_until_ready()
     assert error.value.code == 403 and len(rest.requests) == 1
 

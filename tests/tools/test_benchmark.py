@@ -225,12 +225,12 @@ def test_an_engine_that_fails_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "huge"], "huge is none of minilm, base, large"),
-        (["--engines", "xla,onnx"], "onnx is none of xla"),
+        (["--sizes", "huge"], "huge is not one of minilm, base, large"),
+        (["--engines", "xla,onnx"], "onnx is not one of xla"),
         (["--batch", "0"], "must be at least 1, received 0"),
         (["--beams", "1,x"], "expected"),
         (["--repeat", "0"], "must be at least 1"),
-        (["--sizes", "large", "--batch", "8"], "--batch is above what is run of large"),
+        (["--sizes", "large", "--batch", "8"], "--batch is above what is run for large"),
     ],
 )
 def test_wrong_options(arguments, message, capsys):

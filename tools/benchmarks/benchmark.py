@@ -8,9 +8,9 @@ Engines: `xla` (our compiled loop), `plain` (our plain graph), `int8` (our compi
 `ctranslate2-int8`. Everything runs on the CPU. Each engine has a process of its own; for each
 batch size and number of beams they take turns, and medians are printed.
 
-The weights are random, and EOS is suppressed, so that all generate 32 tokens. All float32 engines
-must return the same ids. Exit status: 0, 1 if ids differ, 2 if it cannot be run. Needs
-transformers, torch and ctranslate2 for what is not ours: pip install -e '.[benchmark]'
+The weights are random, and EOS is suppressed so that all generate 32 tokens. All float32 engines
+must return the same ids. Exit status: 0, 1 if ids differ, 2 if it cannot be run. The engines that
+are not ours need transformers, torch and ctranslate2: pip install -e '.[benchmark]'
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Size:
     max_position_embeddings: int = 512
 
     def weights_per_token(self) -> int:
-        """Weights that one step of the decoder reads.
+        """The weights that one decoder step reads.
 
         Its layers without the keys and values of cross-attention, which are projected once, and
         the output matrix.
@@ -79,7 +79,7 @@ class Size:
 SIZES = {
     "minilm": Size(6, 384, 12, 1536, 30522, source_length=64),
     "base": Size(12, 768, 12, 3072, 30522, source_length=128),
-    # That of the originals, which share their weights.
+    # The originals', which share their weights.
     "large": Size(24, 1024, 16, 4096, 50358, source_length=128, max_batch=1, sharing="all"),
 }
 
@@ -137,7 +137,7 @@ class Worker:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended; reading tells why
+            pass  # it has ended; reading shows why
         answer = self.answer()
         time.sleep(PAUSE)
         return answer
@@ -150,12 +150,12 @@ class Worker:
 
 
 def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
-    """Bytes a second that so many threads read from memory together, at best."""
+    """Bytes a second that `threads` threads read from memory together, at best."""
     columns = 2**12
     rows = megabytes * 2**20 // (4 * columns * threads)
     parts = [np.ones((rows, columns), np.float32) for _ in range(threads)]
     vector = np.ones(columns, np.float32)
-    # One of them is bound by memory, and by nothing else, wherever this runs.
+    # One of them is bound by memory alone, wherever this runs.
     kernels: list[Callable[[np.ndarray], Any]] = [
         lambda part: part.view(np.int8).max(),
         lambda part: part.sum(),
@@ -171,7 +171,7 @@ def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 5) -> float
 
 
 def cases_of(size: Size, batches: Iterable[int], beams: Iterable[int]) -> list[Case]:
-    """What is timed of a size; with batch 1, greedy, also a run of few tokens."""
+    """What is timed for a size; for batch 1, greedy, also a run of few tokens."""
     beams = list(beams)
     batches = [batch for batch in batches if size.max_batch is None or batch <= size.max_batch]
     cases = [Case(batch, number) for batch in batches for number in beams]
@@ -179,7 +179,7 @@ def cases_of(size: Size, batches: Iterable[int], beams: Iterable[int]) -> list[C
 
 
 def first_difference(ids: list[list[int]], expected: list[list[int]]) -> str | None:
-    """Where two engines first differ, in words; a token that one of them lacks is -1."""
+    """Where two engines first differ, in words; a token missing in one of them is -1."""
     for row, (ours, theirs) in enumerate(zip(ids, expected, strict=True)):
         pairs = enumerate(itertools.zip_longest(ours, theirs, fillvalue=-1))
         for step, (one, other) in pairs:
@@ -189,14 +189,14 @@ def first_difference(ids: list[list[int]], expected: list[list[int]]) -> str | N
 
 
 def equal_share(ids: list[list[int]], expected: list[list[int]]) -> float:
-    """The share of the expected tokens that are there, at their places."""
+    """The share of the expected tokens found in their places."""
     pairs = zip(ids, expected, strict=True)
     equal = sum(a == b for row in pairs for a, b in zip(*row, strict=False))
     return equal / max(sum(map(len, expected)), 1)
 
 
 def write_weights(folder: Path, name: str, size: Size, seed: int, engines: list[str]) -> int:
-    """Writes a size's weights where they are not there yet; returns their bytes."""
+    """Writes a size's weights unless they exist; returns their bytes."""
     marker = folder / "built.json"
     settings = {
         "build": dataclasses.asdict(size),
@@ -231,7 +231,7 @@ def run_size(
     folder: Path,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Times all cases of one size; the result is what the tables and the JSON are made of."""
+    """Times all cases of one size; the tables and the JSON are made from the result."""
     weight_bytes = write_weights(folder, name, size, options.seed, engines)
     bandwidth = read_bandwidth(options.threads)
     shape = (max(case.batch for case in cases), size.source_length)
@@ -254,7 +254,7 @@ def run_size(
         for case, row in zip(cases, rows, strict=True):
             say(f"{name}: timing {case}")
             for turn in range(options.repeat):
-                # Each time another engine is the first to go.
+                # Each time another engine goes first.
                 order = list(workers)
                 for engine in order[turn % len(order) :] + order[: turn % len(order)]:
                     answer = workers[engine].run(inputs, case)
@@ -282,7 +282,7 @@ def run_size(
 def first_runs(
     workers: dict[str, Worker], inputs: np.ndarray, case: Case, results: dict[str, dict]
 ) -> dict[str, list[list[int]]]:
-    """Runs each engine once, which compiles where it compiles; gives the ids of each."""
+    """Runs each engine once, so that it compiles if it does; returns the ids of each."""
     ids: dict[str, list[list[int]]] = {}
     for engine, worker in workers.items():
         answer = worker.run(inputs, case)
@@ -351,7 +351,7 @@ def check_libraries(engines: Iterable[str]) -> None:
 
 
 def list_of(kind: Callable[[str], Any], known: Iterable[Any] = ()) -> Callable[[str], list]:
-    """For argparse: values with commas between, each once."""
+    """For argparse: comma-separated values, each once."""
 
     def parse(text: str) -> list:
         try:
@@ -363,7 +363,7 @@ def list_of(kind: Callable[[str], Any], known: Iterable[Any] = ()) -> Callable[[
         unknown = [value for value in values if known and value not in known]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"{unknown[0]} is none of {', '.join(map(str, known))}"
+                f"{unknown[0]} is not one of {', '.join(map(str, known))}"
             )
         return list(dict.fromkeys(values))
 
@@ -389,11 +389,16 @@ def main(argv: list[str] | None = None) -> int:
     add("--sizes", list_of(str, SIZES), list(SIZES), f"of {', '.join(SIZES)} (default: all)")
     add("--batch", list_of(positive), [1, 8], "batch sizes (default: 1,8; large only 1)")
     add("--beams", list_of(positive), [1, 4], "numbers of beams (default: 1,4)")
-    add("--engines", list_of(str, ENGINES), list(ENGINES), "default: all; the first of ours leads")
+    add(
+        "--engines",
+        list_of(str, ENGINES),
+        list(ENGINES),
+        "default: all; the first of ours is the base",
+    )
     add("--repeat", positive, 5, "timed runs of each (default: 5)")
     add("--threads", positive, cores, f"of each engine (default: {cores}, the cores)")
     add("--seed", int, 0, "of weights and inputs (default: 0)")
-    add("--work-folder", Path, None, "keeps the weights, for the next call (default: a new one)")
+    add("--work-folder", Path, None, "keeps the weights for the next run (default: a new one)")
     add("--json", Path, None, "writes everything measured to this file")
     options = parser.parse_args(argv)
     cases = {
@@ -402,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
         if SIZES[name].max_batch is None or min(options.batch) <= SIZES[name].max_batch
     }
     if not cases:
-        parser.error(f"--batch is above what is run of {', '.join(options.sizes)}")
+        parser.error(f"--batch is above what is run for {', '.join(options.sizes)}")
     facts = machine(options.threads)
     results: list[dict[str, Any]] = []
     error = None

@@ -4,7 +4,7 @@
 
 SETTINGS is JSON: `{"engine": name, "folder": ..., "threads": n}` serves one engine, and
 `{"build": size, "folder": ..., "seed": n, "int8": bool, "ctranslate2": bool}` writes the weights.
-Requests come as lines of JSON on the standard input, answers go out on the standard output.
+Requests come as lines of JSON on standard input, answers go to standard output.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ Generate = Callable[[np.ndarray, int, int], np.ndarray]
 OURS = ("xla", "plain", "int8")
 ENGINES = (*OURS, "huggingface", "ctranslate2", "ctranslate2-int8")
 PAD, EOS, BOS = 0, 1, 2
-# Of random matrices, by a part of the name; the others keep the variance.
+# For random matrices, by a part of the name; the others keep the variance.
 GAINS = {
     "attention.output.dense": 0.3,
     "output.dense": 0.5,
@@ -37,7 +37,7 @@ GAINS = {
 def build(
     folder: str, size: dict[str, Any], seed: int, for_int8: bool, for_ctranslate2: bool
 ) -> dict[str, Any]:
-    """Writes a model with random weights; returns the bytes of them, shared ones counted once."""
+    """Writes a model with random weights; returns their bytes, shared ones counted once."""
     import bertgen_tf as bg
     from bertgen_tf.checkpoints.huggingface import files as huggingface_files
 
@@ -74,7 +74,7 @@ def build(
 
 
 def write_random_weights(file: Path, seed: int, sharing: str) -> None:
-    """Replaces the tensors of a file; those that the stacks share stay equal."""
+    """Replaces the tensors in a file; those that the stacks share stay equal."""
     from safetensors.numpy import load_file, save_file
 
     tensors = load_file(file)
@@ -87,18 +87,18 @@ def write_random_weights(file: Path, seed: int, sharing: str) -> None:
 
 
 def random_weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Weights that make a model say something else at every step, and choose clearly.
+    """Weights that make a model generate something else at every step, with clear choices.
 
-    Logits have a standard deviation of 3, so that the best tokens lie apart. What would make a
-    model repeat one token is kept down: tied embeddings, by layer norms that turn the sign of half
-    of the units; the mean of gelu, which the matrices after it cancel; attention to everything
-    alike, and biases, by their size. EOS has no probability to speak of, as engines differ in
-    whether a token that is suppressed counts in the softmax.
+    Logits have a standard deviation of 3, so that the best tokens are far apart. What would make a
+    model repeat one token is kept down: tied embeddings, by layer norms that flip the sign of half
+    of the units; the mean of gelu, which the matrices after it cancel; uniform attention, and
+    biases, by their size. EOS has practically no probability, as engines differ in whether a
+    suppressed token counts in the softmax.
 
     Args:
-        name: HuggingFace's.
-        shape: of matrices [outputs, inputs].
-        seed: of all of them.
+        name: Hugging Face's.
+        shape: for matrices [outputs, inputs].
+        seed: for all of them.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     if name.endswith("LayerNorm.weight"):
@@ -118,14 +118,14 @@ def random_weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def write_ctranslate2(folder: str, tensors: dict[str, np.ndarray], config: Any) -> None:
-    """Writes a checkpoint, by HuggingFace's names, as CTranslate2's transformer."""
+    """Writes a checkpoint, by Hugging Face's names, as CTranslate2's transformer."""
     from ctranslate2.specs import TransformerSpec, common_spec
 
     def norm(spec: Any, name: str) -> None:
         spec.gamma, spec.beta = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
 
     def linear(spec: Any, *names: str) -> None:
-        # Several layers one below the other.
+        # Several layers, one below the other.
         spec.weight = np.concatenate([tensors[f"{name}.weight"] for name in names])
         spec.bias = np.concatenate([tensors[f"{name}.bias"] for name in names])
 
@@ -244,7 +244,7 @@ def load_ctranslate2(folder: str, compute_type: str, threads: int) -> Generate:
 
 
 def import_engine(engine: str, threads: int) -> None:
-    """Imports what an engine needs, apart, so that its memory is known, and sets its threads."""
+    """Imports what an engine needs, separately so that its memory is known; sets its threads."""
     if engine in OURS:
         import bertgen_tf  # noqa: F401  # first, as it may set flags for TensorFlow
 
@@ -276,7 +276,7 @@ def load_engine(engine: str, folder: str, threads: int) -> Generate:
 
 
 def memory(field: str) -> int | None:
-    """Bytes that Linux tells of this process: "VmRSS", or its greatest value, "VmHWM"."""
+    """Bytes that Linux reports for this process: "VmRSS", or its peak, "VmHWM"."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -286,7 +286,7 @@ def memory(field: str) -> int | None:
 
 
 def settle_memory() -> None:
-    """Hands freed memory back, and lets the greatest value start again at what is left."""
+    """Returns freed memory to the system, and resets the peak to what is left."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -296,11 +296,11 @@ def settle_memory() -> None:
 
 
 def serve(settings: dict[str, Any], requests: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The answers of one engine: first that it is loaded, then one to each request.
+    """The answers of one engine: first that it is loaded, then one for each request.
 
     A request is `dict(input_ids, num_beams, max_new_tokens)`, its answer
-    `dict(ids, seconds, before, peak)`, with the memory before the run and the greatest during it,
-    in bytes.
+    `dict(ids, seconds, before, peak)`, with the memory before the run and its peak during it, in
+    bytes.
     """
     engine, threads = settings["engine"], settings["threads"]
     import_engine(engine, threads)
@@ -328,7 +328,7 @@ def serve(settings: dict[str, Any], requests: Iterator[str]) -> Iterator[dict[st
 
 
 def main(settings: dict[str, Any]) -> None:
-    # Libraries print to the standard output; the answers keep it for themselves.
+    # Libraries print to standard output, which is for the answers alone.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if "build" in settings:

@@ -6,12 +6,12 @@ from typing import Any
 from benchmark_engines import ENGINES, OURS
 
 NEW_TOKENS = 32
-# What the tokens after these take is the loop's time alone, without the encoder.
+# What the tokens after these take is the time of the loop alone, without the encoder.
 FEW_TOKENS = 2
 
 
 def reference(engine: str, engines: Iterable[str]) -> str:
-    """The engine of ours that an engine's time is divided by."""
+    """The engine of ours by whose time an engine's time is divided."""
     engines = list(engines)
     wanted = ("int8", "xla") if engine == "ctranslate2-int8" else ("xla",)
     return next((name for name in wanted if name in engines), engines[0])
@@ -135,14 +135,14 @@ def report(results: list[dict[str, Any]], repeat: int) -> str:
     ]
     if compiled:
         parts += [
-            "Seconds of tracing and compiling: the first run, less a later one:",
+            "Seconds of tracing and compiling: the first run minus a later one:",
             compile_table(results, compiled),
         ]
     parts += [
-        "Memory in MB: float32 weights, counted once where they are shared; the process with its "
-        "libraries; and on top of that with the model loaded, later between the runs (with "
-        "everything that was compiled), and at the peak of a run that does not compile; and how "
-        "much a run takes for itself. In brackets how many times the weights:",
+        "Memory in MB: float32 weights, counted once if shared; the process with its libraries; "
+        "and on top of that with the model loaded, later between runs (with everything that was "
+        "compiled), and at the peak of a run that does not compile; and how much a run takes by "
+        "itself. In brackets how many times the weights:",
         memory_table(results),
     ]
     if any(case["new_tokens"] == FEW_TOKENS for result in results for case in result["cases"]):
@@ -153,7 +153,7 @@ def report(results: list[dict[str, Any]], repeat: int) -> str:
         ]
     if rounded:
         parts += [
-            f"Share of the tokens that are those of {base}, with random weights, which tell "
+            f"Share of the tokens that are those of {base}, with random weights, which say "
             "nothing about quality:",
             equal_table(results, rounded),
         ]

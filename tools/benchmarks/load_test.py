@@ -1,18 +1,18 @@
-"""Loads `bertgen-tf serve`, in a process of its own on this machine, and checks what it promises.
+"""Puts `bertgen-tf serve` under load, in a process of its own here, and checks what it promises.
 
     tools/load_test [--model saved_models/NAME] [--seconds 60]
 
-1. kill -9 and a restart under load: clients that try again lose nothing
+1. kill -9 and a restart under load: clients that retry lose nothing
 2. answers: 32 clients at a time; none lost, swapped or wrong
 3. batching: at least 3 times the texts a second of one client; what the server adds to a request
 4. memory: the same after thousands of requests of all lengths
-5. malformed requests: all answered by 4xx, and the server goes on
+5. malformed requests: all answered with 4xx, and the server keeps running
 6. XLA compiles a bounded number of programs
 
 Without --model it makes a small one with random weights. Every answer is compared with the one that
-the server gave to the same text alone. Texts in a batch are computed in another order: where two
-tokens are almost as likely the other one may win: of 1 answer in 100, with a score that is the same
-to 1e-3.
+the server gave to the same text alone. Batches are computed in another order: where two tokens are
+almost equally likely, the other one may win in 1 answer of 100, with a score that is the same to
+1e-3.
 
 Prints a table; the exit status is 1 if a promise is broken.
 """
@@ -46,10 +46,10 @@ TOLERANCE = 1e-3  # of scores
 MAX_ROUNDED = 0.01
 MIN_RATIO = 3.0
 MAX_OVERHEAD_MS = 10.0
-# Of memory in the second half of the requests.
+# Growth of memory in the second half of the requests.
 MAX_GROWTH_MB = 32
-SECONDS = 300  # until a server that hangs is given up
-# Draws the words of the small model and of the texts.
+SECONDS = 300  # until a server that hangs is given up on
+# For the words of the small model and of the texts.
 SYLLABLES = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
 
 
@@ -94,7 +94,7 @@ def make_model(path: Path) -> Path:
         num_attention_heads=4,
         intermediate_size=512,
         max_position_embeddings=64,
-        initializer_range=0.2,  # decided about its tokens
+        initializer_range=0.2,  # makes it decided about its tokens
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -179,10 +179,10 @@ class Connection:
 
 
 class LoadTest:
-    """All tests, one after the other.
+    """All tests, one after another.
 
     Args:
-        arguments: of the command line.
+        arguments: those of the command line.
         model: the folder to serve.
         folder: for temporary files.
     """
@@ -227,7 +227,7 @@ class LoadTest:
         print(f"{what:34}{value:50} {verdict}".rstrip(), flush=True)
 
     def one_client(self, server: Server) -> list[float]:
-        """What is expected of each text, and the seconds that it took."""
+        """Records the expected answer to each text; returns the seconds that each took."""
         draw = random.Random(0)
         connection = Connection(server)
         texts = [random_text(draw) for _ in range(200)]
@@ -241,7 +241,7 @@ class LoadTest:
         return times
 
     def overhead(self, server: Server, alone: list[float]) -> None:
-        """The time of one request, less that of the signature alone."""
+        """The time of one request, minus that of the signature alone."""
         import tensorflow as tf
         import tensorflow_text  # noqa: F401 (registers the operations of tokenizers)
 
@@ -251,7 +251,7 @@ class LoadTest:
         signature(text=tf.constant(["a"]))
         connection = Connection(server)
         direct, asked = [], []
-        for text in list(self.expected)[:100]:  # by turns: the machine may be busy
+        for text in list(self.expected)[:100]:  # in turns: the machine may be busy
             start = time.perf_counter()
             {name: x.numpy() for name, x in signature(text=tf.constant([text])).items()}
             direct.append(time.perf_counter() - start)
@@ -299,7 +299,7 @@ class LoadTest:
                 f"p99 {1000 * statistics.quantiles(values, n=100)[98]:.0f} ms",
             )
         sizes = [x["batch"] for x in server.lines() if "batch" in x][-len(times) :]
-        self.check("texts that ran together, mean", f"{statistics.mean(sizes):.1f}")
+        self.check("texts run together, mean", f"{statistics.mean(sizes):.1f}")
 
     def compare(self, text: str, answer: tuple[str, float]) -> str:
         expected = self.expected[text]
@@ -328,7 +328,7 @@ class LoadTest:
         self.check("memory of the server", value, growth < MAX_GROWTH_MB and not failures)
 
     def malformed(self, server: Server, slow: list[socket.socket]) -> None:
-        """Requests that are answered by 4xx, and `slow` ones, which are not waited for."""
+        """Requests that are answered with 4xx, and `slow` ones, which are not waited for."""
         statuses: dict[int, int] = {}
         for what, data in malformed_requests(server.name, self.arguments.malformed):
             status, body = send_bytes(server.address, data)
@@ -336,7 +336,7 @@ class LoadTest:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 told = bool(json.loads(body)["error"])
             if not 400 <= status < 500 or not told:
-                print(f"answered by {status} {body[:200]!r}: {what}")
+                print(f"answered with {status} {body[:200]!r}: {what}")
                 status = 0
             statuses[status] = statuses.get(status, 0) + 1
         value = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items()))
@@ -350,7 +350,7 @@ class LoadTest:
         self.check("right answers after them", str(answers.count("equal")), "wrong" not in answers)
 
     def restart(self, server: Server, **environment: str) -> Server:
-        """Kills the server while clients ask; returns the one that is started on its port."""
+        """Kills the server while clients ask; returns the one started on its port."""
         from bertgen_tf.serving.client import Client
 
         answered = threading.Semaphore(0)
@@ -404,7 +404,7 @@ def are_right(counts: dict[str, int]) -> bool:
 
 
 def start_slowly(server: Server) -> list[socket.socket]:
-    """Connections on which requests begin, and nothing follows."""
+    """Connections on which requests begin, but nothing follows."""
     head = f"POST /v1/models/{server.name}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99"
     connections = []
     for part in ("P", head, f"{head}\r\n\r\n{{"):

@@ -32,15 +32,15 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
 def malformed_requests(
     name: str, count: int = 1000, seed: int = 0, max_body_bytes: int = 4 * 2**20
 ) -> Iterator[tuple[str, bytes]]:
-    """What is wrong, and a request that a server must answer by 4xx.
+    """What is wrong, and a request that a server must answer with 4xx.
 
     First each of the fixed ones, then random ones.
 
     Args:
         name: of a model whose `serving_default` takes `text`.
         count: how many.
-        seed: of the random ones.
-        max_body_bytes: the limit of the server.
+        seed: for the random ones.
+        max_body_bytes: the server's limit.
     """
     fixed = [*_no_http(name), *_paths(name), *_bodies(name, max_body_bytes)]
     yield from fixed[:count]

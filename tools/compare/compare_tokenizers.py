@@ -1,14 +1,14 @@
-"""Cuts texts with the in-graph tokenizer of a checkpoint and with transformers', and compares.
+"""Compares how a checkpoint's in-graph tokenizer and that of transformers cut texts.
 
     ./tools/compare_tokenizers FOLDER TEXTS...
     ./tools/compare_tokenizers FOLDER TEXTS... --spiece spiece.model
 
-FOLDER is a HuggingFace checkpoint, or its tokenizer's files alone: a BERT, a RoBERTa or a GPT-2,
+FOLDER is a Hugging Face checkpoint, or only its tokenizer's files: a BERT, a RoBERTa or a GPT-2,
 whose byte-level BPE runs as a SentencePiece model in the graph. TEXTS are files of UTF-8 lines.
 With --spiece, the tokenizer of a BertGeneration original is compared with a GPT-2 in FOLDER: its
-ids are GPT-2's of the text behind a space, plus 101.
+ids are GPT-2's for the text after a space, plus 101.
 
-Prints how many texts are cut alike and, of the others, the first few. Exit status: 0, 1 if a text
+Prints how many texts are cut the same and the first few others. Exit status: 0, 1 if a text
 differs, 2 if it cannot be compared. Needs transformers: pip install -e '.[compare]'
 """
 
@@ -53,19 +53,19 @@ def load_ours(folder: pathlib.Path) -> Any:
         folder, None, append_missing=kind != "roberta"
     )
     if tokenizer is None:
-        raise ValueError(f"{folder} should hold a tokenizer, but has no file of one.")
+        raise ValueError(f"{folder} should hold a tokenizer, but has no tokenizer files.")
     return tokenizer
 
 
 def differences(
     ours: Any, theirs: Any, texts: Iterable[str], offset: int = 0
 ) -> Iterator[tuple[str, list[int], list[int]] | None]:
-    """For each text None, or the text and the ids of both, where these differ.
+    """For each text None, or the text and the ids of both if these differ.
 
     Args:
         ours: called in a graph.
         theirs: a tokenizer of transformers.
-        offset: is taken off our ids; with one, theirs reads a space before the text.
+        offset: subtracted from our ids; with one, theirs reads a space before the text.
     """
     in_graph = tf.function(
         lambda batch: ours(batch), input_signature=[tf.TensorSpec([None], tf.string)]
@@ -89,8 +89,8 @@ def report(
 
     Args:
         found: what `differences` gives.
-        names: our pieces of ids, and theirs.
-        shown: of how many texts the place is printed where the two begin to differ.
+        names: our pieces for ids, and theirs.
+        shown: for how many texts to print the place where the two begin to differ.
     """
     total = different = not_ascii = 0
     places = []
@@ -110,9 +110,9 @@ def report(
                 )
             )
             places.append((text, [side[max(same - 3, 0) : same + 5] for side in cut]))
-    print(f"{total - different} of {total} texts are cut alike")
+    print(f"{total - different} of {total} texts are cut the same")
     if different:
-        # There byte-level BPE has tokens of halves of characters, see
+        # There byte-level BPE has tokens of half characters, see
         # `bertgen_tf.tokenizers.byte_pair`.
         print(f"{not_ascii} of the other {different} have characters beyond ASCII")
     for text, (here, there) in places:

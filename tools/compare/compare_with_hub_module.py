@@ -1,12 +1,12 @@
-"""Runs an encoder-decoder module of TF Hub and what bertgen_tf reads of it on the same texts.
+"""Runs an encoder-decoder module of TF Hub and what bertgen_tf makes of it on the same texts.
 
     ./tools/compare_with_hub_module MODULE TEXTS
 
-MODULE is a folder, a .tar.gz file or a URL; TEXTS a file with a text a line, of which the first
-column counts where there are tabs. Prints which answers are equal, and how long the module, our
-compiled graph and our plain graph take for them: medians of rounds in which the three take turns,
-after one round that is not counted. Exit status: 0, 1 if answers differ, 2 if it cannot be
-compared. Empty lines are left out: beside other texts a module's answer to them is not defined.
+MODULE is a folder, a .tar.gz file or a URL; TEXTS a file with a text a line: its first column if
+there are tabs. Prints which answers are equal, and how long the module, our compiled graph and our
+plain graph take for them: medians of rounds in which the three take turns, after one round that is
+not counted. Exit status: 0, 1 if answers differ, 2 if it cannot be compared. Empty lines are left
+out: in a batch with other texts a module's answer to them is not defined.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         texts = read_texts(arguments.texts, arguments.count)
         if not texts:
-            raise ValueError(f"{arguments.texts} should hold a text a line, but holds none")
+            raise ValueError(f"{arguments.texts} should hold a text a line, but is empty")
         model = bg.EncoderDecoderModel.from_hub(
             arguments.module, original=arguments.original, verify=False
         )

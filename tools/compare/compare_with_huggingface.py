@@ -1,10 +1,10 @@
-"""Runs a HuggingFace checkpoint in transformers and in bertgen_tf, and prints the differences.
+"""Runs a Hugging Face checkpoint in transformers and in bertgen_tf, and prints the differences.
 
     ./tools/compare_with_huggingface FOLDER
 
 FOLDER holds a BertGeneration encoder-decoder, encoder or decoder, a BERT or RoBERTa encoder,
 or a GPT-2.
-Exit status: 0, 1 beyond the tolerance, 2 if it cannot be compared. Needs transformers and torch:
+Exit status: 0, 1 if beyond the tolerance, 2 if it cannot be compared. Needs transformers and torch:
 pip install -e '.[compare]'
 """
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tolerance",
         type=float,
         default=1e-5,
-        help="of hidden states and logits, times their greatest absolute value where that is above "
+        help="of hidden states and logits, times their greatest absolute value if that is above "
         "1 (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the random ids")

@@ -3,10 +3,10 @@
     python tools/study/splitter.py MODULE DATA OUTPUT
     bertgen-tf export --preset OUTPUT/small --output saved_models/sentence_splitting/1
 
-MODULE and DATA as for study.py. OUTPUT gets two presets, the model as it was trained and a small
+MODULE and DATA are as for study.py. OUTPUT gets two presets, the model as trained and a small
 one of int8 with fewer pieces, and the outputs of both for the 500 pairs that the study scores.
 These pairs are never trained on; everything else is: tune.tsv and the rest of validation.tsv
-(where 3 of the 500 targets stand beside other sources).
+(where 3 of the 500 targets occur with other sources).
 """
 
 import argparse
@@ -46,8 +46,8 @@ def main() -> None:
     parser.add_argument("module")
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--pieces", type=int, default=8000, help="that are trained")
-    parser.add_argument("--small-pieces", type=int, default=4000, help="that the small one keeps")
+    parser.add_argument("--pieces", type=int, default=8000, help="those trained")
+    parser.add_argument("--small-pieces", type=int, default=4000, help="those of the small one")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -99,7 +99,7 @@ def main() -> None:
     small = frequent_pieces(model.tokenizer, texts, options.small_pieces)
     small = bg.trim_vocabulary(model, small)
     small.quantize("int8")
-    # It has the settings that it will be served with.
+    # Saved with the settings that it will be served with.
     small.generation_config = small.generation_config.replace(num_beams=4)
     small.save_to_preset(options.output / "small")
     for name, which, beams in (("greedy", model, 1), ("beams", model, 4), ("small", small, 4)):
