@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import WORDS, fails, make_model, make_small_model
+from conftest import WORDS, fails, make_deep_model, make_small_model
 
 import bertgen_tf as bg
 from bertgen_tf import cli, finetuning, training_state
@@ -300,7 +300,7 @@ def test_refused_before_it_starts(flags, message, folder, tmp_path, capsys, monk
 
 @pytest.mark.slow
 def test_what_was_frozen_is_free_in_the_preset(folder):
-    old = make_model("all", max_source_length=20, max_target_length=19)
+    old = make_deep_model("all", max_source_length=20, max_target_length=19)
     old.save_to_preset(str(folder / "two_layers"))
     flags = ["--preset", str(folder / "two_layers"), "--steps", "2", "--freeze", "encoder:1"]
     assert cli.main(command(folder, "frozen", *flags)) == 0
