@@ -66,7 +66,7 @@ def resolves(name: str) -> bool:
                 except ImportError:  # an extra that is not installed
                     return set(parts[i + 1 : i + 2]) <= _names_of_source(Path(spec.origin))
                 finally:
-                    sys.modules["bertgen_tf"] = bertgen_tf  # export_probe takes it away
+                    sys.modules["bertgen_tf"] = bertgen_tf  # export.probe takes it away
                 continue
         try:
             value = _attribute(value, part)

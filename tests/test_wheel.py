@@ -29,7 +29,7 @@ for found in pkgutil.walk_packages(bertgen_tf.__path__, "bertgen_tf."):
     except ImportError as error:
         cause = error.__cause__ or error
         failures[found.name] = [str(error), (cause.name or "").partition(".")[0]]
-    sys.modules["bertgen_tf"] = bertgen_tf  # export_probe takes it away
+    sys.modules["bertgen_tf"] = bertgen_tf  # export.probe takes it away
 
 try:
     from bertgen_tf.serving.app import ServingApp

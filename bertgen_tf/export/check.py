@@ -22,7 +22,7 @@ from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 TOLERANCE = 1e-3
 # Sums in another order may round to another int8 value.
 INT8_TOLERANCE = 0.05
-_PROGRAM = pathlib.Path(__file__).with_name("export_probe.py")
+_PROGRAM = pathlib.Path(__file__).with_name("probe.py")
 
 
 class ExportError(RuntimeError):

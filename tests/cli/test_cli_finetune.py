@@ -19,7 +19,7 @@ from bertgen_tf import finetuning
 from bertgen_tf.cli import main as cli
 from bertgen_tf.finetuning import state as training_state
 from bertgen_tf.finetuning.data import TrainingData
-from tests.helpers import ROOT, TESTS, WORDS, fails, make_model, make_small_model
+from tests.helpers import ROOT, TESTS, WORDS, fails, make_deep_model, make_small_model
 
 RANDOM = np.random.default_rng(0)
 
@@ -301,7 +301,7 @@ def test_refused_before_it_starts(flags, message, folder, tmp_path, capsys, monk
 
 @pytest.mark.slow
 def test_what_was_frozen_is_free_in_the_preset(folder):
-    old = make_model("all", max_source_length=20, max_target_length=19)
+    old = make_deep_model("all", max_source_length=20, max_target_length=19)
     old.save_to_preset(str(folder / "two_layers"))
     flags = ["--preset", str(folder / "two_layers"), "--steps", "2", "--freeze", "encoder:1"]
     assert cli.main(command(folder, "frozen", *flags)) == 0
