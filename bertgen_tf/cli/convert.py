@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bertgen_tf.checkpoints import presets
+from bertgen_tf.checkpoints import huggingface, presets
 from bertgen_tf.checkpoints.handles import kind_of
-from bertgen_tf.checkpoints.huggingface import loading as huggingface
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
 from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig

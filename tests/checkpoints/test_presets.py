@@ -314,7 +314,7 @@ def test_a_config_that_is_not_text(preset):
         (["tokenizer", "config", "case"], True, "unexpected keyword argument 'case'"),
         (["tokenizer", "config", "bos_token"], "[BOS]", "bos_token='[BOS]'"),
         (["generation_config", "num_beams"], 0, "num_beams must be an integer of at least 1"),
-        (["max_source_length"], "long", "`max_source_length` must be an integer"),
+        (["max_source_length"], "long", "max_source_length must be an integer"),
         (["surprise"], 1, "surprise"),
     ],
 )

@@ -10,7 +10,7 @@ import tensorflow as tf
 import bertgen_tf as bg
 from bertgen_tf import finetuning
 from bertgen_tf.cli import main as cli
-from tests.helpers.cli import PAIRS, SOURCES, write_pairs
+from tests.helpers.command_line import PAIRS, SOURCES, write_pairs
 
 # ---------------------------------------------------------------------- the whole way, once
 

@@ -11,7 +11,7 @@ from bertgen_tf import finetuning
 from bertgen_tf.cli import main as cli
 from bertgen_tf.data import text_files
 from tests.helpers import fails, make_model, make_small_model, write_checkpoint
-from tests.helpers.cli import PAIRS, write_pairs
+from tests.helpers.command_line import PAIRS, write_pairs
 
 # ------------------------------------------------------------------------------ finetune's input
 

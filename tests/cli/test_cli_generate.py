@@ -19,7 +19,7 @@ import bertgen_tf as bg
 from bertgen_tf.cli import generate
 from bertgen_tf.cli import main as cli
 from tests.helpers import fails, killed_generate, make_model, make_small_model
-from tests.helpers.cli import SOURCES
+from tests.helpers.command_line import SOURCES
 
 # ------------------------------------------------------------------------------------- generate
 

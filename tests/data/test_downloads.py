@@ -94,7 +94,9 @@ def test_fetched_once_pinned_and_checked(server, fetch, tmp_path):
     # Fetched anew it must be what it was.
     (tmp_path / "file.zip").unlink()
     server.content = CONTENT[::-1]
-    with pytest.raises(ValueError, match=f"/file should have the SHA-256 {SHA256}, but what came"):
+    with pytest.raises(
+        ValueError, match=f"/file should have the SHA-256 {SHA256}, but what arrived"
+    ):
         fetch()
     assert files(tmp_path) == {"file.zip.json"}
     server.content = CONTENT

@@ -829,7 +829,7 @@ def test_reorder_replaces_the_gathering_of_rows():
     ("changes", "error", "message"),
     [
         ({"num_beams": 0}, ValueError, "num_beams must be an integer of at least 1, received 0"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer >= 1"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be an integer of at least 1"),
         ({"num_return_sequences": 3}, ValueError, "num_return_sequences must be at most num_beams"),
         ({"scorer": "t2t"}, ValueError, 'scorer must be "huggingface" or "gnmt", received \'t2t\''),
         ({"early_stopping": "always"}, ValueError, "early_stopping must be"),

@@ -352,7 +352,7 @@ SOURCE = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}
         ("bad_words", ([3], [1]), TypeError, "bad_words_ids must be a sequence of integers"),
         ("sequence_bias", ([((), 1.0)],), ValueError, "sequence_bias must hold no empty"),
         ("sequence_bias", ([((1,), np.inf)],), ValueError, "sequence_bias must be below infinity"),
-        ("sequence_bias", ([((1,), np.nan)],), ValueError, "sequence_bias must be below infinity"),
+        ("sequence_bias", ([((1,), np.nan)],), ValueError, "sequence_bias must be a number"),
         ("sequence_bias", ([((1,), "1")],), ValueError, "sequence_bias must be a number"),
         (
             "exponential_decay_length_penalty",

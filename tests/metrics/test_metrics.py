@@ -95,7 +95,9 @@ def test_beta_of_deletion():
     results = metrics.compute(["sari", "sari_f1"], ["a b"], ["a b"], ["a"])
     assert [result.details["delete"] for result in results.values()] == values
     assert [result.name for result in results.values()] == ["sari", "sari_f1"]
-    with pytest.raises(ValueError, match="deletion_beta must be at least 0, received -1"):
+    with pytest.raises(
+        ValueError, match="deletion_beta must be a number of at least 0, received -1"
+    ):
         metrics.sari(["a"], ["a"], ["a"], deletion_beta=-1)
 
 

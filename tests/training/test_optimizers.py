@@ -226,18 +226,34 @@ def test_rates_of_new_weights_in_a_model_and_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("make", "arguments", "message"),
     [
-        (LinearWarmup, {"learning_rate": 0.0}, "learning_rate must be above 0"),
-        (LinearWarmup, {"learning_rate": 1.0, "warmup_steps": -1}, "warmup_steps must be at least"),
+        (LinearWarmup, {"learning_rate": 0.0}, "learning_rate must be a finite number above 0"),
+        (
+            LinearWarmup,
+            {"learning_rate": 1.0, "warmup_steps": -1},
+            "warmup_steps must be a number of at least 0",
+        ),
         (
             LinearWarmup,
             {"learning_rate": 1.0, "warmup_steps": 5, "total_steps": 5},
             "total_steps must be above",
         ),
-        (InverseSquareRoot, {"hidden_size": 0}, "hidden_size must be at least 1"),
-        (InverseSquareRoot, {"hidden_size": 4, "warmup_steps": 0}, "warmup_steps must be at least"),
+        (InverseSquareRoot, {"hidden_size": 0}, "hidden_size must be a number of at least 1"),
+        (
+            InverseSquareRoot,
+            {"hidden_size": 4, "warmup_steps": 0},
+            "warmup_steps must be a number of at least 1",
+        ),
         (optimizers.default_optimizer, {"warmup_steps": 0.1}, "is a share of total_steps"),
-        (optimizers.default_optimizer, {"new_weights_learning_rate": -1.0}, "must be above 0"),
-        (optimizers.default_optimizer, {"gradient_accumulation_steps": 0}, "must be at least 1"),
+        (
+            optimizers.default_optimizer,
+            {"new_weights_learning_rate": -1.0},
+            "must be a finite number above 0",
+        ),
+        (
+            optimizers.default_optimizer,
+            {"gradient_accumulation_steps": 0},
+            "must be an integer of at least 1",
+        ),
         (optimizers.paper_optimizer, {"hidden_size": 4, "ema_momentum": 1.0}, "between 0 and 1"),
     ],
 )

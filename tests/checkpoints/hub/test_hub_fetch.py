@@ -331,7 +331,7 @@ def test_a_cache_that_others_can_write_is_refused(module_of, unset, monkeypatch)
     modes = {0o777: "drwxrwxrwx", 0o770: "drwxrwx---", 0o702: "drwx----w-"}
     for mode, shown in modes.items():
         root.chmod(mode)
-        check_error(unset / "model.tar.gz", ValueError, f"writable for nobody .* mode {shown}")
+        check_error(unset / "model.tar.gz", ValueError, f"writable by nobody .* mode {shown}")
     root.chmod(0o700)
     root.parent.chmod(0o775)  # hub could be renamed
     check_error(unset / "model.tar.gz", ValueError, "bertgen_tf should be a folder of the user's")

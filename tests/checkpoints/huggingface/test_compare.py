@@ -92,7 +92,7 @@ def test_the_tool_tells_by_its_exit_status(tmp_path, monkeypatch, capsys):
         assert (tolerance, seed) == (0.25, 3)
         return [Check("logits", "max abs difference 0.5", ok) for ok in passed]
 
-    monkeypatch.setattr(tool.compare, "compare_with_huggingface", stub)
+    monkeypatch.setattr(tool.comparison, "compare_with_huggingface", stub)
     monkeypatch.setattr(tool.metadata, "version", lambda name: f"version of {name}")
     for name, kind in (("pair", "encoder-decoder"), ("encoder", "encoder"), ("decoder", "decoder")):
         folder = str(tmp_path / name)
