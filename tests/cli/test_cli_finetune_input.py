@@ -104,7 +104,7 @@ def test_finetune_refuses_before_it_starts(
     ("changes", "message"),
     [
         (["--max-source-length", "27"], "max_source_length must not exceed max_position_embedding"),
-        (["--max-target-length", "1"], "`max_target_length` must be at least 2"),
+        (["--max-target-length", "1"], "max_target_length must be an integer of at least 2"),
         (["--epochs", "1", "--warmup-steps", "9"], "--warmup-steps must be below all 1 steps"),
     ],
 )
