@@ -3,6 +3,7 @@
 B batch, T target length, V vocabulary.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -110,10 +111,10 @@ class EncoderDecoderModel(keras.Model):
     @classmethod
     def from_hub(
         cls,
-        handle: str | None = None,
+        handle: str | os.PathLike | None = None,
         *,
-        encoder: str | None = None,
-        decoder: str | None = None,
+        encoder: str | os.PathLike | None = None,
+        decoder: str | os.PathLike | None = None,
         share: bool = False,
         cross_attention: str = "random",
         num_layers: int | list[int] | None = None,
@@ -150,10 +151,10 @@ class EncoderDecoderModel(keras.Model):
     @classmethod
     def from_huggingface(
         cls,
-        folder: str | None = None,
+        folder: str | os.PathLike | None = None,
         *,
-        encoder: str | None = None,
-        decoder: str | None = None,
+        encoder: str | os.PathLike | None = None,
+        decoder: str | os.PathLike | None = None,
         share: bool | None = None,
         cross_attention: str | None = None,
         num_layers: int | list[int] | None = None,
@@ -173,16 +174,18 @@ class EncoderDecoderModel(keras.Model):
             **kwargs,
         )
 
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
+    def save_to_huggingface(
+        self, folder: str | os.PathLike, max_shard_size: int | str = "1GB"
+    ) -> None:
         """Writes a checkpoint for transformers; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
     @classmethod
-    def from_preset(cls, folder: str) -> Self:
+    def from_preset(cls, folder: str | os.PathLike) -> Self:
         """Reads what `save_to_preset` wrote; see `bertgen_tf.checkpoints.presets`."""
         return sources.presets.load(folder, model_class=cls)
 
-    def save_to_preset(self, folder: str) -> None:
+    def save_to_preset(self, folder: str | os.PathLike) -> None:
         """Writes config, weights, tokenizer and settings; see `bertgen_tf.checkpoints.presets`."""
         sources.presets.save(self, folder)
 
@@ -249,11 +252,11 @@ class EncoderDecoderModel(keras.Model):
         """Merges the adapters into the matrices: an equivalent model. Compile afterwards."""
         lora.merge(self)
 
-    def save_adapter(self, path: str) -> None:
+    def save_adapter(self, path: str | os.PathLike) -> None:
         """Writes what LoRA trained to one safetensors file; see `bertgen_tf.training.lora`."""
         lora.save(self, path)
 
-    def load_adapter(self, path: str) -> None:
+    def load_adapter(self, path: str | os.PathLike) -> None:
         """Reads what `save_adapter` wrote, with its settings; the base model must be the same.
 
         Raises:

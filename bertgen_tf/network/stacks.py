@@ -15,6 +15,7 @@ B batch, S source length, T target length, H hidden size, V vocabulary.
 """
 
 import dataclasses
+import os
 from typing import Any, Self
 
 import keras
@@ -42,7 +43,9 @@ class _Stack(keras.Model):
 
     config: BertGenerationConfig
 
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
+    def save_to_huggingface(
+        self, folder: str | os.PathLike, max_shard_size: int | str = "1GB"
+    ) -> None:
         """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
@@ -94,7 +97,11 @@ class BertGenerationEncoder(_Stack):
 
     @classmethod
     def from_hub(
-        cls, handle: str, *, num_layers: int | list[int] | None = None, verify: bool = True
+        cls,
+        handle: str | os.PathLike,
+        *,
+        num_layers: int | list[int] | None = None,
+        verify: bool = True,
     ) -> Self:
         """Takes up the weights of a TF Hub BERT module; see `bertgen_tf.hub.load_encoder`."""
         return sources.hub.load_encoder(
@@ -102,7 +109,9 @@ class BertGenerationEncoder(_Stack):
         )
 
     @classmethod
-    def from_huggingface(cls, folder: str, *, num_layers: int | list[int] | None = None) -> Self:
+    def from_huggingface(
+        cls, folder: str | os.PathLike, *, num_layers: int | list[int] | None = None
+    ) -> Self:
         """Reads a checkpoint; see `bertgen_tf.checkpoints.huggingface.load_encoder`."""
         return sources.huggingface.load_encoder(folder, num_layers=num_layers, model_class=cls)
 
@@ -213,7 +222,7 @@ class BertGenerationDecoder(_Stack):
     @classmethod
     def from_hub(
         cls,
-        handle: str,
+        handle: str | os.PathLike,
         *,
         cross_attention: str = "random",
         num_layers: int | list[int] | None = None,
@@ -231,7 +240,7 @@ class BertGenerationDecoder(_Stack):
     @classmethod
     def from_huggingface(
         cls,
-        folder: str,
+        folder: str | os.PathLike,
         *,
         cross_attention: str | None = None,
         num_layers: int | list[int] | None = None,

@@ -33,10 +33,10 @@ ORIGINAL_OPTIONS = (
 
 
 def load(
-    handle: str | None = None,
+    handle: str | os.PathLike | None = None,
     *,
-    encoder: str | None = None,
-    decoder: str | None = None,
+    encoder: str | os.PathLike | None = None,
+    decoder: str | os.PathLike | None = None,
     share: bool = False,
     cross_attention: str = "random",
     num_layers: int | list[int] | None = None,
@@ -83,7 +83,7 @@ def load(
 
 
 def load_encoder(
-    handle: str,
+    handle: str | os.PathLike,
     *,
     num_layers: int | list[int] | None = None,
     verify: bool = True,
@@ -108,7 +108,7 @@ def load_encoder(
 
 
 def load_decoder(
-    handle: str,
+    handle: str | os.PathLike,
     *,
     cross_attention: str = "random",
     num_layers: int | list[int] | None = None,
@@ -129,8 +129,8 @@ def load_decoder(
 
 
 def load_encoder_decoder(
-    encoder: str,
-    decoder: str | None = None,
+    encoder: str | os.PathLike,
+    decoder: str | os.PathLike | None = None,
     *,
     share: bool = False,
     cross_attention: str = "random",
@@ -164,7 +164,7 @@ def load_encoder_decoder(
 
 
 def load_original(
-    handle: str,
+    handle: str | os.PathLike,
     *,
     original: str | None = None,
     max_source_length: int | None = None,
@@ -239,7 +239,7 @@ def load_original(
     return originals.read_original(os.fspath(handle), given, table, verify, name, model_class)
 
 
-def is_original(handle: str) -> bool:
+def is_original(handle: str | os.PathLike) -> bool:
     """Whether a module is an encoder-decoder, which `load_original` reads, by its variables.
 
     Raises:
@@ -264,12 +264,12 @@ def _check_options(form: str, options: Iterable[str], others: Iterable[str]) -> 
 
 
 def load_encoder_with_tokenizer(
-    handle: str,
+    handle: str | os.PathLike,
     num_layers: int | list[int] | None = None,
     verify: bool = True,
     model_class: type[Encoder] = BertGenerationEncoder,
 ) -> tuple[Encoder, BertTokenizer]:
     """What `load_encoder` returns, and the tokenizer of the module."""
-    encoder, tokenizer = encoders.read_encoder(handle, verify)
+    encoder, tokenizer = encoders.read_encoder(os.fspath(handle), verify)
     kept = pretrained.kept_layers(num_layers, encoder.config.num_hidden_layers)
     return pretrained.finish_encoder(encoder, kept, model_class), tokenizer
