@@ -95,4 +95,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__doc__", "__version__"])
+    return sorted([*__all__, "finetuning", "metrics", "__doc__", "__version__"])

@@ -87,5 +87,5 @@ def test_the_package_says_that_it_is_typed():
 
 
 def test_dir_has_the_public_names():
-    assert set(dir(bg)) == {*bg.__all__, "__doc__", "__version__"}
-    assert all(hasattr(bg, name) for name in bg.__all__)
+    assert set(dir(bg)) == {*bg.__all__, "finetuning", "metrics", "__doc__", "__version__"}
+    assert all(hasattr(bg, name) for name in dir(bg))

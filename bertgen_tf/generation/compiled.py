@@ -50,9 +50,9 @@ class KeptFunctions:
         # The most recently used one comes last; the first one is dropped.
         function = self._functions.pop(key, None)
         if function is None:
+            function = make()
             if len(self._functions) >= MAX_FUNCTIONS:
                 self._functions.pop(next(iter(self._functions)))
-            function = make()
         self._functions[key] = function
         return function
 

@@ -95,12 +95,9 @@ def generate_files(
             that is to be resumed.
     """
     import_ray()
-    for name, value in (
-        ("batch_size", batch_size),
-        ("workers", 1 if workers is None else workers),
-        ("cpus_per_worker", cpus_per_worker),
-    ):
-        check_integer(name, value)
+    batch_size = check_integer("batch_size", batch_size)
+    workers = None if workers is None else check_integer("workers", workers)
+    cpus_per_worker = check_integer("cpus_per_worker", cpus_per_worker)
     run = {**describe_export(export, signature), "batch_size": batch_size}
     jobs = find_jobs(pattern, output, run, overwrite=overwrite, resume=resume)
     run_jobs(

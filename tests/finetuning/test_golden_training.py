@@ -1,7 +1,7 @@
 """Files of trainings that earlier versions saved: read, with equal outputs and equal next steps.
 
 They fail if a registered name, an attribute, the order of variables, or what a training records was
-changed; see tools/make_golden_training.py.
+changed; see tools/fixtures/make_golden_training.py.
 """
 
 import json

@@ -64,7 +64,7 @@ def _hf_golden():
 
 
 def test_huggingface_equals_transformers():
-    """Golden file: tools/make_beam_golden.py. Greedy and beam, 1 to 3 EOS, all stopping modes."""
+    """Golden file of make_beam_golden.py: greedy and beam, 1 to 3 EOS, all stopping modes."""
     for golden in _hf_golden():
         options = json.loads(str(golden["options"]))
         eos = options.pop("eos_token_id")

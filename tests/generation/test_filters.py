@@ -39,7 +39,7 @@ def typicality(scores):
 # The larger cases of transformers are in test_logits.py. Here the vocabulary counts as large.
 @pytest.mark.parametrize("few", [1, 2, 6])
 def test_large_vocabulary_equals_transformers(few, monkeypatch):
-    """Golden file: tools/make_logits_golden.py."""
+    """Golden file: tools/fixtures/make_logits_golden.py."""
     monkeypatch.setattr(filters, "_FEW", few)
     cases = [case for case in golden_cases() if case[0][-1][0] in ("top_p", "typical_p")]
     assert len(cases) >= 12

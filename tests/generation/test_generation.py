@@ -253,7 +253,7 @@ def test_huggingface_gives_the_same_forward_pass():
 
 
 def option_cases():
-    """`generate()` of transformers with options and prompts, see tools/make_beam_golden.py."""
+    """`generate()` of transformers with options and prompts, see make_beam_golden.py."""
     with np.load(GOLDEN / "hf_generation.npz") as arrays:
         numbers = sorted({int(name[4:].split("/")[0]) for name in arrays if name[:4] == "case"})
         return [

@@ -36,7 +36,7 @@ def _allowed(scores: tf.Tensor) -> np.ndarray:
 
 
 def test_equals_transformers():
-    """Golden file: tools/make_logits_golden.py. Each processor and filter, alone and with others.
+    """Golden file of make_logits_golden.py: each processor and filter, alone and with others.
 
     Behind the tokens that count there are others, and some scores are minus infinity.
     """

@@ -12,7 +12,7 @@ FILE = GOLDEN / "logits.npz"
 
 
 def golden_cases():
-    """`(processors, length, ids, logits, expected)` of tools/make_logits_golden.py."""
+    """`(processors, length, ids, logits, expected)` of tools/fixtures/make_logits_golden.py."""
     with np.load(FILE) as golden:
         columns = [golden[name] for name in ("lengths", "ids", "logits", "expected")]
         processors = json.loads(str(golden["cases"]))

@@ -105,7 +105,7 @@ def check_subset(tokenizer, texts, held_out):
 
 
 def check_answers(tokenizer, answers: dict, different: set[str] = frozenset()) -> None:
-    """Compares with what HuggingFace's class answered; see tools/make_tokenizer_golden.py.
+    """Compares with what HuggingFace's class answered; see tools/fixtures/make_tokenizer_golden.py.
 
     `different` are texts whose ids differ on purpose.
     """

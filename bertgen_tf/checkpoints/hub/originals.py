@@ -34,7 +34,7 @@ from bertgen_tf.checkpoints.hub.text import (
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.models.pretrained import Model
+from bertgen_tf.models.pretrained import Model, Tokenizer
 from bertgen_tf.network import weights
 from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
@@ -180,7 +180,7 @@ class _Parts:
     encoder: BertGenerationConfig
     decoder: BertGenerationConfig
     sharing: str
-    tokenizer: Any
+    tokenizer: Tokenizer
     values: dict[str, Any]
     special_tokens: dict[str, bool]
 

@@ -187,8 +187,8 @@ def load_decoder(
             add_cross_attention=crossed or cross_attention is not None,
         )
     )
-    new = {} if crossed else {"new": CROSS_ATTENTION}
-    pretrained.copy_layers(whole, decoder, kept, **new)
+    missing = {} if crossed else {"new": CROSS_ATTENTION}
+    pretrained.copy_layers(whole, decoder, kept, **missing)
     if cross_attention == "self_attention" and not crossed:
         pretrained.copy_self_attention(decoder)
     return decoder

@@ -261,8 +261,8 @@ def beam_search(
         seeds=seeds,
     )
     (last,) = tf.while_loop(search.goes_on, search.advance, (search.start(state),))
-    unfinished = gnmt_penalty(longest, gnmt_alpha) if normalize_unfinished else None
-    output = _output(last, unfinished, pad_token_id)
+    penalty = gnmt_penalty(longest, gnmt_alpha) if normalize_unfinished else None
+    output = _output(last, penalty, pad_token_id)
     return SearchOutput(*(tensor[:, :num_return_sequences] for tensor in output))
 
 

@@ -1,7 +1,7 @@
 """Modules in TF1 Hub format as somebody else could have written them, beside what we read of them.
 
-The modules come from `tools/make_tf1_module.py`, which shares no code with bertgen_tf. They are
-checked first, by a search in plain numpy; then our models must say what the modules say.
+The modules come from `tools/fixtures/make_tf1_module.py`, which shares no code with bertgen_tf.
+They are checked first, by a search in plain numpy; then our models must say what the modules say.
 """
 
 import dataclasses
