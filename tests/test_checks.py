@@ -25,7 +25,7 @@ def test_arrays_and_tensors_of_one_integer_are_integers():
     for value in (np.array(3), tf.constant(3)):
         assert checks.check_integer("n", value) == 3
         assert checks.check_positive("x", value) == 3.0
-    for value in (np.array([3]), tf.constant(3.0), tf.keras.Input([])):
+    for value in (np.array([3, 4]), tf.constant(3.0), np.float32(3)):
         with pytest.raises(ValueError, match=r"^n must be an integer of at least 1, received "):
             checks.check_integer("n", value)
 
