@@ -1,10 +1,36 @@
-"""BertGeneration for TensorFlow and Keras 3: BERT checkpoints as text generators."""
+"""BertGeneration for TensorFlow and Keras 3: BERT checkpoints as text generators.
+
+Start from a checkpoint, train, generate, export:
+
+    import bertgen_tf as bg
+
+    model = bg.EncoderDecoderModel.from_hub(encoder="path/or/url/of/a/tf_hub_bert_module")
+    model.compile()
+    model.fit(["a source", "another"], ["its target", "and its"], epochs=3)
+    model.generate("a source")
+    model.save_to_preset("my_model")
+    bg.export_saved_model(model, "saved_models/my_model/1")
+
+| what | where |
+| --- | --- |
+| models | `EncoderDecoderModel`, `BertGenerationEncoder`, `BertGenerationDecoder` |
+| starting points | `from_hub`, `from_huggingface`, `from_preset` of these; `warm_start`, `hub` |
+| settings | `BertGenerationConfig`, `GenerationConfig` |
+| text | `BertTokenizer`, `BertGenerationTokenizer`, `Seq2SeqPreprocessor`, `trim_vocabulary` |
+| training | `default_optimizer`, `paper_optimizer`, `default_loss`, `bucketed_dataset` |
+| choice of layers to train | `freeze`, `unfreeze`, `GradualUnfreezing` |
+| resumable training | `bertgen_tf.finetuning` |
+| scores | `bertgen_tf.metrics` |
+| serving | `export_saved_model`; `bertgen_tf.serving` |
+
+The command line is `bertgen-tf`, or `python -m bertgen_tf`.
+"""
 
 import keras as _keras
 
 if _keras.backend.backend() != "tensorflow":
     raise ImportError(
-        "bertgen_tf needs Keras's TensorFlow backend, and Keras uses "
+        "bertgen_tf needs Keras's TensorFlow backend, but Keras uses "
         f"{_keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Keras is imported."
     )
 
@@ -19,13 +45,14 @@ from bertgen_tf.models.vocabulary import trim_vocabulary
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.training.batches import bucketed_dataset
 from bertgen_tf.training.freezing import GradualUnfreezing, freeze, unfreeze
-from bertgen_tf.training.losses import bucketed_dataset, default_loss
+from bertgen_tf.training.losses import default_loss
 from bertgen_tf.training.optimizers import averaged_weights, default_optimizer, paper_optimizer
 
 __version__ = "0.1.0"
 
-# The names of these classes in older documents of HuggingFace.
+# The names of these classes in older Hugging Face documentation.
 BertForSeqGenerationConfig = BertGenerationConfig
 BertForSeqGenerationTokenizer = BertGenerationTokenizer
 BertForSeqGenerationEncoder = BertGenerationEncoder
@@ -65,3 +92,7 @@ __all__ = [
     "warm_start",
     "warm_start_report",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "finetuning", "metrics", "__doc__", "__version__"])

@@ -5,14 +5,16 @@ import numbers
 import operator
 from typing import Any
 
+import numpy as np
+
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer of Python or NumPy, and no bool."""
+    """Whether it is a Python or NumPy integer, but not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite real number of Python or NumPy, and no bool."""
+    """Whether it is a finite real Python or NumPy number, but not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -24,34 +26,39 @@ def check_integer(name: str, value: Any, least: int = 1, remedy: str = "") -> in
         remedy: what to do instead, for the end of the message.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is anything else.
     """
-    if not is_integer(value) or value < least:
+    try:  # arrays and tensors of one integer are integers, too
+        number = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
         _refuse(name, f"an integer of at least {least}", value, remedy)
-    return operator.index(value)
+    return number
 
 
 def check_number(name: str, value: Any, least: float = -math.inf, remedy: str = "") -> float:
     """Returns a number, which may be infinite, as a Python float; see `check_integer`."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not value >= least:
+    number = _real(value)
+    if not number >= least:
         rule = "a number" if least == -math.inf else f"a number of at least {least:g}"
         _refuse(name, rule, value, remedy)
-    return float(value)
+    return number
 
 
 def check_positive(name: str, value: Any, remedy: str = "") -> float:
     """Returns a finite number above 0 as a Python float; see `check_integer`."""
-    if not is_number(value) or value <= 0:
+    number = _real(value)
+    if not 0 < number < math.inf:
         _refuse(name, "a finite number above 0", value, remedy)
-    return float(value)
+    return number
 
 
 def first_line(error: Exception) -> str:
-    """Another library's exception in one line, to be quoted in a message of ours."""
+    """Another library's exception in one line, to be quoted in our messages."""
     lines = str(error).strip().splitlines()
     if lines and lines[0].startswith("Graph execution error"):
-        # TensorFlow then tells where, and what last.
+        # TensorFlow then says where first, and what last.
         lines = [line for line in lines if line.strip() and not line.startswith((" ", "[["))][-1:]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -59,3 +66,13 @@ def first_line(error: Exception) -> str:
 def _refuse(name: str, rule: str, value: Any, remedy: str) -> None:
     remedy = f": {remedy}" if remedy else ""
     raise ValueError(f"{name} must be {rule}, received {value!r}{remedy}.")
+
+
+def _real(value: Any) -> float:
+    """NaN for what is not a number; arrays and tensors of one number are numbers."""
+    if isinstance(value, str | bytes | bool | np.bool_) or getattr(value, "ndim", 0):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -1,4 +1,4 @@
-"""Model and generation settings: frozen dataclasses with HuggingFace's field names."""
+"""Model and generation settings: frozen dataclasses with Hugging Face's field names."""
 
 import dataclasses
 import json
@@ -11,14 +11,16 @@ from bertgen_tf.checks import check_integer, is_integer, is_number
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 QUANTIZATIONS = ("int8",)
-# Fields of the model config that HuggingFace's class does not have.
+# Fields of the model config that Hugging Face's class does not have.
 OWN_FIELDS = ("norm_first", "source_positions", "quantization")
+# Fields of the model config, and attributes of tokenizers.
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
 
 
 class _Config:
-    """JSON in and out for the two dataclasses below."""
+    """Reads and writes the two dataclasses below as JSON."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -26,7 +28,7 @@ class _Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Builds the config; a field that does not exist is an error, never ignored."""
+        """Builds the config; an unknown field is an error, never ignored."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -68,7 +70,7 @@ class _Config:
 
 @dataclasses.dataclass(frozen=True)
 class BertGenerationConfig(_Config):
-    """Architecture of one BertGeneration stack; fields and defaults of HuggingFace's class.
+    """Architecture of one BertGeneration stack; fields and defaults of Hugging Face's class.
 
     The defaults are the size of `google/bertseq2seq/roberta24_*`.
     """
@@ -78,7 +80,7 @@ class BertGenerationConfig(_Config):
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
     intermediate_size: int = 4096
-    # "gelu" is the exact one (erf), "gelu_new" the tanh approximation.
+    # "gelu" is exact (erf), "gelu_new" is the tanh approximation.
     hidden_act: str = "gelu"
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
@@ -88,13 +90,14 @@ class BertGenerationConfig(_Config):
     pad_token_id: int = 0
     bos_token_id: int = 2
     eos_token_id: int = 1
-    # Only read by the decoder: a decoder without it is a plain language model.
+    # Read by the decoder only: without it, a decoder is a plain language model.
     add_cross_attention: bool = False
-    # Normalisation before attention and feed-forward instead of behind, and once more at the end:
-    # GPT-2's blocks. PyTorch's term.
+    # Normalisation before attention and feed-forward instead of after them, and once more at the
+    # end, as in GPT-2's blocks. The name is PyTorch's.
     norm_first: bool = False
-    # Ours, of a decoder-only model: how many of the positions a source may take, which the stack
-    # reads as the beginning of its text; the rest are the target's. None: there is an encoder.
+    # Ours, for decoder-only models: how many positions a source may take. The stack reads the
+    # source as the beginning of its text; the other positions are the target's. None: there is an
+    # encoder.
     source_positions: int | None = None
     # Ours: "int8" for a stack whose matrices are int8, see `EncoderDecoderModel.quantize`.
     quantization: str | None = None
@@ -110,7 +113,7 @@ class BertGenerationConfig(_Config):
             "max_position_embeddings",
         ):
             check_integer(name, getattr(self, name))
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for name in TOKEN_IDS:
             check_integer(name, getattr(self, name), 0)
             if getattr(self, name) >= self.vocab_size:
                 raise ValueError(
@@ -141,9 +144,9 @@ class BertGenerationConfig(_Config):
             check_integer("source_positions", self.source_positions)
             if self.source_positions >= self.max_position_embeddings or self.add_cross_attention:
                 raise ValueError(
-                    "source_positions must leave positions to the target, fewer than "
-                    f"max_position_embeddings ({self.max_position_embeddings}), and goes without "
-                    f"cross-attention, received {self.source_positions} with "
+                    "source_positions must be below max_position_embeddings "
+                    f"({self.max_position_embeddings}), to leave positions for the target, and "
+                    f"excludes cross-attention, received {self.source_positions} with "
                     f"add_cross_attention={self.add_cross_attention}."
                 )
         if self.quantization not in (None, *QUANTIZATIONS):
@@ -154,22 +157,22 @@ class BertGenerationConfig(_Config):
 
     @property
     def decoder_only(self) -> bool:
-        """Whether one stack reads the source and goes on with the target."""
+        """Whether one stack reads the source and continues with the target."""
         return self.source_positions is not None
 
     @property
     def max_source_positions(self) -> int:
-        """The most tokens of a source."""
+        """The maximum number of source tokens."""
         return self.source_positions or self.max_position_embeddings
 
     @property
     def max_target_positions(self) -> int:
-        """The most tokens that a decoder reads of a target, its start token among them."""
+        """The maximum number of target tokens that a decoder reads, start token included."""
         return self.max_position_embeddings - (self.source_positions or 0)
 
 
 class _Rule(NamedTuple):
-    """Which values a field takes, and that in words."""
+    """Which values a field accepts, and the same in words."""
 
     allows: Callable[[Any], bool]
     words: str
@@ -182,12 +185,12 @@ def _integer_from(least: int) -> _Rule:
 
 
 def _optional(rule: _Rule) -> _Rule:
-    # None is a default: nobody needs to be told of it.
+    # None is a default and needs no mention.
     return _Rule(lambda value: value is None or rule.allows(value), rule.words)
 
 
 def _choice(*values: Any) -> _Rule:
-    # By type, too: 1 is no True.
+    # Types count too: 1 is not True.
     return _Rule(
         lambda value: any(type(value) is type(other) and value == other for other in values),
         f"one of {', '.join(map(str, values))}",
@@ -195,21 +198,21 @@ def _choice(*values: Any) -> _Rule:
 
 
 _NUMBER = _Rule(lambda value: is_number(value), "a number")
-_NUMBER_FROM_0 = _Rule(lambda value: is_number(value) and value >= 0, "a number from 0")
+_NUMBER_FROM_0 = _Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
 _POSITIVE = _Rule(lambda value: is_number(value) and value > 0, "a number above 0")
-_SHARE = _Rule(
-    lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and not above 1"
-)
+_SHARE = _Rule(lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
 _BOOLEAN = _Rule(lambda value: isinstance(value, bool), "True or False")
-_TOKEN = _Rule(lambda value: is_integer(value) and value >= 0, "a token id (an integer from 0)")
+_TOKEN = _Rule(
+    lambda value: is_integer(value) and value >= 0, "a token id (an integer of at least 0)"
+)
 _TOKENS = _Rule(
     lambda value: isinstance(value, tuple) and all(map(_TOKEN.allows, value)),
-    "token ids (integers from 0)",
+    "token ids (integers of at least 0)",
 )
 _SEQUENCE = _Rule(lambda value: _TOKENS.allows(value) and len(value) > 0, "token ids, at least one")
 _TOKEN_OR_SEQUENCE = _Rule(
     lambda value: _TOKEN.allows(value) or _SEQUENCE.allows(value),
-    "a token id (an integer from 0) or several",
+    "a token id (an integer of at least 0) or several",
 )
 
 _GENERATION_RULES = {
@@ -222,7 +225,7 @@ _GENERATION_RULES = {
     "length_penalty": _NUMBER,
     "early_stopping": _Rule(_choice(True, False, "never").allows, 'True, False or "never"'),
     "gnmt_alpha": _NUMBER_FROM_0,
-    # The least that scores can be divided by, see `bertgen_tf.generation.search.filters`.
+    # The smallest divisor of scores, see `bertgen_tf.generation.search.filters`.
     "temperature": _Rule(
         lambda value: is_number(value) and value >= 1e-4, "a number of at least 0.0001"
     ),
@@ -231,7 +234,7 @@ _GENERATION_RULES = {
     "min_p": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
     "seed": _optional(
         _Rule(
-            lambda value: is_integer(value) and 0 <= value < 2**31, "an integer from 0 below 2**31"
+            lambda value: is_integer(value) and 0 <= value < 2**31, "an integer from 0 to 2**31 - 1"
         )
     ),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _POSITIVE),
@@ -252,8 +255,8 @@ _GENERATION_RULES = {
             )
             and len({ids for ids, _ in value}) == len(value)
         ),
-        "different sequences of token ids with a number each, such as {(5,): 2.0, (7, 8): -1.5} or "
-        "[[[5], 2.0], [[7, 8], -1.5]]",
+        "different sequences of token ids, each with a number, such as {(5,): 2.0, (7, 8): -1.5} "
+        "or [[[5], 2.0], [[7, 8], -1.5]]",
     ),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _TOKENS),
     "forced_bos_token_id": _optional(_TOKEN),
@@ -267,7 +270,7 @@ _GENERATION_RULES = {
                 and value[0] >= 0
                 and _POSITIVE.allows(value[1])
             ),
-            "an integer from 0 (the start) with a number above 0 (the factor)",
+            "an integer of at least 0 (the start) and a number above 0 (the factor)",
         )
     ),
 }
@@ -286,7 +289,7 @@ _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "seed
 _USES = (
     _Use(
         ("early_stopping",),
-        "beam search with HuggingFace's scorer",
+        "beam search with Hugging Face's scorer",
         lambda config: config.num_beams > 1 and config.beam_scorer == "huggingface",
         ("num_beams", "beam_scorer"),
     ),
@@ -313,35 +316,35 @@ _USES = (
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig(_Config):
-    """How `generate` searches; HuggingFace's field names and, where it has the field, its defaults.
+    """How `generate` searches, with Hugging Face's field names and, for shared fields, defaults.
 
-    A value that the other settings leave without effect is an error. Every combination of values,
-    the seed apart, compiles its own function: keep to a few. Lists are kept as tuples.
+    A value that has no effect under the other settings is an error. Every combination of values,
+    apart from the seed, compiles its own function: use few. Lists are stored as tuples.
     """
 
-    # The longest output; one of the two, where neither is given max_new_tokens=64. New tokens are
-    # those after start token and prompt, the end token among them; max_length counts all.
+    # The longest output: set one of the two; with neither, max_new_tokens=64. New tokens are those
+    # after start token and prompt, end token included; max_length counts all.
     max_new_tokens: int | None = None
     max_length: int | None = None
-    # No end token before so many tokens; both apply.
+    # No end token before this many tokens; both apply.
     min_new_tokens: int = 0
     min_length: int = 0
 
-    # Search: num_beams=1 is greedy, or with do_sample draws each token, the sequences returned
-    # independently of each other; with several beams it draws their continuations.
+    # Search: num_beams=1 is greedy or, with do_sample, draws each token, and each returned sequence
+    # independently. With several beams, do_sample draws their continuations.
     num_beams: int = 1
     num_return_sequences: int = 1
     do_sample: bool = False
 
-    # What is drawn from, in this order; only with do_sample. 0 switches top_k and min_p off, 1
-    # top_p and typical_p.
+    # Filters of the draw, in this order; with do_sample only. 0 switches off top_k and min_p;
+    # 1 switches off top_p and typical_p.
     temperature: float = 1.0
     top_k: int = 50
     top_p: float = 1.0
     min_p: float = 0.0
     typical_p: float = 1.0
-    # None: other draws at every call. An integer: the same ones at every call, whatever the batch
-    # and whether compiled by XLA or not.
+    # None: different draws at every call. An integer: the same draws at every call, whatever the
+    # batch, compiled by XLA or not.
     seed: int | None = None
 
     # Scores: sum of log-probabilities / length**length_penalty ("huggingface"), or
@@ -351,27 +354,27 @@ class GenerationConfig(_Config):
     length_penalty: float = 1.0
     early_stopping: bool | str = False
     gnmt_alpha: float = 0.6
-    # Where no hypothesis ended, "gnmt" scores by the plain sum, as tensor2tensor does; True divides
-    # it by the penalty of max_new_tokens.
+    # If no hypothesis ended, "gnmt" scores by the plain sum, as tensor2tensor does; True divides it
+    # by the penalty of max_new_tokens.
     normalize_unfinished: bool = False
 
-    # Above 1 tokens that came already, in the output or in the source, become less likely (in the
-    # source: more likely).
+    # Above 1, tokens that already occurred in the output become less likely, and tokens of the
+    # source more likely.
     repetition_penalty: float = 1.0
     encoder_repetition_penalty: float = 1.0
-    # No n-gram of this size twice, or none of the source; 0 allows all.
+    # No n-gram of this size twice, or none from the source; 0 allows all.
     no_repeat_ngram_size: int = 0
     encoder_no_repeat_ngram_size: int = 0
-    # Token sequences that are never generated, and numbers added to the score of sequences.
+    # Token sequences that are never generated, and numbers added to the scores of sequences.
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     sequence_bias: tuple[tuple[tuple[int, ...], float], ...] = ()
-    # Token ids that are never generated, or not as the first one.
+    # Token ids that are never generated, or never generated first.
     suppress_tokens: tuple[int, ...] = ()
     begin_suppress_tokens: tuple[int, ...] = ()
-    # The token after the start token, and the one that the longest output ends with.
+    # The token after the start token, and the last token of an output of maximum length.
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | tuple[int, ...] | None = None
-    # (start, factor): after `start` new tokens the end becomes ever more likely.
+    # (start, factor): after `start` new tokens the end becomes increasingly likely.
     exponential_decay_length_penalty: tuple[int, float] | None = None
     # Each of them ends a sequence; None: the decoder's.
     eos_token_id: int | tuple[int, ...] | None = None
@@ -380,7 +383,7 @@ class GenerationConfig(_Config):
         super().__post_init__()
         for name in ("forced_eos_token_id", "eos_token_id"):
             ids = getattr(self, name)
-            if isinstance(ids, tuple) and len(ids) == 1:  # one form of one meaning
+            if isinstance(ids, tuple) and len(ids) == 1:  # one form for one meaning
                 object.__setattr__(self, name, ids[0])
         for name, rule in _GENERATION_RULES.items():
             if not rule.allows(getattr(self, name)):
@@ -408,7 +411,7 @@ class GenerationConfig(_Config):
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed; unknown names are an error.
 
-        `max_new_tokens` takes the place of `max_length`, and the other way round.
+        `max_new_tokens` replaces `max_length`, and vice versa.
         """
         for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
             if changes.get(name) is not None:
@@ -418,7 +421,7 @@ class GenerationConfig(_Config):
     def _check_lengths(self) -> None:
         if self.max_new_tokens is not None and self.max_length is not None:
             raise ValueError(
-                "max_new_tokens and max_length (which counts start token and prompt, too) exclude "
+                "max_new_tokens and max_length (which also counts start token and prompt) exclude "
                 f"each other, received {self.max_new_tokens} and {self.max_length}. Set one."
             )
         if self.max_new_tokens is None and self.max_length is None:
@@ -436,7 +439,7 @@ class GenerationConfig(_Config):
 
 
 def _plain(value: Any) -> Any:
-    """Python's own numbers for NumPy's, and tuples, which are hashable, for lists and dicts."""
+    """Turns NumPy's numbers into Python's, and lists and dicts into tuples, which are hashable."""
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):

@@ -21,9 +21,13 @@ def test_no_integer_of_at_least_three(value):
         checks.check_integer("n", value, 3, "add some")
 
 
-def test_tensors_are_no_integers():
-    with pytest.raises(ValueError, match=r"^n must be an integer of at least 1, received <tf\."):
-        checks.check_integer("n", tf.constant(3))
+def test_arrays_and_tensors_of_one_integer_are_integers():
+    for value in (np.array(3), tf.constant(3)):
+        assert checks.check_integer("n", value) == 3
+        assert checks.check_positive("x", value) == 3.0
+    for value in (np.array([3]), tf.constant(3.0), tf.keras.Input([])):
+        with pytest.raises(ValueError, match=r"^n must be an integer of at least 1, received "):
+            checks.check_integer("n", value)
 
 
 def test_numbers_become_python_floats():

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from documents import DOCUMENTS, ROOT, Block, all_blocks, read_blocks
-from test_imports import FILES, FLOORS
 
 import bertgen_tf
-from bertgen_tf.cli.arguments import make_parser
+from bertgen_tf.cli.main import make_parser
+from tests.helpers.documents import DOCUMENTS, ROOT, Block, all_blocks, read_blocks
+from tests.test_imports import FILES, FLOORS
 
 LANGUAGES = {"", "bash", "json", "python", "sh", "yaml"}
 # Programs of others in shell blocks.
@@ -68,7 +68,7 @@ def resolves(name: str) -> bool:
                 except ImportError:  # an extra that is not installed
                     return set(parts[i + 1 : i + 2]) <= _names_of_source(Path(spec.origin))
                 finally:
-                    sys.modules["bertgen_tf"] = bertgen_tf  # export_probe takes it away
+                    sys.modules["bertgen_tf"] = bertgen_tf  # export.probe takes it away
                 continue
         try:
             value = _attribute(value, part)
@@ -311,10 +311,9 @@ def test_wrong_names_are_found():
 
 
 def test_wrong_paths_are_found():
-    text = (
-        "./tools/test, tools/make_*.py. (tools/nothing.py) tests/data/no*.zip a/tools/b, my_tests/c"
-    )
-    assert wrong_paths(text) == ["tests/data/no*.zip", "tools/nothing.py"]
+    text = "./tools/test, tools/make_*.py. (tools/nothing.py) tests/golden/n*.zip"
+    text += " a/tools/b, my_tests/c"
+    assert wrong_paths(text) == ["tests/golden/n*.zip", "tools/nothing.py"]
 
 
 def test_wrong_links_are_found(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.helpers import ROOT
 
 # From the ground up. A room imports rooms of lower floors and itself.
 FLOORS = (
@@ -61,7 +61,7 @@ HOMES = {
     "safetensors": ["checkpoints.huggingface.files", "training.lora", "finetuning.state"],
     "starlette": ["serving.app"],
     "tensorboard": ["finetuning.callbacks"],
-    "tensorflow_hub": ["checkpoints.hub.modules"],
+    "tensorflow_hub": ["checkpoints.hub.fetch", "checkpoints.hub.modules"],
     # The probe imports nothing of bertgen_tf.
     "tensorflow_serving": ["serving.transport", "export.files", "export.probe"],
     "torch": ["checkpoints.huggingface.comparison", "checkpoints.huggingface.files"],

@@ -1,8 +1,7 @@
 import pytest
 
 import bertgen_tf as bg
-from bertgen_tf.training import freezing, optimizers
-from bertgen_tf.training import losses as training
+from bertgen_tf.training import freezing, losses, optimizers
 
 
 @pytest.mark.parametrize(
@@ -22,7 +21,7 @@ def test_older_names_are_the_classes_of_today(old, new):
 
 def test_the_documented_names_are_those_of_the_modules():
     assert bg.averaged_weights is optimizers.averaged_weights
-    assert bg.default_loss is training.default_loss
+    assert bg.default_loss is losses.default_loss
     for name in ("GradualUnfreezing", "freeze", "unfreeze"):
         assert getattr(bg, name) is getattr(freezing, name)
 

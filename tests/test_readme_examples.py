@@ -9,13 +9,13 @@ import keras
 import make_tf1_module
 import numpy as np
 import pytest
-from conftest import CORPUS, write_checkpoint
-from documents import all_blocks
 from make_hub_module import make_hub_module
 from safetensors.numpy import save_file
-from serving_exports import write_upper_export
 
 import bertgen_tf as bg
+from tests.helpers import CORPUS, write_checkpoint
+from tests.helpers.documents import all_blocks
+from tests.helpers.serving_exports import write_upper_export
 
 # What is in an example that does not run here, and why.
 NOT_RUN = {
@@ -133,6 +133,7 @@ def _runs(block) -> bool:
     return not any(part in block.text for part in NOT_RUN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in all_blocks("python") if _runs(b)], ids=str)
 def test_example_runs(block, place, addresses):
     for part, package in NEEDS.items():

@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-import pathlib
 import re
 
 import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401 its ops are in the graph
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests.helpers import ROOT
+
 FOLDER = ROOT / "saved_models/sentence_splitting/1"
 MAX_BYTES = 30_000_000
 

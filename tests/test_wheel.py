@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 import bertgen_tf as bg
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ["setup.cfg", "pyproject.toml", "README.md", "LICENSE"]
 # Each start of TensorFlow takes seconds: one program answers all questions.
 PROGRAM = """
@@ -29,7 +29,7 @@ for found in pkgutil.walk_packages(bertgen_tf.__path__, "bertgen_tf."):
     except ImportError as error:
         cause = error.__cause__ or error
         failures[found.name] = [str(error), (cause.name or "").partition(".")[0]]
-    sys.modules["bertgen_tf"] = bertgen_tf  # export_probe takes it away
+    sys.modules["bertgen_tf"] = bertgen_tf  # export.probe takes it away
 
 try:
     from bertgen_tf.serving.app import ServingApp
@@ -108,6 +108,7 @@ def test_wheel_has_every_module_and_data_file(wheel):
     assert not extra, f"setup.cfg puts {extra} into the wheel"
 
 
+@pytest.mark.slow
 def test_wheel_runs_from_an_environment_of_its_own(wheel, tmp_path):
     venv = tmp_path / "venv"
     _run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)

@@ -28,7 +28,7 @@ _make_venv() {
     fi
     echo "Installing bertgen_tf and its dependencies into .venv (several minutes the first time) ..."
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]" ||
-        _fail "the installation failed; mend the cause above and run this again"
+        _fail "the installation failed; fix the cause above and run this again"
     printf '%s\n' "$wanted" >"$stamp"
 }
 

@@ -1,4 +1,4 @@
-"""Makes a TF Hub module in the TF2 SavedModel format from a HuggingFace BERT encoder folder.
+"""Makes a TF Hub module in the TF2 SavedModel format from a Hugging Face BERT encoder folder.
 
     python tools/make_hub_module.py SOURCE_FOLDER OUTPUT_FOLDER
 
@@ -33,7 +33,7 @@ SOURCE_FILES = ("config.json", "model.safetensors", "vocab.txt")
 
 
 def variable_sources(config: dict) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Model Garden variable name -> (HuggingFace tensor name, shape of the variable)."""
+    """Model Garden variable name -> (Hugging Face tensor name, shape of the variable)."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     head = hidden // heads
@@ -96,7 +96,7 @@ def read_config(path: Path) -> dict:
             )
     if config["hidden_size"] % config["num_attention_heads"]:
         raise ValueError(
-            f"{path}: hidden_size {config['hidden_size']} is no multiple of "
+            f"{path}: hidden_size {config['hidden_size']} is not a multiple of "
             f"num_attention_heads {config['num_attention_heads']}"
         )
     return config
@@ -123,7 +123,7 @@ def read_weights(path: Path, config: dict) -> dict[str, np.ndarray]:
             problems.append(f"missing tensor {source}")
             continue
         if target.endswith("/kernel"):
-            tensor = tensor.T  # HuggingFace stores [out, in]
+            tensor = tensor.T  # Hugging Face stores [out, in]
             flat = _flat_kernel(target, shape)
         else:
             flat = (math.prod(shape),) if target.endswith("/bias") else shape
@@ -260,8 +260,8 @@ def make_hub_module(
     Raises:
         FileNotFoundError: a source file is absent.
         FileExistsError: `output_folder` exists.
-        ValueError: the model is no BERT encoder or the tensors do not fit config.json; one message
-            lists all that are missing, unexpected or of another shape.
+        ValueError: the model is not a BERT encoder or the tensors do not fit config.json; one
+            message lists all that are missing, unexpected or of the wrong shape.
     """
     source, output = Path(source_folder), Path(output_folder)
     if output.exists():
@@ -272,7 +272,7 @@ def make_hub_module(
         raise FileNotFoundError(f"source_folder {source} lacks {', '.join(absent)}")
     if lowercase is None:
         tokenizer = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-        lowercase = bool(tokenizer.get("do_lower_case", True))  # HuggingFace's default
+        lowercase = bool(tokenizer.get("do_lower_case", True))  # Hugging Face's default
 
     config = read_config(source / "config.json")
     weights = read_weights(source / "model.safetensors", config)

@@ -90,7 +90,7 @@ def fetch_checkpoint() -> Path:
 
 
 def make_module(checkpoint: Path) -> Path:
-    """Makes the TF Hub module; anew each time, since this tool may have changed."""
+    """Makes the TF Hub module; anew each time, as its tool may have changed."""
     from make_hub_module import make_hub_module
 
     module = CACHE / "minilm_l6_hub_module"
@@ -131,7 +131,7 @@ def fine_tune(module: Path, training: list[tuple[str, str]], steps: int, seed: i
 
 
 def next_version(folder: Path) -> Path:
-    """`folder`/N, N one above the highest version that is there."""
+    """`folder`/N, N one above the highest existing version."""
     versions = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
     return folder / str(max(versions, default=0) + 1)
 

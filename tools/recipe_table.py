@@ -2,8 +2,8 @@
 
     ./tools/recipe_table
 
-The checkpoints are BERT-Base Cased (28,996 pieces), RoBERTa base (50,265) and GPT-2 (50,257, of
-whose positions 512 are kept). Nothing is read, and no weight is made: only shapes are counted. The
+The checkpoints are BERT-Base Cased (28,996 pieces), RoBERTa base (50,265) and GPT-2 (50,257;
+512 of its positions are kept). Nothing is read, and no weight is made: only shapes are counted. The
 column "paper" is the total in Table 1 of Rothe, Narayan, Severyn 2020.
 """
 
@@ -42,7 +42,7 @@ PAPER = {
 
 
 def count(name: str) -> bg.WarmStartReport:
-    """What the model of a recipe counts."""
+    """The counts of a recipe's model."""
     recipe = bg.RECIPES[name]
     known = [kind for kind in (recipe.encoder, recipe.decoder) if kind in CONFIGS]
     # A random side has the sizes of the other one, and BERT's blocks.

@@ -5,7 +5,7 @@
 Each pair is (complex sentence, "first sentence. second sentence."), the task of WikiSplit (Botha et
 al. 2018) in small. The split needs copying (names, years), reordering, inflection (the second
 sentence gets a verb where the first had an apposition) and pronouns, whose gender only the name
-tells. It is a function of the source, so that exact match is a fair measure.
+shows. It is a function of the source, so that exact match is a fair measure.
 """
 
 import argparse
@@ -58,14 +58,14 @@ WORKS = {
 
 
 def _person(rng: random.Random, other_than: str = "") -> tuple[str, str]:
-    """A full name, its first part other than the given one's, and its pronoun."""
+    """A full name, whose first name differs from the given one's, and its pronoun."""
     names, pronoun = rng.choice([(WOMEN, "she"), (MEN, "he")])
     first = rng.choice([name for name in names if not other_than.startswith(f"{name} ")])
     return f"{first} {rng.choice(SURNAMES)}", pronoun
 
 
 def _deed(rng: random.Random, other_than: str = "") -> str:
-    """A verb phrase in the past tense, with another verb than the given one's."""
+    """A verb phrase in the past tense, whose verb differs from the given one's."""
     verb = rng.choice([verb for verb in WORKS if not other_than.startswith(verb)])
     return f"{verb} {rng.choice(WORKS[verb])}"
 
@@ -164,7 +164,7 @@ def generate(
     both, and every word of the held-out pairs occurs in the training pairs.
 
     Raises:
-        ValueError: `train` pairs hold too few words for `held_out` pairs made of those only.
+        ValueError: `train` pairs contain too few words to make `held_out` pairs from them alone.
     """
     rng = random.Random(seed)
     pairs: dict[str, str] = {}
@@ -182,8 +182,8 @@ def generate(
             unseen[source] = target
     if len(unseen) < held_out:
         raise ValueError(
-            f"train={train} pairs hold too few words for held_out={held_out} pairs made of those "
-            f"only: raise train"
+            f"train={train} pairs contain too few words to make held_out={held_out} pairs from "
+            f"them alone: raise train"
         )
     return training, list(unseen.items())
 

@@ -1,4 +1,4 @@
-"""Reads and writes models: presets, TF Hub modules, HuggingFace checkpoints, recipes."""
+"""Reads and writes models: presets, TF Hub modules, Hugging Face checkpoints, recipes."""
 
 from bertgen_tf.checkpoints import hub, huggingface, presets
 from bertgen_tf.network import sources

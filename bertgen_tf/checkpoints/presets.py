@@ -5,7 +5,7 @@
 | config.json | sizes, settings of generation and tokenizer |
 | model.weights.h5 | the weights, in Keras's format |
 | vocab.txt or spiece.model | the tokenizer's vocabulary |
-| decoder-vocab.txt or decoder-spiece.model | that of targets, where it is another one |
+| decoder-vocab.txt or decoder-spiece.model | that of targets, if it is a different one |
 """
 
 import json
@@ -31,7 +31,7 @@ VOCABULARIES = {
     "BertTokenizer": ("vocab.txt", "vocabulary"),
     "BertGenerationTokenizer": ("spiece.model", "proto"),
 }
-# The tokenizers of a model, and what their files' names begin with.
+# The tokenizers of a model, and the prefixes of their files' names.
 PREFIXES = {"tokenizer": None, "decoder_tokenizer": "decoder"}
 
 
@@ -40,15 +40,15 @@ def save(
     folder: str | os.PathLike,
     check: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
-    """Writes `model` to `folder`, which must not exist, be empty, or hold an older preset only.
+    """Writes `model` to `folder`, which must not exist, be empty, or hold only an older preset.
 
     The folder appears, or is replaced, only when everything is written. Optimizer and metrics are
-    not part of it: Keras's `model.save` keeps them.
+    not included: Keras's `model.save` keeps them.
 
     Args:
         model: what to write.
         folder: where to.
-        check: gets the finished folder under another name; what it raises leaves `folder` alone.
+        check: gets the finished folder under another name; if it raises, `folder` is untouched.
 
     Raises:
         OSError: see `bertgen_tf.data.folders.check_writable`.
@@ -78,7 +78,7 @@ def save(
 
 
 def _check_room(path: pathlib.Path, weights: list[Any]) -> None:
-    """Raises an OSError if a file of the weights does not fit there: HDF5 might crash instead."""
+    """Raises an OSError if the weights do not fit on the disk: HDF5 might crash instead."""
     if not hasattr(os, "posix_fallocate"):
         return
     size = sum(4096 + math.prod(weight.shape) * 4 for weight in weights) + 2**16
@@ -90,7 +90,7 @@ def _check_room(path: pathlib.Path, weights: list[Any]) -> None:
 
 
 def check_writable(folder: str | os.PathLike) -> None:
-    """Raises an OSError where `save` would, to know it before training."""
+    """Raises an OSError if `save` would, so that it is known before training."""
     folders.check_writable(folder, is_preset, "a preset")
 
 
@@ -98,8 +98,8 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     """Reads a model that `save` wrote, as a `model_class`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of it is missing.
-        ValueError: it is no preset, or a file of it is damaged.
+        FileNotFoundError: there is no such folder, or one of its files is missing.
+        ValueError: it is not a preset, or one of its files is damaged.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -134,7 +134,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
             f"{path} should hold the weights of the model in {CONFIG_FILE}, but reading it failed: "
             f"{first_line(error)}"
         ) from error
-    # Keras does not mind what is left over, such as further layers.
+    # Keras ignores what is left over, such as extra layers.
     expected = _expected_tensors(model)
     if stored != expected:
         raise ValueError(
@@ -148,7 +148,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """The config of the model in `folder`, without its vocabulary.
 
     Raises:
-        ValueError: it is no preset.
+        ValueError: it is not a preset.
     """
     folder = pathlib.Path(folder)
     try:
@@ -164,7 +164,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _expected_tensors(model: EncoderDecoderModel) -> int:
-    """How many tensors a file has of the model: one for each variable, or for each part of it."""
+    """How many tensors a file of the model has: one for each variable, or for each part of it."""
     return len(
         {
             (id(v.variable), v.rows.start) if isinstance(v, VariablePart) else id(v)
@@ -183,7 +183,7 @@ def _count_tensors(path: pathlib.Path) -> int:
 
 
 def is_preset(folder: pathlib.Path) -> bool:
-    """Whether the folder holds a preset and nothing else, which replacing it would delete."""
+    """Whether the folder holds a preset, and nothing else that replacing it would delete."""
     names = [name for name, _ in VOCABULARIES.values()]
     ours = {CONFIG_FILE, WEIGHTS_FILE, *names, *(f"decoder-{name}" for name in names)}
     try:

@@ -1,6 +1,6 @@
 """The recipes of Rothe, Narayan, Severyn 2020 by name: which side starts from which checkpoint.
 
-Source: Table 1 of the paper (arXiv 1907.12461), and three RoBERTa twins, which it does not have.
+Source: Table 1 of the paper (arXiv 1907.12461), and three RoBERTa counterparts that it lacks.
 """
 
 import dataclasses
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertgen_tf.checkpoints import hub, huggingface
-from bertgen_tf.checkpoints.huggingface import files
+from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.huggingface.gpt2 import Checkpoint
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
@@ -29,9 +29,9 @@ class Recipe:
     """One row of the table.
 
     Attributes:
-        encoder, decoder: the kind of checkpoint that a side starts from, or "random"; no encoder
-            is a decoder-only model, which reads the source as the beginning of its text.
-        share: one stack for both sides, besides cross-attention.
+        encoder, decoder: the kind of checkpoint that a side starts from, or "random"; without an
+            encoder it is a decoder-only model, which reads the source as the beginning of its text.
+        share: one stack for both sides, except cross-attention.
     """
 
     encoder: str | None
@@ -70,7 +70,7 @@ RECIPES: Mapping[str, Recipe] = types.MappingProxyType(
         "ROBERTA2ROBERTA": Recipe(ROBERTA, ROBERTA),
     }
 )
-# The model types of HuggingFace that are of a kind; TF Hub modules are BERTs.
+# Hugging Face's model types of each kind; TF Hub modules are BERTs.
 _TYPES = {
     BERT: ("bert", "bert-generation"),
     ROBERTA: ("roberta", "bert-generation"),
@@ -91,43 +91,43 @@ def warm_start(
     verify: bool = True,
     **kwargs: Any,
 ) -> EncoderDecoderModel:
-    """A model that starts as the paper's table says.
+    """A model that starts as in the paper's table.
 
         bert, gpt2 = "google-bert/bert-base-cased", "openai-community/gpt2"
         bertgen_tf.warm_start("BERT2BERT", encoder=bert)
         bertgen_tf.warm_start("BERT2GPT", encoder=bert, decoder=gpt2)
 
-    Encoder, decoder and softmax hold one word embedding, of the checkpoint if one of the sides is;
-    BERT2GPT, ROBERTA2GPT and what has a `decoder_tokenizer` have two, and two tokenizers. A random
-    side has the sizes of the other side's checkpoint, BERT's blocks, and new weights.
+    Encoder, decoder and softmax share one word embedding, from a checkpoint if either side has one;
+    BERT2GPT, ROBERTA2GPT and models with a `decoder_tokenizer` have two, and two tokenizers. A
+    random side has the sizes of the other side's checkpoint, BERT's blocks, and new weights.
 
     GPT is one stack, a language model, that reads the source, the start token and the target: the
-    loss is on the target alone. Its positions are for both: `max_target_length` of them (128, or
-    half of fewer than 256) are the target's.
+    loss is on the target only. Both share its positions: `max_target_length` of them (128, or half
+    if there are fewer than 256) are the target's.
 
     Args:
         name: a key of `RECIPES`.
-        encoder, decoder: checkpoints: a TF Hub BERT module or a HuggingFace checkpoint (a folder, a
-            URL, or `org/name`). A random side takes none, but RND2RND: it has the sizes and the
-            tokenizer of `encoder`. What shares takes `encoder`, GPT takes `decoder`. Two sides of
-            one kind start from the same checkpoint without `decoder`.
-        cross_attention: how the weights that no checkpoint has begin: "random" (the paper's rule),
-            or "self_attention" (a copy of each layer's self-attention), where the decoder starts
-            from a checkpoint.
+        encoder, decoder: checkpoints: a TF Hub BERT module or a Hugging Face checkpoint (a folder,
+            a URL, or `org/name`). A random side takes none, except in RND2RND, which has the sizes
+            and the tokenizer of `encoder`. Shared stacks take `encoder`, GPT takes `decoder`.
+            Without `decoder`, two sides of one kind start from the same checkpoint.
+        cross_attention: how the weights that no checkpoint has are initialised: "random" (the
+            paper's rule), or "self_attention" (a copy of each layer's self-attention), if the
+            decoder starts from a checkpoint.
         num_layers: keeps the first n layers of the checkpoints, or those of a list; a random side
             has as many.
-        tokenizer: in place of the checkpoint's, of HuggingFace only, see
-            `huggingface.load_encoder_decoder`; of RND2RND any.
-        decoder_tokenizer: that of the target in place of the checkpoint's, where the decoder is
-            GPT-2 or random. A random decoder then has a vocabulary, and embeddings, of its own.
-        verify: of TF Hub modules, see `hub.load_encoder`.
+        tokenizer: replaces the checkpoint's, for Hugging Face only, see
+            `huggingface.load_encoder_decoder`; for RND2RND, any.
+        decoder_tokenizer: replaces the checkpoint's for the target, if the decoder is GPT-2 or
+            random. A random decoder then has a vocabulary, and embeddings, of its own.
+        verify: for TF Hub modules, see `hub.load_encoder`.
         **kwargs: passed on to `EncoderDecoderModel`; its options for special tokens are as for
             `hub.load_encoder_decoder`.
 
     Raises:
         FileNotFoundError, ImportError: a checkpoint cannot be found, or read.
-        ValueError: there is no such recipe, it has no use for an argument, lacks one, or a
-            checkpoint is of another kind or size, or cannot be read.
+        ValueError: there is no such recipe, it does not take an argument, lacks one, or a
+            checkpoint has the wrong kind or size, or cannot be read.
     """
     recipe = _find(name)
     handles = {"encoder": encoder, "decoder": decoder}
@@ -144,7 +144,7 @@ def warm_start(
     replaced = None if recipe.decoder == recipe.encoder == RANDOM else tokenizer
 
     def read(handle: str) -> tuple[BertGenerationEncoder, pretrained.Tokenizer | None]:
-        if files.is_huggingface(handle):
+        if family_of(handle) == HUGGINGFACE:
             return huggingface.load_encoder_with_tokenizer(handle, num_layers, replaced)
         return hub.load_encoder_with_tokenizer(handle, num_layers, verify)
 
@@ -190,20 +190,20 @@ def _start_gpt2(
     source: dict[str, str],
     options: dict[str, Any],
 ) -> EncoderDecoderModel:
-    """What has a GPT-2 for its decoder; `whole` is the encoder, with its tokenizer."""
+    """A model with a GPT-2 as its decoder; `whole` is the encoder, with its tokenizer."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     if recipe.encoder is None:
         positions = config.max_position_embeddings
         target_length = options.get("max_target_length") or min(128, positions // 2)
         if not isinstance(target_length, int) or not 1 < target_length < positions:
             raise ValueError(
-                "max_target_length must leave positions to the source, of "
-                f"{positions} that both have in GPT, received {target_length!r}."
+                f"max_target_length must leave some of {positions} positions for the source, which "
+                f"shares them with the target in GPT, received {target_length!r}."
             )
         config = config.replace(source_positions=positions - target_length)
         stack = BertGenerationEncoder(config)
         checkpoint.fill(stack)
-        # Start and end token of a BERT's text have no part in a language model's.
+        # A language model's texts do not have the start and end tokens of BERT's.
         special_tokens = {"add_bos": False, "add_eos": False, "mask_first": False}
         return pretrained.build_pair(
             stack,
@@ -231,8 +231,7 @@ def _with_vocabulary(
     config: BertGenerationConfig, tokenizer: pretrained.Tokenizer
 ) -> BertGenerationConfig:
     """The config of a random stack for the pieces of a tokenizer."""
-    ids = ("pad_token_id", "bos_token_id", "eos_token_id")
-    changes = {name: getattr(tokenizer, name) for name in ids}
+    changes = {name: getattr(tokenizer, name) for name in TOKEN_IDS}
     return config.replace(vocab_size=tokenizer.vocab_size, **changes)
 
 
@@ -243,8 +242,8 @@ class WarmStartReport:
     Attributes:
         total: all of them.
         embedding: those of the word and position embeddings.
-        initialised: those that a checkpoint gave.
-        random: the others: random stacks, cross-attention (also where it began as a copy of
+        initialised: those that a checkpoint provided.
+        random: the others: random stacks, cross-attention (even if it began as a copy of
             self-attention), the output bias and adapters.
     """
 
@@ -261,9 +260,9 @@ class WarmStartReport:
 def warm_start_report(model: EncoderDecoderModel) -> WarmStartReport:
     """Counts the parameters of a model as the paper's Table 1 does.
 
-    What began as what is told by `model.source_checkpoint`, which presets keep: a side that it does
-    not name was random, and so is everything without a record. Of a model that was read whole,
-    everything came from a checkpoint.
+    Origins come from `model.source_checkpoint`, which presets store. A side that is not listed
+    there, or a model without the record, counts as randomly initialised. In a model that was read
+    whole, everything came from a checkpoint.
     """
     sizes = {id(variable): math.prod(variable.shape) for variable in model.weights}
     new = {id(variable) for variable in freezing.new_variables(model)}
@@ -293,7 +292,7 @@ def _check_handles(name: str, recipe: Recipe, handles: dict[str, Any]) -> None:
         if handle is None or side in recipe.allowed:
             continue
         why = "shares the encoder's stack" if recipe.share else f"has a random {side}"
-        why = why if getattr(recipe, side) is not None else "is a decoder alone"
+        why = why if getattr(recipe, side) is not None else "is decoder-only"
         raise ValueError(
             f"{name} {why} and takes no {side}=, received {handle!r}. Leave it out, or choose "
             "another recipe."
@@ -305,8 +304,8 @@ def _check_options(name: str, recipe: Recipe, cross_attention: str, decoder_toke
     if cross_attention != "random" and (recipe.decoder == RANDOM or recipe.encoder is None):
         why = "the decoder is random" if recipe.encoder else "there is no cross-attention"
         raise ValueError(
-            f"cross_attention={cross_attention!r} starts cross-attention from what a checkpoint "
-            f"has, but in {name} {why}. Leave it at 'random'."
+            f"cross_attention={cross_attention!r} initialises cross-attention from a checkpoint, "
+            f"but in {name} {why}. Leave it at 'random'."
         )
     two = recipe.decoder == RANDOM or (recipe.decoder == GPT2 and len(recipe.needed) == 2)
     if decoder_tokenizer is not None and not two:
@@ -317,21 +316,21 @@ def _check_options(name: str, recipe: Recipe, cross_attention: str, decoder_toke
 
 
 def _check_kinds(name: str, recipe: Recipe, handles: dict[str, Any], tokenizer: Any) -> None:
-    """Refuses checkpoints of another kind or size by their configurations, before any is read."""
+    """Refuses checkpoints of the wrong kind or size by their configurations, before any is read."""
     sizes = {}
     for side, handle in handles.items():
         kind = getattr(recipe, side)
         if handle is None:
             continue
-        if not files.is_huggingface(handle):
+        if family_of(handle) != HUGGINGFACE:
             if kind in (ROBERTA, GPT2):
                 raise ValueError(
-                    f"{name} needs {side}= to be a HuggingFace checkpoint of type {kind}, received "
-                    f"{handle!r}, which is none."
+                    f"{name} needs {side}= to be a Hugging Face checkpoint of type {kind}, "
+                    f"received {handle!r}, which is not one."
                 )
             if tokenizer is not None and kind != RANDOM:
                 raise ValueError(
-                    "tokenizer= goes with HuggingFace checkpoints, received it with "
+                    "tokenizer= is only for Hugging Face checkpoints, received it with "
                     f"{side}={handle!r}."
                 )
             continue

@@ -1,36 +1,55 @@
-"""What the commands share: errors of the user, messages."""
+"""What the commands share: user errors, messages, the flags of a model and its settings."""
 
+import argparse
 import contextlib
+import dataclasses
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from bertgen_tf.checkpoints import presets
+from bertgen_tf.cli import values
+from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
+from bertgen_tf.generation.settings import check_config
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 PROGRAM = "bertgen-tf"
 
 
 class UserError(Exception):
-    """What the user can mend: the message tells how."""
+    """What the user can fix: the message says how."""
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Around the calls by which the library checks what a user gave: its ValueErrors are theirs.
+def user_errors(**names: str) -> Iterator[None]:
+    """Turns a ValueError or ImportError of the library into a UserError.
 
-    So are its ImportErrors, which tell what to install.
+    Wrap calls that validate user input; never training or generation, where a ValueError is a bug.
 
-    Not around training and generation, where a ValueError is a bug.
+    Args:
+        **names: argument of the library -> flag, where a message begins with the argument.
     """
     try:
         yield
     except (ImportError, ValueError) as error:
-        raise UserError(str(error)) from error
+        first, space, rest = str(error).partition(" ")
+        raise UserError(f"{names.get(first, first)}{space}{rest}") from error
+
+
+def in_flags(message: str) -> str:
+    """A message of the library in the words of the command line: `resume=True` is `--resume`."""
+    return re.sub(r"\b(overwrite|resume)=True\b", r"--\1", message)
 
 
 def complain(message: str) -> None:
-    """A line on stderr."""
+    """Prints a line on stderr."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+def flags(names: Iterable[str]) -> str:
+    """Fields of the arguments as a user writes them: --batch-size, --no-xla."""
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def read_preset_config(folder: str) -> dict[str, Any]:
@@ -38,5 +57,151 @@ def read_preset_config(folder: str) -> dict[str, Any]:
     with user_errors():
         config = presets.read_config(folder)
     if not config.get("tokenizer"):
-        raise UserError(f"{folder} has no tokenizer, without which there is no text")
+        raise UserError(f"{folder} has no tokenizer, so it cannot read or write text")
     return config
+
+
+def read_settings(arguments: argparse.Namespace) -> GenerationConfig:
+    """The settings of the preset, replaced by those of the flags where given."""
+    saved = read_preset_config(arguments.preset).get("generation_config")
+    try:
+        config = GenerationConfig.from_dict(saved)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{arguments.preset} has a damaged generation_config: {error}") from error
+    names = [field.name for field in dataclasses.fields(config)]
+    with user_errors():
+        # Flags that are not given have no attribute: None is a value.
+        return config.replace(**{k: getattr(arguments, k) for k in names if hasattr(arguments, k)})
+
+
+def load_model(arguments: argparse.Namespace, config: GenerationConfig) -> EncoderDecoderModel:
+    """The model of --preset, quantized if requested; the settings must fit it."""
+    with user_errors():
+        model = EncoderDecoderModel.from_preset(arguments.preset)
+        check_config(config, model)
+        if arguments.quantize:
+            model.quantize(arguments.quantize)
+    return model
+
+
+def add_warm_start(group: Any) -> None:
+    """How an encoder becomes an encoder-decoder."""
+    group.add_argument(
+        "--share",
+        action="store_true",
+        default=None,
+        help="one set of weights for encoder and decoder (the paper's BERTSHARE), which makes a "
+        "smaller model (default: only the word embeddings are shared)",
+    )
+    group.add_argument(
+        "--cross-attention",
+        choices=("random", "self_attention"),
+        help="how the weights that BERT lacks begin: random, or as a copy of each layer's "
+        "self-attention, which learns to copy from the source much sooner (default: random)",
+    )
+    group.add_argument(
+        "--num-layers",
+        type=values.layers,
+        metavar="N",
+        help="keep the first N, or those of a list counted from 0, such as 0,2,4 (default: all)",
+    )
+
+
+def add_preset(parser: argparse.ArgumentParser, instead: Any = None) -> None:
+    """The model; `instead` is a required group of what may be given in its place."""
+    (instead or parser).add_argument(
+        "--preset", required=instead is None, metavar="FOLDER", help="a model that finetune saved"
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="make the matrices of a float32 preset int8: a quarter of the memory; faster with "
+        "XLA, slower without",
+    )
+
+
+def add_generation_config(parser: argparse.ArgumentParser, leave_out: str = "") -> None:
+    """A flag for each field of `GenerationConfig`; those not given keep the preset's value."""
+    group = parser.add_argument_group(
+        "generation",
+        "Settings left out are those of the preset, as finetune saved it; those that can be none\n"
+        "take none as a value.",
+    )
+    for field in dataclasses.fields(GenerationConfig):
+        if field.name == leave_out:
+            continue
+        text = _GENERATION_HELPS[field.name]
+        default = "none" if field.default in ((), None) else str(field.default).lower()
+        default = _GENERATION_DEFAULTS.get(field.name, default)
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            # None is a valid value for some.
+            default=argparse.SUPPRESS,
+            help=f"{text} (default: {default})",
+            **(_GENERATION_KINDS.get(field.name) or _GENERATION_KINDS[field.type]),
+        )
+
+
+_TOKEN_IDS = {"type": values.ids, "metavar": "ID,ID"}
+_END_IDS = {"type": values.none_or(values.one_or_more_ids), "metavar": "ID,ID|none"}
+# By the name or the type of a field.
+_GENERATION_KINDS: dict[Any, dict[str, Any]] = {
+    int: {"type": int, "metavar": "N"},
+    int | None: {"type": values.none_or(values.integer), "metavar": "N|none"},
+    float: {"type": values.number, "metavar": "X"},
+    bool: {"type": values.boolean, "metavar": "true|false"},
+    "beam_scorer": {"choices": BEAM_SCORERS},
+    "early_stopping": {"type": values.early_stopping, "metavar": "true|false|never"},
+    "bad_words_ids": {"type": values.id_sequences, "metavar": "ID,ID;ID"},
+    "sequence_bias": {"type": values.biases, "metavar": "ID,ID:X;ID:X"},
+    "suppress_tokens": _TOKEN_IDS,
+    "begin_suppress_tokens": _TOKEN_IDS,
+    "forced_eos_token_id": _END_IDS,
+    "exponential_decay_length_penalty": {
+        "type": values.none_or(values.start_and_factor),
+        "metavar": "N,X|none",
+    },
+    "eos_token_id": _END_IDS,
+}
+_GENERATION_DEFAULTS = {
+    "max_new_tokens": "finetune's --max-target-length",
+    "eos_token_id": "none, the model's own",
+}
+_GENERATION_HELPS = {
+    "max_new_tokens": "the most tokens to generate, the end token included",
+    "max_length": "the same with the start token; instead of --max-new-tokens",
+    "min_new_tokens": "do not end before this many tokens",
+    "min_length": "the same with the start token; both may be given",
+    "num_beams": "width of the beam search; 1 is greedy search, or sampling with --do-sample",
+    "num_return_sequences": "outputs for each text, best first; at most --num-beams, or any number "
+    "with --do-sample and --num-beams 1",
+    "do_sample": "sample tokens by their probabilities",
+    "temperature": "of sampling: above 1 more varied, below 1 less",
+    "top_k": "sample from this many of the most likely tokens; 0 for all",
+    "top_p": "sample from the fewest most likely tokens whose probabilities add up to it",
+    "min_p": "sample from tokens that have at least this share of the highest probability",
+    "typical_p": "sample from the most typical tokens whose probabilities add up to it",
+    "seed": "of sampling: the same outputs in every run; none for different ones",
+    "beam_scorer": "how beam search compares lengths and stops: as Hugging Face does, or as "
+    "Google's NMT, which the TF Hub originals use",
+    "length_penalty": "exponent of the length by which huggingface divides scores: higher "
+    "makes longer texts",
+    "early_stopping": "when huggingface's beam search ends: with the first --num-beams "
+    "complete texts (true), when better ones are unlikely (false) or impossible (never)",
+    "gnmt_alpha": "the same exponent for gnmt",
+    "normalize_unfinished": "whether gnmt divides the score of a text that did not end, too",
+    "repetition_penalty": "above 1, tokens that have occurred become less likely",
+    "encoder_repetition_penalty": "above 1, tokens of the source become more likely",
+    "no_repeat_ngram_size": "no sequence of this many tokens twice; 0 for no such rule",
+    "encoder_no_repeat_ngram_size": "no sequence of this many tokens from the source; 0 for no "
+    "such rule",
+    "bad_words_ids": "sequences of token ids that are never generated, such as 5,6;7",
+    "sequence_bias": "what is added to the scores of sequences of token ids, such as 5,6:-2.5;7:1",
+    "suppress_tokens": "ids of tokens that are never generated, such as 5,17",
+    "begin_suppress_tokens": "ids of tokens that are not generated first",
+    "forced_bos_token_id": "id of the token to begin with",
+    "forced_eos_token_id": "id of the token, or tokens, to end with at the maximum length",
+    "exponential_decay_length_penalty": "after N tokens the end becomes more likely by the factor "
+    "X with each further one, such as 20,1.1",
+    "eos_token_id": "id of the token that ends a text, or ids of several",
+}

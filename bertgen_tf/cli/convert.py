@@ -1,16 +1,16 @@
-"""`bertgen-tf convert`: between TF Hub modules, HuggingFace checkpoints and presets."""
+"""`bertgen-tf convert`: between TF Hub modules, Hugging Face checkpoints and presets."""
 
 import argparse
 import importlib.util
-import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
-from bertgen_tf.checkpoints import hub, presets
-from bertgen_tf.checkpoints.huggingface import loading as huggingface
+from bertgen_tf.checkpoints import huggingface, presets
+from bertgen_tf.checkpoints.handles import kind_of
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
-from bertgen_tf.checkpoints.huggingface.files import is_huggingface
+from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -18,16 +18,53 @@ from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
 
 
-def convert(arguments: argparse.Namespace) -> None:
-    """Runs the command.
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "convert",
+        help="convert TF Hub modules, Hugging Face checkpoints and presets",
+        description="Writes a TF Hub module or a Hugging Face checkpoint as a preset, or a preset\n"
+        "as a Hugging Face folder. Shows what was read, and runs both sides to see that they "
+        "agree.",
+        epilog="""\
+sources:
+  a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
+                   encoder, which becomes the start of an encoder-decoder
+  Hugging Face     a folder, or a name such as org/name: a BertGeneration encoder-decoder, or a
+                   BertGeneration, BERT or RoBERTa encoder
+  a preset         what this command or finetune saved; becomes a Hugging Face folder
 
-    Raises:
-        ImportError, OSError, ValueError: what the user can mend.
-    """
+examples:
+  bertgen-tf convert path/to/bertseq2seq_module my_model
+  bertgen-tf convert my_model my_huggingface_model""",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to read")
+    parser.add_argument(
+        "target", metavar="TARGET", help="folder to write: new, empty, or of the same kind"
+    )
+    parser.add_argument(
+        "--no-verify", dest="verify", action="store_false", help="convert without running anything"
+    )
+    parser.add_argument(
+        "--original",
+        metavar="NAME",
+        help="which of the originals a module is, such as roberta24_bbc, if it does not contain "
+        "all that is needed",
+    )
+    add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    with user_errors():
+        _convert(arguments)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
     source, target, verify = arguments.source, arguments.target, arguments.verify
     kind = kind_of(source)
     if kind == "preset":
-        folders.check_writable(target, huggingface.is_ours, "a HuggingFace checkpoint")
+        folders.check_writable(target, huggingface.is_ours, "a Hugging Face checkpoint")
     else:
         presets.check_writable(target)
     model = _read(arguments, kind)
@@ -39,7 +76,7 @@ def convert(arguments: argparse.Namespace) -> None:
     if verify and kind.startswith("TF Hub"):
         print("verified: the module itself gives the same")
     elif verify and kind == "HuggingFace encoder" and arguments.num_layers is not None:
-        print("not compared with HuggingFace's own outputs: not all layers were kept")
+        print("not compared with Hugging Face's own outputs: not all layers were kept")
     elif verify and kind != "preset":
         pair = kind == "HuggingFace encoder-decoder"
         _verify_with_transformers(model if pair else model.encoder, source, source)
@@ -55,20 +92,6 @@ def convert(arguments: argparse.Namespace) -> None:
     save = huggingface.save if kind == "preset" else presets.save
     save(model, target, check=check if verify else None)
     print(f"written: {target}")
-
-
-def kind_of(source: str) -> str:
-    """What a source is, in words: "preset", "TF Hub original", "HuggingFace encoder-decoder", ...
-
-    Raises:
-        OSError, ValueError: there is nothing, or nothing that can be read.
-    """
-    if is_huggingface(source):
-        return f"HuggingFace {huggingface.kind_of(source)}"
-    if os.path.isfile(os.path.join(source, presets.CONFIG_FILE)):
-        presets.read_config(source)
-        return "preset"
-    return "TF Hub original" if hub.is_original(source) else "TF Hub encoder"
 
 
 def describe(model: EncoderDecoderModel) -> list[tuple[str, str]]:
@@ -138,8 +161,9 @@ def _read(arguments: argparse.Namespace, kind: str) -> EncoderDecoderModel:
         if getattr(arguments, name) is not None
     }
     if given and kind not in ("TF Hub encoder", "HuggingFace encoder"):
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags} applies to an encoder, and {arguments.source} is a {kind}")
+        raise ValueError(
+            f"{flags(given)} applies to an encoder, and {arguments.source} is a {kind}"
+        )
     if arguments.original and kind != "TF Hub original":
         raise ValueError(f"--original applies to an original, and {arguments.source} is a {kind}")
     if kind == "preset":
@@ -170,7 +194,7 @@ def _verify_with_transformers(model: Model, folder: str, name: str) -> None:
     ]
     if missing:
         print(
-            f"not compared with HuggingFace's own outputs: {' and '.join(missing)} not installed "
+            f"not compared with Hugging Face's own outputs: {' and '.join(missing)} not installed "
             '(pip install "bertgen_tf[compare]")'
         )
         return
@@ -179,7 +203,7 @@ def _verify_with_transformers(model: Model, folder: str, name: str) -> None:
     if failed:
         raise ValueError(
             f"{name} should give the same in transformers and here, but differs in "
-            f"{'; '.join(failed)}. --no-verify converts all the same"
+            f"{'; '.join(failed)}. --no-verify converts it anyway"
         )
     for check in checks:
         print(f"verified with transformers: {check.name}: {check.result}")
@@ -197,8 +221,8 @@ def _verify_written(model: EncoderDecoderModel, written: EncoderDecoderModel, ta
     same = np.array_equal(model(batch), written(batch)) and _settings(model) == _settings(written)
     if not same:
         raise ValueError(
-            f"{target} was not written, because what was written for it gives something else when "
-            "read again: report this"
+            f"{target} was not written, because what was written for it gives different outputs "
+            "when read again: please report this"
         )
     print("verified: read again, it gives the same logits and has the same settings")
 

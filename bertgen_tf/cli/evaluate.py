@@ -17,7 +17,15 @@ import tensorflow as tf
 
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
-from bertgen_tf.cli.common import complain
+from bertgen_tf.cli.common import (
+    add_generation_config,
+    add_preset,
+    complain,
+    flags,
+    load_model,
+    read_settings,
+    user_errors,
+)
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import data_presets, resumable, text_files
 from bertgen_tf.generation.generator import BATCH_SIZE
@@ -26,38 +34,38 @@ from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.serving import ray_files
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
 chrF and ROUGE, in percent, with bootstrap confidence intervals."""
-EPILOG = """\
+_EPILOG = """\
 files, in UTF-8, one example a line:
   --references   .tsv, .txt     source<TAB>reference<TAB>further references
                  .jsonl, .json  {"source": "...", "target": "..." or ["...", ...]}
-  --predictions  what generate wrote: .jsonl, .json with "output", others one text a line; of
-                 several outputs of a text the first counts
+  --predictions  what generate wrote: .jsonl, .json with "output", others one text a line; if
+                 a text has several outputs, the first counts
 
 examples:
   bertgen-tf evaluate --predictions outputs.txt --references test.tsv
   bertgen-tf evaluate --predictions new.txt --baseline old.txt --references test.tsv --plot new.png
   bertgen-tf evaluate --preset my_model --references test.tsv --num-beams 4 --json scores.json
   bertgen-tf evaluate --preset my_model --data wikisplit --split test"""
-# The order of the table; ROUGE-Lsum only where it is asked for.
+# The order of the table; ROUGE-Lsum only if requested.
 DEFAULT_METRICS = ("exact", "sari", "bleu", "chrf", "rouge")
 CONFIDENCE, SEED = 0.95, 0
 
 
 @dataclasses.dataclass
 class Task:
-    """What is to be scored, when flags and files are found right.
+    """What is to be scored, once flags and files are checked.
 
     Attributes:
         metrics: names of `metrics.METRICS`.
         options: of `metrics.compute`.
         sources: [n].
-        references: [n], of each at least one.
+        references: [n], each at least one.
         predictions: [n], or None if a model is to generate them.
         baseline: [n], or None.
-        normaliser: a model whose tokenizer tells what texts are compared as, or None.
+        normaliser: a model by whose tokenizer texts are normalised before comparison, or None.
     """
 
     metrics: tuple[str, ...]
@@ -69,17 +77,17 @@ class Task:
     normaliser: EncoderDecoderModel | None = None
 
 
-def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
-    """Adds all but the preset and its settings.
-
-    Args:
-        parser: of the command.
-        outputs: a group of it, for what the outputs come from.
-    """
-    outputs.add_argument("--predictions", metavar="FILE", help="outputs that were generated before")
-    outputs.add_argument(
-        "--export", metavar="NAME/VERSION", help="generate with what export wrote, as it is"
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="score outputs, or a model, against references",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
+    outputs = parser.add_mutually_exclusive_group(required=True)
+    outputs.add_argument("--predictions", metavar="FILE", help="outputs generated before")
+    outputs.add_argument("--export", metavar="NAME/VERSION", help="generate with what export wrote")
     references = parser.add_mutually_exclusive_group(required=True)
     references.add_argument("--references", metavar="FILE", help="see below")
     references.add_argument(
@@ -96,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     parser.add_argument(
         "--baseline",
         metavar="FILE",
-        help="outputs of another system for the same sources: the differences to them, their "
+        help="outputs of another system for the same sources: adds the differences, their "
         "intervals, and p-values of paired bootstrap resampling",
     )
     scores = parser.add_argument_group("scores")
@@ -104,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
         "--metrics",
         type=_metrics,
         metavar="NAME,NAME",
-        help=f"of {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
+        help=f"any of {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
         f"{','.join(DEFAULT_METRICS)}, or the paper's for --data)",
     )
     scores.add_argument(
@@ -113,14 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
     scores.add_argument(
         "--tokenize",
         choices=metrics.TOKENIZERS,
-        help="what the words of BLEU and SARI are, as sacrebleu calls it; none for texts with "
+        help="tokenization for BLEU and SARI, by sacrebleu's name; none for texts with "
         "spaces between all tokens, such as WikiSplit's (default: 13a, or the paper's for --data)",
     )
     scores.add_argument(
         "--normalize-with",
         metavar="FOLDER",
-        help="a preset: all texts are compared as its tokenizer gives them back, where it knows "
-        "neither case nor spacing",
+        help="a preset: compare all texts as its tokenizer decodes them, if it ignores case or "
+        "spacing",
     )
     scores.add_argument(
         "--resamples",
@@ -130,33 +138,45 @@ def add_arguments(parser: argparse.ArgumentParser, outputs: Any) -> None:
         help="of the bootstrap (default: %(default)s)",
     )
     report = parser.add_argument_group("report")
-    report.add_argument("--json", metavar="FILE", help="write values, intervals and settings, too")
-    report.add_argument(
-        "--plot", metavar="FILE.png", help="draw the scores against the length of the source"
-    )
+    report.add_argument("--json", metavar="FILE", help="also write values, intervals and settings")
+    report.add_argument("--plot", metavar="FILE.png", help="draw the scores against source length")
     generate = parser.add_argument_group("generating, with --preset or --export")
-    generate.add_argument("--output", metavar="FILE", help="keep what was generated")
+    generate.add_argument("--output", metavar="FILE", help="keep the generated texts")
     generate.add_argument(
         "--batch-size",
         type=values.at_least(1),
         default=BATCH_SIZE,
         metavar="N",
-        help="texts that are generated together (default: %(default)s)",
+        help="texts generated together (default: %(default)s)",
     )
     generate.add_argument(
-        "--no-xla", action="store_true", help="without XLA: starts sooner, then is slower"
+        "--no-xla", action="store_true", help="without XLA: starts sooner, runs slower"
     )
+    add_preset(parser, outputs)
+    # One output per text is scored.
+    add_generation_config(parser, leave_out="num_return_sequences")
 
 
-def prepare(arguments: argparse.Namespace) -> Task:
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    config = model = None
+    with user_errors(output="--output"):
+        task = _prepare(arguments)
+    if arguments.preset:
+        config = read_settings(arguments).replace(num_return_sequences=1)
+        model = load_model(arguments, config)
+    _run(arguments, task, model, config)
+
+
+def _prepare(arguments: argparse.Namespace) -> Task:
     """Reads the files, and finds what would fail after hours of generating.
 
     Raises:
-        ImportError, OSError, ValueError: what the user can mend.
+        ImportError, OSError, ValueError: what the user can fix.
     """
     _check_flags(arguments)
     names, options = _settings(arguments)
-    metrics.compute(names, ["a"], ["a"], ["a"])  # are the packages there?
+    metrics.compute(names, ["a"], ["a"], ["a"])  # are the packages installed?
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs the package matplotlib: pip install 'bertgen_tf[plot]'")
     for flag in ("json", "plot"):
@@ -177,7 +197,7 @@ def prepare(arguments: argparse.Namespace) -> Task:
     return task
 
 
-def run(
+def _run(
     arguments: argparse.Namespace,
     task: Task,
     model: EncoderDecoderModel | None,
@@ -186,9 +206,9 @@ def run(
     """Generates, if there are no predictions; scores; reports.
 
     Args:
-        arguments: of the command.
-        task: of `prepare`.
-        model: of --preset, or None.
+        arguments: the command's.
+        task: from `_prepare`.
+        model: the one of --preset, or None.
         config: its settings, or None.
     """
     predictions = task.predictions
@@ -226,7 +246,7 @@ def run(
 
 
 def _settings(arguments: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of the metrics, and their options: of the flags, or else of the data set."""
+    """The names of the metrics, and their options: from the flags, or else from the data set."""
     names, tokenize, lowercase = DEFAULT_METRICS, "13a", False
     if arguments.data:
         preset = data_presets.find(arguments.data)
@@ -277,8 +297,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         given = [n for n in ("data_folder", "split", "reverse") if getattr(arguments, n)]
         needs = "--data"
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags} applies to {needs} only")
+        raise ValueError(f"{flags(given)} applies to {needs} only")
     if arguments.output:
         if arguments.output == "-":
             raise ValueError("--output must be a file: standard output is for the scores")
@@ -295,7 +314,7 @@ def _check_report(flag: str, path: str | None) -> None:
 
 
 def _read_outputs(path: str, references: str, sources: Sequence[str]) -> list[str]:
-    """The outputs of a file, which must be those of the sources."""
+    """The outputs in a file, which must be those for the sources."""
     outputs, own_sources = text_files.read_outputs(path)
     while len(outputs) > len(sources) and not outputs[-1].strip():
         outputs.pop()
@@ -317,7 +336,7 @@ def _generate(
     model: EncoderDecoderModel | None,
     config: GenerationConfig | None,
 ) -> list[str]:
-    """What the model, or the export, makes of the sources; kept as a file if that is asked for."""
+    """What the model, or the export, makes of the sources; also written to a file if requested."""
     if model is None:
         outputs = iter(_run_export(arguments, task.sources))
     else:
@@ -342,7 +361,7 @@ def _generate(
 def _run_export(arguments: argparse.Namespace, sources: list[str]) -> list[str]:
     loaded = tf.saved_model.load(arguments.export)  # the signatures read its variables
     answer = loaded.signatures[_signature(arguments)]
-    # Alike in length together: less padding.
+    # Similar lengths together: less padding.
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     outputs = [""] * len(sources)
     for start in range(0, len(sources), arguments.batch_size):
@@ -436,7 +455,7 @@ def _name(arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _replacing(path: str) -> Iterator[str]:
-    """Gives a file to write beside `path`, which takes its place when it is complete."""
+    """Yields a file to write beside `path`, which replaces it when it is complete."""
     with tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(path) or ".") as folder:
         new = os.path.join(folder, os.path.basename(path))
         yield new

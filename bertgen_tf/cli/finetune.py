@@ -13,15 +13,23 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from bertgen_tf import finetuning
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints import presets
-from bertgen_tf.checkpoints.huggingface.files import is_huggingface
+from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.recipes import warm_start
 from bertgen_tf.checks import first_line
-from bertgen_tf.cli.common import PROGRAM, UserError, complain, read_preset_config, user_errors
+from bertgen_tf.cli.common import (
+    PROGRAM,
+    UserError,
+    complain,
+    flags,
+    read_preset_config,
+    user_errors,
+)
+from bertgen_tf.cli.finetune_arguments import add_command as add_command
 from bertgen_tf.data import data_presets, text_files
-from bertgen_tf.finetuning import callbacks as training_callbacks
-from bertgen_tf.finetuning import loop as finetuning
+from bertgen_tf.finetuning import callbacks
 from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import (
     ADAPTER_FILE,
@@ -37,7 +45,7 @@ from bertgen_tf.training.losses import default_loss
 from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer
 
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
-# What decides the weights, besides the data and the model to start from.
+# What determines the weights, besides the data and the model to start from.
 SETTINGS = (
     "epochs",
     "steps",
@@ -71,13 +79,13 @@ START = "model to start from"
 Pairs = list[tuple[str, str]]
 
 
-def finetune(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Runs the command.
 
     Raises:
-        OSError, UserError: what the user can mend.
+        OSError, UserError: what the user can fix.
     """
-    # First what would otherwise fail after hours of training.
+    # First, what would otherwise fail after hours of training.
     folder = RunFolder(arguments.output)
     _check_flags(arguments)
     # Before TensorFlow does anything: workers meet here.
@@ -109,7 +117,7 @@ def _finetune(
     with replicas.strategy.scope():
         model, saved_config = _make_model(arguments, training + validation)
     settings[START] = digest_weights(model)
-    # The chief's word counts: it may have begun before another worker looks.
+    # The chief's word counts: it may have begun before another worker checks.
     begins = replicas.is_chief and arguments.resume and folder.is_begun()
     begun = bool(replicas.add([int(begins)])[0])
     if begun:
@@ -119,7 +127,7 @@ def _finetune(
     with folder.lock() if replicas.is_chief else contextlib.nullcontext():
         if replicas.is_chief and not begun:
             folder.begin(settings)
-        replicas.add([0])  # the folder is there for all
+        replicas.add([0])  # the folder exists for all
         try:
             run.train()
             if replicas.is_chief:
@@ -127,7 +135,7 @@ def _finetune(
         except OSError as error:  # a full disk, say
             raise UserError(
                 f"{error.filename or 'error'}: {error.strerror or error}; {folder.path} keeps what "
-                "was saved before: the same command with --resume goes on"
+                "was saved before: the same command with --resume continues"
             ) from error
         if replicas.is_chief:
             folder.end()
@@ -142,12 +150,12 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.preset:
         given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
         if given:
-            raise UserError(f"{_flags(given)} applies to --encoder only, not to --preset")
+            raise UserError(f"{flags(given)} applies to --encoder only, not to --preset")
         read_preset_config(arguments.preset)
     names = ("metrics", "monitor", "patience", "validate_every")
     given = [name for name in names if getattr(arguments, name) is not None]
     if given and not arguments.validation and not arguments.data:
-        raise UserError(f"{_flags(given)} needs --validation")
+        raise UserError(f"{flags(given)} needs --validation")
     if arguments.data:
         preset = data_presets.find(arguments.data)
         for name in ("max_source_length", "max_target_length"):
@@ -155,7 +163,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
                 setattr(arguments, name, getattr(preset, name))
     elif arguments.data_folder or arguments.reverse:
         given = ["data_folder"] if arguments.data_folder else ["reverse"]
-        raise UserError(f"{_flags(given)} applies to --data only")
+        raise UserError(f"{flags(given)} applies to --data only")
     with user_errors():
         if arguments.metrics is not None:
             arguments.metrics = scores.expand(arguments.metrics)
@@ -174,7 +182,7 @@ def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
     try:
         cluster = json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"TF_CONFIG must be a JSON object, but is none: {error}") from error
+        raise UserError(f"TF_CONFIG must be a JSON object, but is not one: {error}") from error
     with user_errors():
         try:
             strategy = finetuning.make_strategy(arguments.distribute, bool(cluster))
@@ -190,7 +198,7 @@ def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
 
 
 def _read(arguments: argparse.Namespace) -> tuple[Pairs, Pairs]:
-    """The pairs to train on and to validate on, as they are in files or in a data set."""
+    """The pairs to train on and to validate on, as they are in the files or the data set."""
     if arguments.data is None:
         validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
         return text_files.read_pairs(arguments.train), validation
@@ -212,16 +220,16 @@ def _read(arguments: argparse.Namespace) -> tuple[Pairs, Pairs]:
 def _settings(
     arguments: argparse.Namespace, replicas: int, training: Pairs, validation: Pairs
 ) -> dict[str, Any]:
-    """What decides the result, by names that the user knows."""
+    """What determines the result, by names that the user knows."""
     settings: dict[str, Any] = {"number of devices": replicas}
     for name, pairs in (("training data", training), ("validation data", validation)):
-        # Lengths in front, or texts with tabs in them could be others.
+        # Lengths in front: without them texts that contain tabs would be ambiguous.
         texts = (f"{len(s)},{len(t)}\n{s}{t}".encode() for s, t in pairs)
         digest = hashlib.sha256()
         for text in texts:
             digest.update(text)
         settings[name] = digest.hexdigest()
-    return settings | {_flags([name]): getattr(arguments, name) for name in SETTINGS}
+    return settings | {flags([name]): getattr(arguments, name) for name in SETTINGS}
 
 
 def _make_model(
@@ -245,21 +253,21 @@ def _make_model(
             freezing.freeze(model, **arguments.freeze)
     if arguments.unfreeze_every and model.lora is not None:
         raise UserError(
-            f"{arguments.preset} has LoRA adapters, beside which nothing thaws: leave "
+            f"{arguments.preset} has LoRA adapters, with which layers stay frozen: leave "
             "--unfreeze-every out"
         )
     return model, saved_config
 
 
 def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
-    """The model to train: of a preset, or warm-started; with the lengths of the flags."""
+    """The model to train: from a preset, or warm-started; with the lengths of the flags."""
     names = ("max_source_length", "max_target_length")
     values = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in values.items() if value is not None}
     if arguments.preset:
         model = EncoderDecoderModel.from_preset(arguments.preset)
         if model.is_quantized:
-            raise UserError(f"{arguments.preset} is int8: train the float32 preset it was made of")
+            raise UserError(f"{arguments.preset} is int8: train the float32 preset it came from")
         if given:
             model = _rebuild(model, {**model.get_config(), **given})
     else:
@@ -268,16 +276,16 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
         handles = {"encoder": arguments.encoder, "decoder": arguments.decoder}
         if arguments.recipe:
             if arguments.share:
-                raise UserError("--recipe tells whether the sides share: leave --share out")
+                raise UserError("--recipe specifies whether the sides share: leave --share out")
             model = warm_start(arguments.recipe, **handles, **given)
         else:
             read = EncoderDecoderModel.from_hub
-            if is_huggingface(arguments.encoder):
+            if family_of(arguments.encoder) == HUGGINGFACE:
                 read = EncoderDecoderModel.from_huggingface
             model = read(**handles, share=bool(arguments.share), **given)
         if model.tokenizer is None:
             handle = arguments.encoder or arguments.decoder
-            raise UserError(f"{handle} has no tokenizer, without which there is no text")
+            raise UserError(f"{handle} has no tokenizer, so it cannot read or write text")
     if not arguments.preset or arguments.max_target_length:
         model.generation_config = model.generation_config.replace(
             max_new_tokens=model.preprocessor.max_target_length
@@ -286,7 +294,7 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
 
 
 def _rebuild(model: EncoderDecoderModel, config: dict[str, Any]) -> EncoderDecoderModel:
-    """A model of another config with the same weights."""
+    """A model with another config and the same weights."""
     other = EncoderDecoderModel.from_config(config)
     other.set_weights(model.get_weights())
     return other
@@ -310,7 +318,7 @@ def _make_optimizer(
         options["warmup_steps"] = warmup // arguments.gradient_accumulation
     if arguments.learning_rate is not None:
         options["learning_rate"] = arguments.learning_rate
-    if arguments.clip_norm != 0:  # which it is if it is not given
+    if arguments.clip_norm != 0:  # None, if it is not given
         options["global_clipnorm"] = arguments.clip_norm
     if arguments.schedule == "paper":
         return paper_optimizer(model.decoder.config.hidden_size, **options)
@@ -352,7 +360,7 @@ class _Run:
         every = arguments.validate_every or (self.steps if arguments.steps else per_epoch)
         self.steps_per_epoch = min(every, self.steps)
         self._compile()
-        self.best: training_callbacks.KeepBest | None = None
+        self.best: callbacks.KeepBest | None = None
         self.callbacks: list[keras.callbacks.Callback] = []
         if replicas.is_chief:
             self._describe()
@@ -399,27 +407,25 @@ class _Run:
             if arguments.data:
                 preset = data_presets.find(arguments.data)
                 options = {"lowercase": preset.lowercase_metrics, "tokenize": preset.tokenize}
-            samples = training_callbacks.GenerateCallback(
+            samples = callbacks.GenerateCallback(
                 sources, references, arguments.metrics, folder=folder / "samples", **options
             )
             self.callbacks.append(samples)
         if arguments.monitor:
-            self.best = training_callbacks.KeepBest(
+            self.best = callbacks.KeepBest(
                 folder / BEST_FILE, f"val_{arguments.monitor}", arguments.patience
             )
             self.callbacks.append(self.best)
-        self.callbacks.append(training_callbacks.Log(self.steps, folder))
+        self.callbacks.append(callbacks.Log(self.steps, folder))
         if arguments.tensorboard:
-            self.callbacks.append(
-                training_callbacks.TensorBoardCurves(folder / "tensorboard", samples)
-            )
+            self.callbacks.append(callbacks.TensorBoardCurves(folder / "tensorboard", samples))
 
     def train(self) -> None:
-        """Until the end.
+        """Trains to the end.
 
         Raises:
-            OSError, UserError: what the user can mend.
-            KeyboardInterrupt: with a message how to go on.
+            OSError, UserError: what the user can fix.
+            KeyboardInterrupt: with a message on how to resume.
         """
         steps, seconds = self.arguments.checkpoint_every
         history = finetuning.train(
@@ -444,7 +450,7 @@ class _Run:
         """Writes the preset.
 
         Args:
-            config: of the model, as it is saved.
+            config: the model's, as it is saved.
         """
         model, output = self.model, self.arguments.output
         if self.best is not None:
@@ -456,7 +462,7 @@ class _Run:
         if self.arguments.mixed_precision:
             model = _rebuild(model, config)
         elif model.lora is None:
-            # What was frozen was so for this training.
+            # What was frozen was frozen for this training only.
             freezing.unfreeze(model)
             freezing.set_frozen_layers(model, config.get("frozen_layers", ()))
         model.save_to_preset(output)
@@ -480,15 +486,11 @@ def _errors(replicas: finetuning.Replicas) -> Iterator[None]:
         raise UserError(f"{error} --overwrite starts anew") from error
     except tf.errors.ResourceExhaustedError as error:
         raise UserError(
-            "the memory does not suffice for a step: lower --batch-size, with "
+            "there is not enough memory for a step: lower --batch-size, with "
             "--gradient-accumulation for the same updates, or --max-source-length"
         ) from error
     except finetuning.Interrupted as error:
         raise KeyboardInterrupt(
             f"interrupted after step {error.step:,}, which is saved: the same command with "
-            "--resume goes on"
+            "--resume continues"
         ) from error
-
-
-def _flags(names: list[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in names)

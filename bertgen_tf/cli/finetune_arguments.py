@@ -1,24 +1,19 @@
 """The arguments of `bertgen-tf finetune`."""
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
+from bertgen_tf import finetuning
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints.recipes import RECIPES
 from bertgen_tf.cli import values
+from bertgen_tf.cli.common import add_warm_start
 from bertgen_tf.data import data_presets
-from bertgen_tf.finetuning import loop as finetuning
 from bertgen_tf.finetuning.data import LONG_TARGETS
 
 
-def add_finetune(commands: Any, add_warm_start: Callable[[Any], None]) -> None:
-    """Adds the command.
-
-    Args:
-        commands: argparse's.
-        add_warm_start: adds how an encoder becomes an encoder-decoder to a group.
-    """
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
     parser = commands.add_parser(
         "finetune",
         help="train a model on pairs of texts",
@@ -28,13 +23,13 @@ files of pairs, in UTF-8, one pair a line:
   .tsv, .txt     source<TAB>target
   .jsonl, .json  {"source": "...", "target": "..."}
 
-While it runs, OUTPUT.training holds what --resume goes on with: after Ctrl-C (or SIGTERM) from the
-last step, after kill -9 from the last state of --checkpoint-every. Both end with the same weights,
-bit for bit, as a run that was not stopped. At the end log.jsonl, samples and tensorboard stay.
+While it runs, OUTPUT.training holds what --resume continues from: after Ctrl-C (or SIGTERM) the
+last step, after kill -9 the last state of --checkpoint-every. Both end with the same weights, bit
+for bit, as an uninterrupted run. At the end log.jsonl, samples and tensorboard stay.
 
-several workers: start the same command on each, with TF_CONFIG set as TensorFlow has it and
---output in a folder that all of them see. A worker that is lost ends the others; started again
-with --resume, they go on together.
+several workers: start the same command on each, with TF_CONFIG set as TensorFlow expects it and
+--output in a folder that all of them see. A lost worker ends the others; started again with
+--resume, they continue together.
 
 example:
   bertgen-tf finetune --encoder path/to/bert_module --share --cross-attention self_attention \\
@@ -52,7 +47,7 @@ example:
     )
     data.add_argument("--data-folder", metavar="DIR", help="where it is (default: download it)")
     data.add_argument("--reverse", action="store_true", help="swap sources and targets of --data")
-    data.add_argument("--validation", metavar="FILE", help="pairs that only measure")
+    data.add_argument("--validation", metavar="FILE", help="pairs to measure on, not to train on")
     data.add_argument(
         "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
     )
@@ -62,12 +57,12 @@ example:
     source.add_argument(
         "--encoder",
         metavar="HANDLE",
-        help="BERT: a TF Hub module (a folder or a URL) or a HuggingFace checkpoint (a folder or "
+        help="BERT: a TF Hub module (a folder or a URL) or a Hugging Face checkpoint (a folder or "
         "org/name)",
     )
-    source.add_argument("--preset", metavar="FOLDER", help="continue with a fine-tuned model")
+    source.add_argument("--preset", metavar="FOLDER", help="continue from a fine-tuned model")
     start.add_argument(
-        "--decoder", metavar="HANDLE", help="another one for the decoder (default: --encoder's)"
+        "--decoder", metavar="HANDLE", help="a different one for the decoder (default: --encoder's)"
     )
     start.add_argument(
         "--recipe",
@@ -90,8 +85,8 @@ example:
 def _add_texts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "texts",
-        "By default as the preset has it, or as the paper trained on --data; with --encoder 128 "
-        "tokens, or\nwhat the model allows if that is less.",
+        "By default those of the preset, or of the paper for --data; with --encoder 128 tokens, "
+        "or\nwhat the model allows if that is less.",
     )
     lengths = {"type": values.at_least(1), "metavar": "TOKENS"}
     group.add_argument("--max-source-length", **lengths, help="longer sources are cut")
@@ -104,7 +99,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         "--long-targets",
         choices=LONG_TARGETS,
         default="cut",
-        help="what to do with pairs whose target is longer; a target that is cut teaches to end "
+        help="what to do with pairs whose target is longer; cut targets teach the model to end "
         "early (default: %(default)s)",
     )
 
@@ -122,13 +117,13 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         **count,
         default=32,
-        help="pairs of a batch, over all devices (default: %(default)s); fewer need less memory",
+        help="pairs in a batch, over all devices (default: %(default)s); fewer need less memory",
     )
     group.add_argument(
         "--gradient-accumulation",
         **count,
         default=1,
-        help="batches for one update of the weights; all other numbers of steps are still of "
+        help="batches for one update of the weights; all other numbers of steps still count "
         "batches (default: %(default)s)",
     )
     group.add_argument(
@@ -136,25 +131,25 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         choices=("linear", "paper"),
         default="linear",
         help="of the learning rate: linear falls to 0 at the end; paper is 0.05 / sqrt(hidden "
-        "size), falling with the square root of the steps, without weight decay and clipping "
+        "size), falling with the square root of the steps, without weight decay or clipping "
         "(default: %(default)s)",
     )
     rate = {"type": values.positive_number, "metavar": "X"}
     group.add_argument(
         "--learning-rate",
         **rate,
-        help="its highest value; of the paper's schedule the number above the root (default: 1e-4, "
-        "or 0.05)",
+        help="its highest value; for the paper's schedule the number above the root (default: "
+        "1e-4, or 0.05)",
     )
     group.add_argument(
         "--new-weights-learning-rate",
         **rate,
-        help="the same for weights that no checkpoint gave (default: the same value)",
+        help="the same for weights from no checkpoint (default: the same value)",
     )
     group.add_argument(
         "--warmup-steps",
         **count_or_zero,
-        help="steps in which the learning rate rises (default: a tenth of all, or the paper's "
+        help="steps over which the learning rate rises (default: a tenth of all, or the paper's "
         "40000)",
     )
     group.add_argument(
@@ -162,7 +157,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         type=values.none_or(values.positive_number),
         default=0.0,
         metavar="X|none",
-        help="gradients of a greater norm are scaled to it (default: 1, or the paper's none)",
+        help="gradients of a greater norm are scaled down to it (default: 1, or the paper's none)",
     )
     group.add_argument(
         "--label-smoothing",
@@ -189,14 +184,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--unfreeze-every",
         **count,
-        help="begin with all pre-trained layers frozen, and thaw the highest after so many "
+        help="begin with all pre-trained layers frozen, and unfreeze the highest after this many "
         "updates, then the next",
     )
     group.add_argument(
         "--lora-rank",
         **count,
-        help="train small matrices of this rank beside frozen ones, and what is new; the model is "
-        "saved with them added, and they in OUTPUT.training/adapter.safetensors",
+        help="train small matrices of this rank beside frozen ones, and new weights; the model is "
+        "saved with them merged in, they alone in OUTPUT.training/adapter.safetensors",
     )
     group.add_argument(
         "--seed",
@@ -214,12 +209,12 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         choices=finetuning.STRATEGIES,
         default="auto",
         help="auto: all GPUs of this machine, and the workers of TF_CONFIG if it is set; mirrored: "
-        "all devices; tpu: never tried; none: one device (default: %(default)s)",
+        "all devices; tpu: untested; none: one device (default: %(default)s)",
     )
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same bits in every run on GPUs, too, as they are on CPUs; slower",
+        help="the same bits in every run on GPUs, too, as on CPUs; slower",
     )
 
 
@@ -230,11 +225,11 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on with OUTPUT.training, which an earlier run with the same data, start and "
-        "settings left, if there is one",
+        help="continue from OUTPUT.training, if an earlier run with the same data, start and "
+        "settings left one",
     )
     again.add_argument(
-        "--overwrite", action="store_true", help="throw OUTPUT.training away, if it exists"
+        "--overwrite", action="store_true", help="discard OUTPUT.training, if it exists"
     )
     group.add_argument(
         "--checkpoint-every",
@@ -247,20 +242,20 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validate-every",
         **count,
-        help="steps between two validations (default: an epoch, or all --steps)",
+        help="steps between validations (default: an epoch, or all --steps)",
     )
     group.add_argument(
         "--metrics",
         type=values.names,
         metavar="NAME,NAME",
-        help="generate from --validation when it validates, and score the outputs: "
+        help="generate from --validation at each validation, and score the outputs: "
         f"{', '.join((*scores.METRICS, *scores.GROUPS))}",
     )
     group.add_argument(
         "--metrics-pairs",
         **count,
         default=200,
-        help="of so many pairs of --validation, the first ones (default: %(default)s)",
+        help="for the first N pairs of --validation (default: %(default)s)",
     )
     group.add_argument(
         "--monitor",
@@ -271,7 +266,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--patience",
         **count,
-        help="end after so many validations without a better --monitor (default: never)",
+        help="end after this many validations without a better --monitor (default: never)",
     )
     group.add_argument(
         "--tensorboard",

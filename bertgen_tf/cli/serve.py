@@ -1,24 +1,27 @@
-"""`bertgen-tf serve`: its arguments, and what it needs."""
+"""`bertgen-tf serve`: its flags, and what it needs; the server is `bertgen_tf.serving.server`."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-DESCRIPTION = """\
+from bertgen_tf.cli import values
+from bertgen_tf.cli.common import user_errors
+
+_DESCRIPTION = """\
 Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
-together, and a page in the browser to try the models. Ends by Ctrl-C or SIGTERM, when all that it
+together, and a page in the browser to try the models. Ctrl-C or SIGTERM ends it, once all that it
 accepted is answered."""
-EPILOG = """\
-FOLDER is what holds the exports, NAME/VERSION, such as saved_models. It can be one model, NAME, or
-one export, NAME/VERSION, too. Of each model the highest version is served. Versions and models that
-come later are loaded while the others answer. Signatures that end in _xla are compiled when they
-are first asked for a batch size and a length; all other requests wait until that is done.
+_EPILOG = """\
+FOLDER holds the exports, NAME/VERSION, such as saved_models. It can also be one model, NAME, or one
+export, NAME/VERSION. The highest version of each model is served. Versions and models added later
+are loaded while the others answer. Signatures that end in _xla are compiled when they are first
+asked for a batch size and a length; all other requests wait until that is done.
 
 paths:
   /                                 the page
   /v1/models                        all models
   /v1/models/NAME[/versions/V]      state; with /metadata: signatures; with :predict: answers
-  /healthz, /readyz                 200 if it is alive; if every model is loaded, too
+  /healthz, /readyz                 200 if it is alive; if every model is loaded
   /monitoring/prometheus/metrics    for Prometheus
 
 example:
@@ -27,51 +30,64 @@ example:
 _PACKAGES = ("h11", "prometheus_client", "starlette", "uvicorn")
 
 
-def add_serve_arguments(
-    parser: argparse.ArgumentParser,
-    count: Callable[[str], int],
-    seconds: Callable[[str], float],
-) -> None:
-    """Adds them.
-
-    Args:
-        parser: of the command.
-        count: reads a number of at least 1.
-        seconds: reads a number above 0.
-    """
+def add_command(commands: Any) -> None:
+    """Adds the command and its flags."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve exports on this machine",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+    )
     parser.add_argument("folder", metavar="FOLDER", help="see below")
     where = parser.add_argument_group("where")
     where.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen on (default: %(default)s, for this machine only; 0.0.0.0 for "
-        "everybody who reaches it: there is no password)",
+        "everybody who can reach it: there is no password)",
     )
     where.add_argument(
         "--port", type=_port, default=8501, metavar="N", help="0 for a free one (default: 8501)"
     )
     times = parser.add_argument_group("times, in seconds")
     for flag, default, text in (
-        ("--poll-seconds", 2.0, "between two looks for new versions"),
+        ("--poll-seconds", 2.0, "between checks for new versions"),
         ("--request-timeout", 30.0, "until a request is given up, with status 504"),
-        ("--shutdown-timeout", 30.0, "to answer what was accepted when it shall end"),
+        ("--shutdown-timeout", 30.0, "to answer what was accepted before it ends"),
     ):
         times.add_argument(
-            flag, type=seconds, default=default, metavar="X", help=f"{text} (default: {default:g})"
+            flag,
+            type=values.positive_number,
+            default=default,
+            metavar="X",
+            help=f"{text} (default: {default:g})",
         )
     limits = parser.add_argument_group("limits")
     for flag, default, text in (
         ("--max-body-bytes", 4 * 2**20, "of a request; more gets status 413"),
         ("--max-texts", 1024, "of a request; more gets 413"),
-        ("--max-queued-texts", 4096, "that wait for their turn; more gets 503"),
-        ("--max-connections", 512, "that are open; more gets 503"),
+        ("--max-queued-texts", 4096, "waiting for their turn; more gets 503"),
+        ("--max-connections", 512, "open at a time; more gets 503"),
     ):
         limits.add_argument(
-            flag, type=count, default=default, metavar="N", help=f"{text} (default: {default:,})"
+            flag,
+            type=values.at_least(1),
+            default=default,
+            metavar="N",
+            help=f"{text} (default: {default:,})",
         )
 
 
-def find_serve() -> Callable[..., Any]:
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command."""
+    options = vars(arguments).copy()
+    del options["command"]
+    with user_errors():
+        serve = _find_serve()
+    serve(**options)
+
+
+def _find_serve() -> Callable[..., Any]:
     """`bertgen_tf.serving.server.serve`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What the words of the command line mean: text -> values, or an error of argparse."""
+"""What the words of the command line mean: text -> values, or an argparse error."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def at_least(minimum: int) -> Callable[[str], int]:
-    """Integers from `minimum` on."""
+    """Integers of at least `minimum`."""
 
     def integer(text: str) -> int:
         if not text.isdecimal() or int(text) < minimum:
@@ -58,7 +58,7 @@ def interval(text: str) -> tuple[int | None, float | None]:
 
 
 def share(text: str) -> float:
-    """A number from 0 to below 1."""
+    """A number of at least 0 and below 1."""
     value = number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(

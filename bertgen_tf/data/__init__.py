@@ -1,1 +1,1 @@
-"""Files and data sets: texts, downloads, and outputs that are there whole or not at all."""
+"""Files and data sets: texts, downloads, and outputs that exist whole or not at all."""

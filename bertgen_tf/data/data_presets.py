@@ -1,9 +1,9 @@
 """The data sets of the BertGeneration paper: their texts, and how the paper trained on them.
 
 Figures are those of Rothe, Narayan, Severyn 2020 (arXiv 1907.12461), section 4; what it does not
-tell is None. `read` gives the pairs of a data set, from a folder of yours or from where it is
-published: files that are kept under `bertgen_tf/data` in the user's cache, or the HuggingFace hub
-through the library `datasets` (`pip install 'bertgen_tf[data]'`), which has a cache of its own.
+state is None. `read` gives the pairs of a data set, from a folder of yours or from where it is
+published: files that are kept under `bertgen_tf/data` in the user's cache, or the Hugging Face hub
+through the library `datasets` (`pip install 'bertgen_tf[data]'`), which has its own cache.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from bertgen_tf.data import downloads, folders, text_files
 
 Pairs = Iterator[tuple[str, str]]
 
-# What a split is called elsewhere.
+# Other names of splits.
 SPLIT_NAMES = {"validation": ("validation", "valid", "val", "dev")}
-# Above all articles; memory is not to be filled by one line.
+# More than any article has; no single line may fill the memory.
 MAX_LINE_BYTES = 2**24
 _HUB = "https://huggingface.co/datasets"
 
@@ -37,7 +37,7 @@ class File:
         name: what it is called in the cache and in folders.
         urls: where it is, in the order to try.
         max_bytes: no file of this name is larger.
-        members: of a .zip: what comes before the names of its members.
+        members: of a .zip: the prefix of its members' names.
     """
 
     name: str
@@ -52,24 +52,24 @@ class DataPreset:
 
     Attributes:
         name: what it is called here.
-        task: what is to be learned.
+        task: what to learn.
         max_source_length, max_target_length: in tokens.
-        batch_size: pairs of a batch.
+        batch_size: pairs per batch.
         steps: of the base models' training, or None where the paper counts epochs.
         epochs: where it counts them, or None.
-        metrics: what the paper scores by, of `bertgen_tf.metrics`; both kinds of SARI, as it does
-            not tell which.
-        tokenize: the words of BLEU and SARI, as `metrics.compute` has it.
+        metrics: the paper's, by their names in `bertgen_tf.metrics`; both kinds of SARI, as it does
+            not state which.
+        tokenize: how BLEU and SARI split words, as in `metrics.compute`.
         lowercase_metrics: whether they ignore case.
-        num_beams, gnmt_alpha: of the search, where the paper tells.
-        source_fields, target_fields: of the data set's own records; texts of several are put
-            together with a space between them.
+        num_beams, gnmt_alpha: of the search, where the paper states them.
+        source_fields, target_fields: of the data set's own records; the texts of several fields are
+            joined by spaces.
         files: by split, where they are published as files.
         endings: of two files with the sources and the targets line by line.
-        hub: the data set, configuration and revision on the HuggingFace hub, where it is not
+        hub: the data set, configuration and revision on the Hugging Face hub, where it is not
             published as files.
         prepare: what is done with each text.
-        note: what else one should know.
+        note: what else to know.
     """
 
     name: str
@@ -99,7 +99,7 @@ def _split_sentences(text: str) -> str:
 
 
 def _headline(text: str) -> str:
-    """Gigaword as its test set has it: UNK for what is unknown; and in lower case."""
+    """Gigaword as in its test set: UNK for unknown words, and in lower case."""
     return text.replace("<unk>", "UNK").lower().strip()
 
 
@@ -107,7 +107,7 @@ _QUOTES = str.maketrans(dict.fromkeys("“”„‟", '"') | dict.fromkeys("‘�
 
 
 def _ascii_quotes(text: str) -> str:
-    """Quotation marks of ASCII, as the paper scores."""
+    """ASCII quotation marks, as in the paper's scores."""
     return text.translate(_QUOTES).strip()
 
 
@@ -164,7 +164,7 @@ PRESETS: Mapping[str, DataPreset] = {
                     "discofuse_v1/wikipedia/",
                 )
             ),
-            note='The original knows no ", says its model card: it was trained with a back tick.',
+            note='By its model card, the original was trained with a back tick and knows no ".',
         ),
         DataPreset(
             "gigaword",
@@ -201,7 +201,7 @@ PRESETS: Mapping[str, DataPreset] = {
             source_fields=("article",),
             target_fields=("highlights",),
             hub=("abisee/cnn_dailymail", "3.0.0", "main"),
-            note="The sentences of a summary stand in lines, which ROUGE-Lsum compares.",
+            note="Summaries have one sentence per line, which ROUGE-Lsum compares.",
         ),
         DataPreset(
             "xsum",
@@ -259,7 +259,7 @@ def read(
     reverse: bool = False,
     verbose: Any = 0,
 ) -> Pairs:
-    """The (source, target) pairs of a data set, one after the other.
+    """The (source, target) pairs of a data set, one after another.
 
     A folder holds, for each split, one of
 
@@ -267,27 +267,27 @@ def read(
     | --- | --- |
     | SPLIT.tsv | source, tab, target; or the data set's columns, named in the first line |
     | SPLIT.jsonl or .json | {"source": ..., "target": ...} or the data set's own fields |
-    | SPLIT.en and SPLIT.de, of wmt14 | a text a line |
-    | SPLIT.src.txt and SPLIT.tgt.txt, of gigaword | a text a line |
+    | SPLIT.en and SPLIT.de, of wmt14 | one text per line |
+    | SPLIT.src.txt and SPLIT.tgt.txt, of gigaword | one text per line |
 
-    or the archives as they are published (`File.name`). SPLIT is train, validation (or valid, val,
-    dev) or test, or another for which there are files; before SPLIT.tsv, SPLIT_balanced.tsv is
-    looked for, as DiscoFuse has it. Pairs of which one text is blank are left out.
+    or the archives as published (`File.name`). SPLIT is train, validation (or valid, val, dev) or
+    test, or another for which there are files; SPLIT_balanced.tsv, DiscoFuse's name, is tried
+    before SPLIT.tsv. Pairs with a blank text are left out.
 
     Args:
         name: of `PRESETS`.
-        split: "train", "validation" or "test"; for wikisplit "tune", too.
+        split: "train", "validation" or "test"; for wikisplit also "tune".
         folder: where the files are; by default they are fetched, once.
         reverse: swaps source and target.
         verbose: shows the progress of downloads on stderr: "auto", 0 or 1.
 
     Returns:
-        an iterator. Files are found and fetched before this returns, and read as one iterates.
+        an iterator. Files are found and fetched before this returns, and read during iteration.
 
     Raises:
         ImportError: the package `datasets` is not installed.
         OSError: the folder or the network cannot be read.
-        ValueError: an unknown name or split, or, here or as one iterates, a malformed line.
+        ValueError: an unknown name or split, or, here or during iteration, a malformed line.
     """
     preset = find(name)
     if not re.fullmatch(r"\w[\w-]*", split):
@@ -345,7 +345,7 @@ def _bounded(file: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def _read_files(preset: DataPreset, split: str, verbose: Any) -> Pairs:
-    """The pairs of a split from the files that are published, which are fetched first."""
+    """The pairs of a split from the published files, which are fetched first."""
     if split not in preset.files:
         raise ValueError(
             f"split of {preset.name} must be one of {', '.join(preset.files)}, received {split!r}"
@@ -365,7 +365,7 @@ def _read_files(preset: DataPreset, split: str, verbose: Any) -> Pairs:
 def _read_folder(preset: DataPreset, split: str, folder: pathlib.Path) -> Pairs:
     """The pairs of a split from files in a folder, found now and read later."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"data folder must be a folder, but {folder} is none")
+        raise FileNotFoundError(f"data folder must be a folder, but {folder} is not one")
     archives = _archives(preset, folder)
     wanted = []
     for name in SPLIT_NAMES.get(split, (split,)):
@@ -385,7 +385,7 @@ def _read_folder(preset: DataPreset, split: str, folder: pathlib.Path) -> Pairs:
 
 
 def _archives(preset: DataPreset, folder: pathlib.Path) -> dict[pathlib.Path, dict[str, str]]:
-    """The members, by the names of files that they stand for, of each archive that is there."""
+    """The members of each existing archive, by the names of the files that they stand for."""
     archives = {}
     for file in set(preset.files.values()):
         path = folder / file.name
@@ -455,13 +455,13 @@ def _json_pair(preset: DataPreset, place: str, line: str) -> tuple[str, str]:
 
 
 def _record_pair(preset: DataPreset, record: Any) -> tuple[str, str]:
-    """The pair of a record, in our words or the data set's; WMT's are one level down."""
+    """The pair of a record, by our field names or the data set's; WMT's are one level down."""
     if "source" in record:
         pair = record["source"], record["target"]
     else:
         pair = _join(preset, record.get("translation", record))
     for text in pair:
-        text.encode()  # JSON can spell half a character
+        text.encode()  # JSON can encode half a character
     return pair
 
 
@@ -476,7 +476,7 @@ def _join(preset: DataPreset, record: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _read_hub(preset: DataPreset, split: str) -> Pairs:
-    """The pairs of a split from the HuggingFace hub, which keeps them on disk, not in memory."""
+    """The pairs of a split from the Hugging Face hub, which keeps them on disk, not in memory."""
     try:
         import datasets
     except ImportError as error:
@@ -487,9 +487,9 @@ def _read_hub(preset: DataPreset, split: str) -> Pairs:
     repository, config, revision = preset.hub
     try:
         table = datasets.load_dataset(repository, config, split=split, revision=revision)
-    except Exception as error:  # of the hub, its files, pyarrow and the network
+    except Exception as error:  # from the hub, its files, pyarrow or the network
         raise ValueError(
-            f"{preset.name} should come from the HuggingFace data set {repository}, but loading "
+            f"{preset.name} should come from the Hugging Face data set {repository}, but loading "
             f"the split {split} failed: {first_line(error)}. Give a folder with its files instead."
         ) from error
     return (_record_pair(preset, record) for record in table)

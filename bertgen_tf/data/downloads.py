@@ -1,8 +1,8 @@
-"""Files over HTTPS, kept in the user's cache: complete or not there, and always the same.
+"""Files over HTTPS, kept in the user's cache: complete or absent, and always the same.
 
 What a URL gave the first time is pinned: its size and SHA-256 are written beside it, checked
-whenever it is used, and demanded when it is fetched again. A download that breaks off goes on where
-it was, if the server can.
+whenever it is used, and required when it is fetched again. An interrupted download resumes where it
+stopped, if the server can.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from bertgen_tf.data.progress import show_progress
 
 _TIMEOUT_SECONDS = 60
 _BLOCK = 2**20
-# Those that say nothing of the next URL; HTTP errors are URLErrors.
+# Those that say nothing about the next URL; HTTP errors are URLErrors.
 _NETWORK_ERRORS = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -41,18 +41,18 @@ def fetch(
     sha256: str | None = None,
     verbose: Any = 0,
 ) -> None:
-    """Makes sure that a file is there, and is what it was.
+    """Makes sure that a file exists and is unchanged.
 
     Args:
         urls: of the file, tried in turn.
-        path: where it is kept; PATH.json tells what it is, PATH.partial is what came of it so far.
+        path: where it is kept; PATH.json says what it is, PATH.partial is what has arrived so far.
         max_bytes: of the file.
-        sha256: of the file, in hexadecimal, where it is known.
+        sha256: of the file, in hexadecimal, if known.
         verbose: shows progress on stderr: "auto", 0 or 1.
 
     Raises:
-        OSError: no URL answers, the answer breaks off, or the disk is full; what came is kept.
-        ValueError: the file is too large, or another than it was.
+        OSError: no URL answers, the answer breaks off, or the disk is full; what arrived is kept.
+        ValueError: the file is too large, or differs from what it was.
     """
     path = pathlib.Path(path)
     with _locked(path):
@@ -75,8 +75,8 @@ def fetch(
             if expected and found["sha256"] != expected:
                 partial.unlink()
                 raise ValueError(
-                    f"{url} should have the SHA-256 {expected}, but what came has "
-                    f"{found['sha256']}, and was deleted"
+                    f"{url} should have the SHA-256 {expected}, but what arrived has "
+                    f"{found['sha256']} and was deleted"
                 )
         if pinned is None:
             _write_pin(path, found)
@@ -84,7 +84,7 @@ def fetch(
 
 
 def _download(url: str, partial: pathlib.Path, max_bytes: int, verbose: Any) -> None:
-    """Fills `partial`, from where it ends if the server can."""
+    """Fills `partial`, from its end if the server can."""
     tag_path = partial.with_name(f"{partial.name}.etag")
     done = partial.stat().st_size if partial.exists() else 0
     tag = tag_path.read_text(encoding="utf-8") if done and tag_path.exists() else None
@@ -97,7 +97,7 @@ def _download(url: str, partial: pathlib.Path, max_bytes: int, verbose: Any) -> 
     except urllib.error.HTTPError as error:
         if not tag or error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
-        # Killed between the last byte and the name; or the file is shorter now.
+        # Killed between the last byte and the renaming; or the file is shorter now.
         partial.unlink()
         _download(url, partial, max_bytes, verbose)
         return
@@ -181,7 +181,7 @@ def _read_pin(path: pathlib.Path) -> dict[str, Any] | None:
         return None
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{pin} should tell the sha256 of {path.name}, but is damaged: delete both")
+    raise ValueError(f"{pin} should contain the sha256 of {path.name}, but is damaged: delete both")
 
 
 def _write_pin(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def _write_pin(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
-    """One process at a time fetches a file; others wait, and find it."""
+    """One process at a time fetches a file; others wait, then find it."""
     lock: Callable[[Any], None] = lambda file: None  # noqa: E731
     with contextlib.suppress(ImportError):  # Windows
         import fcntl

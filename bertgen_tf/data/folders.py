@@ -1,6 +1,6 @@
 """Folders that are written as a whole, and the user's cache.
 
-The first appear, or are replaced, only when complete.
+The folders appear, or are replaced, only when complete.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ def write_folder(
     """Lets `write` fill a new folder, which then becomes `folder`.
 
     Args:
-        folder: must not exist, be empty, or be `is_ours`.
+        folder: must be new, empty or `is_ours`.
         write: gets an empty temporary folder beside it.
         is_ours: whether a folder holds what we may replace, and nothing else.
         kind: what that is, for errors.
-        check: gets the temporary folder when it is written; what it raises keeps `folder` as it is.
+        check: gets the temporary folder once it is written; if it raises, `folder` is unchanged.
 
     Raises:
         OSError: see `check_writable`.
@@ -61,11 +61,11 @@ def write_folder(
 def check_writable(
     folder: str | os.PathLike, is_ours: Callable[[pathlib.Path], bool], kind: str
 ) -> None:
-    """Raises where `write_folder` would not or could not write, to know it before training.
+    """Raises if `write_folder` would not or could not write, to find out before training.
 
     Raises:
-        FileExistsError: there is a file, or a folder with other files than `is_ours`, or a mount
-            point, which cannot be replaced.
+        FileExistsError: it is a file, a folder with other files than `is_ours`, or a mount point,
+            which cannot be replaced.
         NotADirectoryError: it lies below a file.
         PermissionError: the folder that it lies in cannot be written.
     """
@@ -97,11 +97,11 @@ def users_cache(name: str) -> str:
     That is `XDG_CACHE_HOME`, or `~/.cache`.
 
     Raises:
-        OSError: it cannot be made.
-        ValueError: others can write to it, or it is another's.
+        OSError: it cannot be created.
+        ValueError: others can write to it, or it belongs to another user.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # as its specification asks
+    if not os.path.isabs(base):  # as its specification requires
         base = os.path.expanduser("~/.cache")
     os.makedirs(base, exist_ok=True)
     folder = base
@@ -113,7 +113,7 @@ def users_cache(name: str) -> str:
         open_to_others = status.st_uid != os.getuid() or status.st_mode & 0o022
         if open_to_others or not stat.S_ISDIR(status.st_mode):
             raise ValueError(
-                f"{folder} should be a folder of the user's own and writable for nobody else, but "
+                f"{folder} should be a folder of the user's own and writable by nobody else, but "
                 f"has owner {status.st_uid} and mode {stat.filemode(status.st_mode)}"
             )
     return folder

@@ -11,9 +11,9 @@ from typing import Any
 def show_progress(
     verbose: Any, total: int | None, batch_size: int, done: int = 0, unit: str = "texts"
 ) -> Iterator[Callable[[int], None]]:
-    """Gives what to call with the number of examples that were finished: shows them on stderr.
+    """Gives a function to call with the number of finished examples, which shows them on stderr.
 
-    A terminal shows one line that changes; elsewhere there is a line now and then.
+    A terminal shows one line that changes; elsewhere a new line is written now and then.
     """
     if verbose not in ("auto", 0, 1):
         raise ValueError(f'verbose must be "auto", 0 or 1, received {verbose!r}.')

@@ -1,7 +1,7 @@
-"""The output file of `bertgen-tf generate`: complete under its own name, or to be gone on with.
+"""A resumable output file: it gets its final name only when it is complete.
 
 Until everything is written the file is called FILE.partial, so that no error costs an older one.
-FILE.partial.json beside it tells which run began it: lines of another one must not follow.
+FILE.partial.json beside it says which run began it: lines of another run must not follow.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-_AGAIN = "--overwrite starts anew"
+_AGAIN = "overwrite=True starts anew"
 
 
 class Begun(NamedTuple):
@@ -23,56 +23,54 @@ class Begun(NamedTuple):
     size: int = 0
 
 
-def check_file(flag: str, path: str, kind: str = "a file") -> None:
-    """Raises a ValueError if no file could be written there."""
+def check_file(name: str, path: str, kind: str = "a file") -> None:
+    """Raises a ValueError if no file could be written there; `name` is the argument to blame."""
     if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{flag} must be {kind}, but {path} is none")
+        raise ValueError(f"{name} must be {kind}, but {path} is not one")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} must lie in a folder that can be written, but {folder} is none")
+        raise ValueError(
+            f"{name} must lie in a folder that can be written, but {folder} is not one"
+        )
 
 
 def check_path(path: str, overwrite: bool, resume: bool) -> None:
-    """Raises a ValueError if nothing could, or should, be written there; "-" is no file."""
+    """Raises a ValueError if nothing could, or should, be written there; "-" is not a file."""
     if path == "-":
-        if resume:
-            raise ValueError("--resume needs --output, a file to go on with")
-        if overwrite:
-            raise ValueError("--overwrite needs --output, a file to replace")
         return
-    check_file("--output", path, "a file, or - for standard output")
+    check_file("output", path, "a file, or - for standard output")
     if overwrite or resume:
         return
     if os.path.exists(_partial(path)):
-        raise ValueError(f"{_partial(path)} exists; --resume goes on, {_AGAIN}")
+        raise ValueError(f"{_partial(path)} exists; resume=True continues, {_AGAIN}")
     if os.path.exists(path):
-        raise ValueError(f"{path} exists; --overwrite replaces it")
+        raise ValueError(f"{path} exists; overwrite=True replaces it")
 
 
 def find_begun(path: str, run: dict[str, Any], total: int) -> Begun:
-    """What there is to go on with, by a run of the same settings.
+    """What a run with the same settings can resume.
 
     Args:
         path: the output file.
-        run: what decides the outputs, as JSON has it.
+        run: what determines the outputs, as JSON.
         total: the lines of a complete file.
 
     Returns:
         how much is done; all of it if `path` itself is complete.
 
     Raises:
-        ValueError: another run wrote what is there, or it does not tell which.
+        ValueError: another run wrote what exists, or it is not known which.
     """
     partial = _partial(path)
     if not os.path.exists(partial):
         if not os.path.exists(path):
             return Begun()
-        # Perhaps killed after the last line: a file has its own name when it is complete.
+        # Perhaps killed after the last line: a complete file has its final name.
         done = _complete_lines(path)
         if done.lines != total or done.size != os.path.getsize(path):
             raise ValueError(
-                f"{path} exists, with {done.lines} lines for {total} texts, and no {partial} to go "
-                f"on with; {_AGAIN}"
+                f"{path} exists, with {done.lines} lines for {total} texts, and no {partial} to "
+                f"resume; {_AGAIN}"
             )
         return done
     begun = _complete_lines(partial)
@@ -84,7 +82,7 @@ def find_begun(path: str, run: dict[str, Any], total: int) -> Begun:
 
 
 def is_complete(path: str) -> bool:
-    """Whether a file that `find_begun` found has its name already."""
+    """Whether a file that `find_begun` found already has its final name."""
     return os.path.exists(path) and not os.path.exists(_partial(path))
 
 
@@ -95,13 +93,13 @@ def open_output(
     begun: Begun,
     complain: Callable[[str], None],
 ) -> Iterator[TextIO]:
-    """The file to write to, which gets its name when the block ends well.
+    """The file to write to, which gets its final name if the block succeeds.
 
     Args:
         path: the output file, or "-" for standard output.
         run: what `find_begun` compares; None if the run could not be resumed.
         begun: what to keep of FILE.partial.
-        complain: gets a message where the lines are, if the block raises.
+        complain: gets a message that says where the lines are, if the block raises.
 
     Raises:
         OSError: the file cannot be written, or another run writes to it.
@@ -137,19 +135,19 @@ def open_output(
 
 
 def _lock(file: TextIO, path: str) -> None:
-    """Raises an OSError while another process writes to the file, or has given it its name."""
+    """Raises an OSError while another process writes to the file, or has renamed it."""
     try:
         import fcntl
     except ImportError:  # Windows
         return
-    held = f"another run writes to {path}: let it end, then use --resume"
+    held = f"another run is writing to {path}: let it end, then use resume=True"
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OSError(held) from error
     except OSError:  # a file system without locks
         return
-    # What got its name between opening and locking is complete.
+    # A file that got its final name between opening and locking is complete.
     if not os.path.exists(path) or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
         raise OSError(held)
 
@@ -161,7 +159,7 @@ def forget(path: str) -> None:
 
 
 def sync(file: TextIO) -> None:
-    """Puts what was written where neither a kill nor, for files, a power cut loses it."""
+    """Stores what was written where neither a kill nor, for files, a power cut loses it."""
     file.flush()
     if file is not sys.stdout:
         os.fsync(file.fileno())
@@ -181,17 +179,17 @@ def _check_same_run(path: str, run: dict[str, Any]) -> None:
     try:
         earlier = json.loads(Path(settings).read_text(encoding="utf-8"))
         if not isinstance(earlier, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--resume needs {settings}, which tells what run began {partial}, but it cannot be "
-            f"read; {_AGAIN}"
+            f"resume=True needs {settings}, which says which run began {partial}, but it cannot "
+            f"be read; {_AGAIN}"
         ) from error
     run = json.loads(json.dumps(run))  # tuples are lists there
     other = [name for name in {**earlier, **run} if earlier.get(name) != run.get(name)]
     if other:
         raise ValueError(
-            f"--resume needs the run that began {partial}, but that had another "
+            f"resume=True needs the run that began {partial}, but that had another "
             f"{', '.join(other)}; {_AGAIN}"
         )
 
@@ -205,7 +203,7 @@ def _write_settings(path: str, run: dict[str, Any]) -> None:
 
 
 def _complete_lines(path: str) -> Begun:
-    """The lines that end, without one that was torn off."""
+    """The complete lines, without one that was cut off."""
     lines = size = position = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -1,6 +1,6 @@
-"""The files of the command line, in UTF-8: JSON lines, columns between tabs, plain lines.
+"""The files of the command line, in UTF-8: JSON lines, tab-separated columns, plain lines.
 
-Lines end as on Unix or Windows, and at no other character, so that lines in and out stay aligned.
+Lines end as on Unix or Windows, and at no other character, so that inputs and outputs stay aligned.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ TAB_SEPARATED = (".tsv", ".txt")
 
 
 def read_pairs(path: str) -> list[tuple[str, str]]:
-    """The (source, target) pairs of a file to train on; its extension tells the format.
+    """The (source, target) pairs of a file to train on; its extension decides the format.
 
     Raises:
         OSError: the file cannot be read.
@@ -40,7 +40,7 @@ def read_pairs(path: str) -> list[tuple[str, str]]:
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """The texts of a file to generate from, one for each line; `-` is standard input.
+    """The texts of a file to generate from, one per line; `-` is standard input.
 
     Raises:
         OSError: the file cannot be read.
@@ -58,7 +58,7 @@ def read_texts(path: str) -> Iterator[str]:
 def read_references(path: str) -> tuple[list[str], list[list[str]]]:
     """The sources and the references, at least one of each, of a file to score against.
 
-    It is a file of pairs which may have more columns, or a list as "target": further references.
+    It is a file of pairs that may have more columns, or a list as "target": further references.
 
     Raises:
         OSError: the file cannot be read.
@@ -83,7 +83,7 @@ def read_references(path: str) -> tuple[list[str], list[list[str]]]:
 
 
 def read_outputs(path: str) -> tuple[list[str], list[str | None]]:
-    """What `generate` wrote: the best output of each text, and its source where the file tells.
+    """What `generate` wrote: the best output of each text, and its source if the file has it.
 
     Raises:
         OSError: the file cannot be read.
@@ -108,7 +108,7 @@ def output_line(path: str, source: str, output: str | list[str]) -> str:
     if pathlib.Path(path).suffix.lower() in JSON_LINES:
         return json.dumps({"source": source, "output": output}, ensure_ascii=False) + "\n"
     hypotheses = [output] if isinstance(output, str) else output
-    # Without what some reader would take for the end of a line or column.
+    # Without anything that some reader would take for the end of a line or column.
     return "\t".join(" ".join(h.replace("\t", " ").splitlines()) for h in hypotheses) + "\n"
 
 
@@ -117,7 +117,7 @@ def _pairs_suffix(path: str) -> str:
     if suffix not in TAB_SEPARATED + JSON_LINES:
         raise ValueError(
             f"{path} should have one of the extensions {', '.join(TAB_SEPARATED)} (source<TAB>"
-            f"target) and {', '.join(JSON_LINES)} (JSON lines): they tell its format"
+            f"target) and {', '.join(JSON_LINES)} (JSON lines): they decide its format"
         )
     return suffix
 
@@ -144,7 +144,7 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{place}: expected UTF-8, but byte {error.start + 1} of the line "
-                f"({line[error.start]:#04x}) is none"
+                f"({line[error.start]:#04x}) is not"
             ) from error
         yield place, text.removesuffix("\n").removesuffix("\r")
 
@@ -183,13 +183,13 @@ def _json_output(place: str, line: str) -> tuple[str, str | None]:
 
 
 def _text(value: Any) -> str:
-    value.encode()  # JSON can spell half a character
+    value.encode()  # JSON can encode half a character
     return value
 
 
 @contextlib.contextmanager
 def _expected(place: str, line: str, form: str) -> Iterator[None]:
-    """Around reading a line of JSON: says what it should be."""
+    """Around the reading of a JSON line: its error says what the line should be."""
     try:
         yield
     except (

@@ -1,4 +1,4 @@
-"""Whether an export answers as its model does, in a fresh process that has no bertgen_tf."""
+"""Checks that an export answers as its model does, in a fresh process without bertgen_tf."""
 
 import base64
 import json
@@ -16,42 +16,43 @@ from bertgen_tf.export.files import WARMUP_FILE, text_of_length
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.settings import eos_token_ids
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-# Of log-probabilities and of weights of attention.
+# For log-probabilities and attention weights.
 TOLERANCE = 1e-3
-# What is rounded to int8 falls to the other side where a sum has another order.
+# Sums in another order may round to another int8 value.
 INT8_TOLERANCE = 0.05
-_PROGRAM = pathlib.Path(__file__).with_name("export_probe.py")
+_PROGRAM = pathlib.Path(__file__).with_name("probe.py")
 
 
 class ExportError(RuntimeError):
-    """An export did not run, or answered otherwise than its model."""
+    """An export did not run, or its answers differ from its model's."""
 
 
 class _Case(NamedTuple):
-    """A request, and what the model says to it."""
+    """A request, and the model's answer."""
 
     signature: str
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
-    drawn: bool  # anew at each call, so that only shapes and dtypes are the same
+    drawn: bool  # sampled anew at each call: only shapes and dtypes are the same
     tolerance: float = TOLERANCE
 
 
 def check_export(
     folder: pathlib.Path,
-    model: Any,
+    model: EncoderDecoderModel,
     module: ServingModule,
     logits_processor: Sequence[Processor] = (),
 ) -> None:
-    """Runs every signature, and the warm-up requests, in a process of its own; compares.
+    """Runs every signature and the warm-up requests in a separate process, and compares.
 
     Args:
         folder: the export.
-        model, module, logits_processor: what it was made of.
+        model, module, logits_processor: what it was made from.
 
     Raises:
-        ExportError: something failed or differs; the message lists all.
+        ExportError: something failed or differs; the message lists everything.
     """
     cases = list(_cases(model, module, logits_processor))
     answers, warmed_up = _run(folder, cases)
@@ -70,17 +71,17 @@ def check_export(
 
 
 def _cases(
-    model: Any, module: ServingModule, logits_processor: Sequence[Processor]
+    model: EncoderDecoderModel, module: ServingModule, logits_processor: Sequence[Processor]
 ) -> Iterator[_Case]:
     limit = model.preprocessor.max_source_length
     whole = text_of_length(model, limit)
-    # Longest first, as `generate` sorts a batch: equal batches are rounded alike.
+    # Longest first, as `generate` sorts a batch: equal batches are rounded the same way.
     batch = [f"{whole} {whole}", whole, text_of_length(model, max(1, limit - 1))]
     short = text_of_length(model, 5)
     odd = [[short], [""], [b"\xff\xfe \xf0\x9f\x98\x80"]]
     for signature in module.settings:
         compiled = signature.endswith(COMPILED)
-        # Of what is compiled one shape is enough, and one function for all hypotheses and the best.
+        # For what is compiled one shape is enough; all hypotheses and the best share a function.
         batches = [[short]] if compiled else [batch]
         settings = module.settings["beams_xla" if signature == "generate_xla" else signature]
         for texts in batches + (odd if signature == "serving_default" else []):
@@ -105,8 +106,10 @@ def _cases(
     )
 
 
-def _case(model: Any, module: ServingModule, signature: str, texts: list, output: Any) -> _Case:
-    """The request of `texts`, and its answer made of what `generate` gave."""
+def _case(
+    model: EncoderDecoderModel, module: ServingModule, signature: str, texts: list, output: Any
+) -> _Case:
+    """The request for `texts`, and its answer, made from the output of `generate`."""
     config = module.settings[signature]
     drawn = config.do_sample and config.seed is None
     ids = {k: v.numpy() for k, v in model.preprocessor.generate_preprocess(texts).items()}
@@ -143,8 +146,10 @@ def _pieces(tokenizer: Any, ids: np.ndarray, visible: np.ndarray) -> np.ndarray:
     return np.where(known, np.array(pieces, object).reshape(ids.shape), "")
 
 
-def _scores(model: Any, sources: list[str], targets: list[str]) -> dict[str, np.ndarray]:
-    """Of a forward pass for each pair, without padding of the target, as the signature does it."""
+def _scores(
+    model: EncoderDecoderModel, sources: list[str], targets: list[str]
+) -> dict[str, np.ndarray]:
+    """From one forward pass for each pair, without target padding, as the signature does it."""
     preprocessor = model.preprocessor
     forward = tf.function(lambda x: tf.nn.log_softmax(model(x, training=False))[0], autograph=False)
     x, labels, weights = preprocessor.pack(
@@ -171,7 +176,7 @@ def _run(folder: pathlib.Path, cases: list[_Case]) -> tuple[list[dict[str, np.nd
         }
         for case in cases
     ]
-    # -P: nothing beside the program is to be imported. A GPU's memory is with this process.
+    # -P: nothing beside the program may be imported. This process holds the GPU's memory.
     process = subprocess.run(
         [sys.executable, "-P", str(_PROGRAM), str(folder)],
         input=json.dumps(requests),
@@ -182,7 +187,7 @@ def _run(folder: pathlib.Path, cases: list[_Case]) -> tuple[list[dict[str, np.nd
     if process.returncode < 0:
         raise ExportError(
             f"The export was not kept: the process that checked it was ended by signal "
-            f"{-process.returncode}, perhaps for want of memory. check=False exports without."
+            f"{-process.returncode}, perhaps for lack of memory. check=False skips the check."
         )
     if process.returncode:
         raise ExportError(
@@ -209,13 +214,13 @@ def _decode(tensor: dict[str, Any]) -> np.ndarray:
 
 
 def _differences(case: _Case, answer: dict[str, np.ndarray]) -> Iterator[tuple[str, str]]:
-    """The outputs of an answer that are not as they should be, with the reasons."""
+    """The outputs of an answer that differ from the expected ones, and how."""
     for name in sorted(case.outputs.keys() | answer.keys()):
         expected, found = case.outputs.get(name), answer.get(name)
         if expected is None or found is None:
             yield name, "only the " + ("export" if expected is None else "model") + " has it"
         elif case.drawn and name.endswith(("_tokens", "attention")):
-            continue  # as long as what was drawn
+            continue  # its length is that of the sample
         elif (expected.dtype, expected.shape) != (found.dtype, found.shape):
             yield (
                 name,
@@ -227,5 +232,5 @@ def _differences(case: _Case, answer: dict[str, np.ndarray]) -> Iterator[tuple[s
             if not np.allclose(expected, found, case.tolerance, case.tolerance, equal_nan=True):
                 yield name, f"expected {expected.tolist()}, found {found.tolist()}"
         elif not np.array_equal(expected, found) and not tf.config.list_physical_devices("GPU"):
-            # A GPU rounds otherwise: of two that are equally likely the other may be the best.
+            # A GPU rounds differently: of two equally likely hypotheses, the other may win.
             yield name, f"expected {expected.tolist()}, found {found.tolist()}"

@@ -14,12 +14,13 @@ import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.signatures import COMPILED, ServingModule
-from bertgen_tf.generation.compiled import source_buckets
+from bertgen_tf.generation.buckets import source_buckets
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 BATCHING_FILE = "batching_params.pbtxt"
 METADATA_FILE = "metadata.json"
-# Batches of the largest size that one request may fill.
+# How many batches of the largest size one request may fill.
 MAX_BATCHES_OF_A_REQUEST = 32
 # A server warms up before it serves, one request after the other.
 MAX_WARMUP_REQUESTS = 1000
@@ -42,15 +43,15 @@ def batch_sizes(largest: int) -> list[int]:
     """The batches that XLA compiles for: powers of two up to `largest`, which must be one.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     if isinstance(largest, bool) or not isinstance(largest, int) or largest.bit_count() != 1:
         raise ValueError(f"max_batch_size must be a power of two, received {largest!r}.")
     return [2**i for i in range(largest.bit_length())]
 
 
-def source_lengths(model: Any) -> list[int]:
-    """The lengths of sources that XLA compiles for, in tokens, as far as texts can reach."""
+def source_lengths(model: EncoderDecoderModel) -> list[int]:
+    """The source lengths that XLA compiles for, in tokens, up to the longest possible text."""
     buckets, longest = source_buckets(model), model.preprocessor.max_source_length
     return [b for b in buckets if b < longest] + [min(b for b in buckets if b >= longest)]
 
@@ -66,7 +67,7 @@ def write_batching_parameters(folder: pathlib.Path, sizes: list[int]) -> None:
 def write_warmup(
     folder: pathlib.Path,
     name: str,
-    model: Any,
+    model: EncoderDecoderModel,
     functions: Mapping[str, Any],
     sizes: list[int],
     *,
@@ -74,21 +75,21 @@ def write_warmup(
 ) -> None:
     """Writes the requests that a server runs before it serves.
 
-    One of a single text for each bucket of lengths, to `serving_default`, and one to each other
-    plain signature, whose first run takes seconds; with `compiled` also one to `generate_xla` for
-    each pair of a batch size and a bucket of lengths: they compile what it will need, and keep a
-    server without XLA from loading the export.
+    For each bucket of lengths there is a request with a single text to `serving_default`, and there
+    is one request to each other plain signature, whose first run takes seconds. With `compiled`,
+    there is also one to `generate_xla` for each pair of a batch size and a bucket of lengths: these
+    compile what it will need, and keep a server without XLA from loading the export.
 
     Args:
-        folder: of the version.
-        name: of the model on the server.
-        model: whose tokenizer makes the texts.
+        folder: the version's.
+        name: the model's on the server.
+        model: its tokenizer makes the texts.
         functions: those behind the signatures.
-        sizes: of batches.
+        sizes: batch sizes.
         compiled: see above.
 
     Raises:
-        ValueError: more requests than a server takes.
+        ValueError: there are more requests than a server accepts.
     """
     from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
@@ -134,14 +135,14 @@ def read_warmup(folder: pathlib.Path) -> Iterator[tuple[str, dict[str, np.ndarra
         yield request.model_spec.signature_name, inputs
 
 
-def text_of_length(model: Any, length: int) -> str:
-    """A text of so many tokens, special ones included, or as many as the preprocessor keeps."""
+def text_of_length(model: EncoderDecoderModel, length: int) -> str:
+    """A text of `length` tokens, special ones included, or as many as the preprocessor keeps."""
     preprocessor = model.preprocessor
     length = min(length, preprocessor.max_source_length)
     best, most = "", 0
     for word in _words(model.tokenizer):
-        # As many words as there is room for beside the special tokens: the words of `_words` have
-        # one token each, also beside each other.
+        # As many words as fit beside the special tokens: each word of `_words` is one token, also
+        # next to another.
         fitting = max(1, length + 1 - len(preprocessor.encode_source(word)))
         for count in range(fitting, length + 1):
             text = " ".join([word] * count)
@@ -156,7 +157,7 @@ def text_of_length(model: Any, length: int) -> str:
 
 
 def _words(tokenizer: Any) -> Iterator[str]:
-    """A few texts of one piece each, which the tokenizer does not join with their like."""
+    """A few texts of one piece each, which the tokenizer does not merge when repeated."""
     found = 0
     for token in range(tokenizer.vocab_size):
         if token in tokenizer.all_special_ids:
@@ -173,12 +174,12 @@ def write_metadata(
     folder: pathlib.Path,
     name: str,
     version: int,
-    model: Any,
+    model: EncoderDecoderModel,
     module: ServingModule,
     variants: Mapping[str, GenerationConfig],
     sizes: list[int],
 ) -> None:
-    """Writes `metadata.json`: what the export is, and the checksums of its other files."""
+    """Writes `metadata.json`: a description of the export, and the checksums of its other files."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     metadata = {
         "name": name,

@@ -1,7 +1,7 @@
-"""A program that runs an export as a server would: `python -P export_probe.py FOLDER < requests`.
+"""A program that runs an export as a server would: `python -P probe.py FOLDER < requests`.
 
 Standard input is a JSON list of `{"signature": ..., "inputs": {NAME: {"dtype": ..., "values":
-...}}}`, strings in base64. Standard output ends with a line of JSON: for each of them `{NAME:
+...}}}`, strings in base64. Standard output ends with a line of JSON: for each request `{NAME:
 {"dtype": ..., "shape": ..., "values": ...}}`, values in one flat list, and then the number of
 warm-up requests that were run. Nothing here imports bertgen_tf, which must not be needed.
 """
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-sys.modules["bertgen_tf"] = None  # what imports it fails
+sys.modules["bertgen_tf"] = None  # importing it fails
 
 import tensorflow as tf  # noqa: E402
 import tensorflow_text  # noqa: E402, F401 (registers the tokenizer's operations)

@@ -12,27 +12,27 @@
 | | | `target_tokens` string [B, T], `attention` float32 [B, T, S] |
 | `generate_xla` | as `serving_default` | the same, compiled by XLA |
 | `beams_xla` | as `beams` | the same, compiled by XLA |
-| NAME, NAME`_xla` | `text` string [B] | of `signatures=`: as `serving_default`, or as `beams` |
+| NAME, NAME`_xla` | `text` string [B] | from `signatures=`: as `serving_default`, or as `beams` |
 | | | where its `num_return_sequences` is above 1 |
 
 - `text` is valid UTF-8; a `score` is the log-probability of a hypothesis divided by the length
   penalty. n is `num_beams` in beam search and `num_return_sequences` otherwise.
 - `ids` is for clients that tokenize: `attention_mask` is 1 on tokens and 0 on padding, `sequences`
   are those of `generate`, start token first.
-- `log_probability` is that of all tokens of `target` after `source`, its end included; there are
-  `num_tokens` of them. Both texts are cut at the model's lengths.
-- `attention` is the mean over layers and heads of cross-attention, 0 on padding, where the tokens
+- `log_probability` is that of all tokens of `target` given `source`, the end token included;
+  `num_tokens` is their number. Both texts are cut to the model's lengths.
+- `attention` is the cross-attention, averaged over layers and heads; 0 on padding, where the tokens
   are empty strings.
 
-All are plain graphs without any `Xla*` op, which a stock server runs, but those whose names end in
-`_xla`: they need a server with XLA switched on (`--xla_cpu_compilation_enabled` or
+All but those whose names end in `_xla` are plain graphs without any `Xla*` op, which a stock server
+runs. The others need a server with XLA switched on (`--xla_cpu_compilation_enabled` or
 `--xla_gpu_compilation_enabled`), or Python; elsewhere they answer "XLA compilation disabled".
 
-Every string is answered: empty, too long (cut at the model's `max_source_length`), not UTF-8. A
-scalar counts as a batch of one, an empty batch has an empty answer, unless the server itself puts
-requests into batches, which takes neither. The settings of generation are baked in. With
-`do_sample` and no seed every call draws anew; with a seed a text is answered by its place in the
-batch, as `generate` answers a list, and a server's own batching moves it. Loading needs the ops of
+Every string is answered: empty, too long (cut to the model's `max_source_length`), not UTF-8. A
+scalar counts as a batch of one, and an empty batch has an empty answer; a server that batches
+requests itself takes neither. The generation settings are baked in. With `do_sample` and no seed
+every call samples anew; with a seed the answer to a text depends on its place in the batch, as in
+`generate`, and a server's own batching changes that place. Loading needs the ops of
 tensorflow-text, which TensorFlow Serving has and `import tensorflow_text` brings to Python.
 """
 
@@ -74,30 +74,30 @@ def export_saved_model(
 
     Beside the graph lie `assets.extra/tf_serving_warmup_requests`, a request for each bucket of
     lengths that the server runs before it serves; `batching_params.pbtxt`, for servers that batch;
-    and `metadata.json`, which tells what it is, with checksums.
+    and `metadata.json`, which describes the export, with checksums.
 
     Args:
         model: a model with a tokenizer.
         path: `NAME/VERSION`, where VERSION is an integer and does not exist yet; TensorFlow Serving
             serves the highest version in the folder NAME.
-        generation_config: settings of all signatures but the further ones; by default the model's.
-        signatures: further ones by name, each with its own settings.
+        generation_config: settings of all signatures except `signatures`; by default the model's.
+        signatures: further signatures by name, each with its own settings.
         logits_processor: run after the processors of the settings, see
             `bertgen_tf.generation.search.logits`; they become part of the graph.
         max_batch_size: the most texts that a server puts into one batch, a power of two.
         warmup_xla: also write warm-up requests that compile `generate_xla` for every batch size and
             length. Only for servers with XLA switched on: no other would load the export.
-        check: run the export in a process of its own, and compare it with `model.generate`.
+        check: run the export in a separate process, and compare it with `model.generate`.
         **options: fields of `GenerationConfig` that replace those of the settings.
 
     Returns:
         the path.
 
     Raises:
-        ExportError: the export did not answer as the model does; nothing is left of it.
+        ExportError: the export did not answer as the model does; it was not kept.
         FileExistsError: the version exists already.
-        ValueError: the model has no tokenizer, the version is no integer, the settings do not fit
-            the model, or a signature cannot have its name.
+        ValueError: the model has no tokenizer, the version is not an integer, the settings do not
+            fit the model, or a signature has a name that is not allowed.
     """
     if model.tokenizer is None:
         raise ValueError(
@@ -116,11 +116,11 @@ def export_saved_model(
     sizes = files.batch_sizes(max_batch_size)
     name = path.resolve().parent.name
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A server that polls the folder skips names that are no integers.
+    # A server that polls the folder skips names that are not integers.
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         module = ServingModule(model, config, signatures, logits_processor)
-        # Traced before: what `save` traces itself is traced once more for the description.
+        # Traced here: what `save` traces itself would be traced again for the description.
         traced = {
             signature: function.get_concrete_function()
             for signature, function in module.functions.items()
@@ -144,7 +144,7 @@ def check_version_path(path: str | os.PathLike) -> None:
 
     Raises:
         FileExistsError: the version exists already.
-        ValueError: the version is no integer.
+        ValueError: the version is not an integer.
     """
     path = pathlib.Path(path)
     if not re.fullmatch("[0-9]{1,18}", path.name):

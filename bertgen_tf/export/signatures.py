@@ -1,8 +1,8 @@
 """What an export computes: the functions behind its signatures.
 
 Each signature is a plain graph around what it shares with others: `serving_default`, `beams`, `ids`
-and `attention` one search, `generate_xla` and `beams_xla` its compiled twin, `score` and
-`attention` one forward pass. So the graph of a model of many layers stays small.
+and `attention` share one search, `generate_xla` and `beams_xla` its compiled twin, `score` and
+`attention` one forward pass. This keeps the graph of a deep model small.
 """
 
 import types
@@ -17,8 +17,9 @@ from bertgen_tf.generation.inputs import start_prompt
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.search.sequences import is_one_of
 from bertgen_tf.generation.settings import eos_token_ids, total_length, uses_beams
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-# The suffix of signatures that are compiled by XLA.
+# The suffix of signatures compiled by XLA.
 COMPILED = "_xla"
 # Names that `signatures=` cannot take.
 OWN_NAMES = ("serving_default", "generate", "beams", "ids", "score", "attention")
@@ -31,12 +32,12 @@ class ServingModule(tf.Module):
 
     Attributes:
         functions: those behind the signatures, by name.
-        settings: the settings of those that generate.
+        settings: those of the signatures that generate.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: EncoderDecoderModel,
         config: GenerationConfig,
         variants: Mapping[str, GenerationConfig],
         logits_processor: Sequence[Processor],
@@ -70,18 +71,22 @@ class ServingModule(tf.Module):
                     search(variant, bool(suffix)),
                     best_only=variant.num_return_sequences == 1,
                 )
-        # Not dicts, which are walked through when the module is saved.
+        # Not dicts, whose contents would be tracked when the module is saved.
         self.functions = types.MappingProxyType(functions)
         self.settings = types.MappingProxyType(settings)
 
 
 def every_hypothesis(config: GenerationConfig) -> GenerationConfig:
-    """The settings by which a search gives all that it found: of beam search, every beam."""
+    """The settings with which a search returns all that it found: every beam of a beam search."""
     return config.replace(num_return_sequences=config.num_beams) if uses_beams(config) else config
 
 
 def _text_signature(
-    model: Any, config: GenerationConfig, search: Callable, *, best_only: bool = False
+    model: EncoderDecoderModel,
+    config: GenerationConfig,
+    search: Callable,
+    *,
+    best_only: bool = False,
 ) -> Callable:
     """Text [B] -> text and score [B, n], or [B] with `best_only`."""
 
@@ -99,7 +104,9 @@ def _text_signature(
     return serve
 
 
-def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Callable:
+def _ids_signature(
+    model: EncoderDecoderModel, config: GenerationConfig, search: Callable
+) -> Callable:
     """input_ids, attention_mask [B, S] -> sequences [B, n, L], score [B, n]."""
     encoder = model.encoder.config
 
@@ -136,7 +143,7 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
         with tf.control_dependencies(asserted):
             input_ids = tf.reshape(input_ids, [batch, length])
             attention_mask = tf.reshape(attention_mask, [batch, length])
-            # A search needs a column.
+            # A search needs at least one column.
             missing = [[0, 0], [0, tf.cast(tf.equal(length, 0), tf.int32)]]
             input_ids = tf.pad(input_ids, missing, constant_values=encoder.pad_token_id)
             attention_mask = tf.pad(attention_mask, missing)
@@ -152,14 +159,14 @@ def _ids_signature(model: Any, config: GenerationConfig, search: Callable) -> Ca
     return serve
 
 
-def _forward_pass(model: Any) -> Callable:
-    """Of one example: the logits of its target, and how it looked at the source.
+def _forward_pass(model: EncoderDecoderModel) -> Callable:
+    """For one example: the logits of its target, and its cross-attention weights.
 
-    One, because of a batch the logits and the weights of all layers would take gigabytes.
+    For one, because the logits and the weights of all layers of a batch would take gigabytes.
 
     Returns:
-        `(input_ids [S], attention_mask [S], decoder_input_ids [T])` -> float32 [T, V] and, the mean
-        over layers and heads, [T, S].
+        `(input_ids [S], attention_mask [S], decoder_input_ids [T])` -> float32 [T, V], and the
+        weights [T, S], averaged over layers and heads.
     """
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.int32)] * 3, autograph=False)
@@ -179,7 +186,7 @@ def _forward_pass(model: Any) -> Callable:
     return forward
 
 
-def _score_signature(model: Any, forward: Callable) -> Callable:
+def _score_signature(model: EncoderDecoderModel, forward: Callable) -> Callable:
     """source, target [B] -> log_probability, num_tokens [B]."""
     preprocessor = model.preprocessor
 
@@ -199,7 +206,7 @@ def _score_signature(model: Any, forward: Callable) -> Callable:
     def serve(source: tf.Tensor, target: tf.Tensor) -> dict[str, tf.Tensor]:
         source, target = tf.reshape(source, [-1]), tf.reshape(target, [-1])
         same = tf.equal(tf.size(source), tf.size(target))
-        asserted = tf.debugging.Assert(same, ["source and target must be of one number"])
+        asserted = tf.debugging.Assert(same, ["source and target must be equal in number"])
         with tf.control_dependencies([asserted]):
             source = tf.identity(source)
         x, labels, weights = preprocessor.pack(
@@ -218,7 +225,7 @@ def _score_signature(model: Any, forward: Callable) -> Callable:
 
 
 def _attention_signature(
-    model: Any, config: GenerationConfig, search: Callable, forward: Callable
+    model: EncoderDecoderModel, config: GenerationConfig, search: Callable, forward: Callable
 ) -> Callable:
     """Text [B] -> text and score [B], tokens [B, S] and [B, T], attention [B, T, S]."""
     preprocessor = model.preprocessor
@@ -238,10 +245,10 @@ def _attention_signature(
         ends = tf.cast(is_one_of(best[:, 1:], eos_token_ids(config, model)), tf.int32)
         generated = tf.cumsum(ends, axis=1, exclusive=True) == 0
         lengths = tf.reduce_sum(tf.cast(generated, tf.int32), axis=1)
-        longest = tf.maximum(tf.reduce_max(lengths), 1)  # the maximum of nothing is negative
+        longest = tf.maximum(tf.reduce_max(lengths), 1)  # the maximum of none is negative
         generated = generated[:, :longest]
         batch = tf.shape(best)[0]
-        # Of no rows there would be no shape.
+        # Without rows there would be no shape.
         missing = [[0, tf.cast(tf.equal(batch, 0), tf.int32)], [0, 0]]
         rows = inputs["input_ids"], inputs["attention_mask"], best[:, :longest]
         weights = tf.map_fn(
@@ -270,10 +277,10 @@ def _pieces(tokenizer: Any) -> tf.Tensor:
 
 
 def _search_text(
-    model: Any, config: GenerationConfig, search: Callable, text: tf.Tensor
+    model: EncoderDecoderModel, config: GenerationConfig, search: Callable, text: tf.Tensor
 ) -> tuple[dict[str, tf.Tensor], Any]:
-    """The ids of texts, and what was found for them."""
-    # The server does not check shapes: a scalar may come.
+    """The ids of texts, and what the search found for them."""
+    # The server does not check shapes: a scalar may arrive.
     inputs = model.preprocessor.generate_preprocess(tf.reshape(text, [-1]))
     batch = tf.shape(inputs["input_ids"])[0]
     output = search(
@@ -286,7 +293,7 @@ def _search_text(
 
 
 def _seeds(config: GenerationConfig, batch: tf.Tensor) -> tf.Tensor:
-    """What `generation.make_seeds` makes, in the graph."""
+    """What `inputs.make_seeds` makes, in the graph."""
     if not config.do_sample:
         return tf.zeros([batch, 2], tf.int32)
     seed = config.seed

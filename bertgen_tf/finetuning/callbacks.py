@@ -24,7 +24,7 @@ _SHOWN = 8  # texts for TensorBoard
 
 
 class GenerateCallback(keras.callbacks.Callback):
-    """Generates from held-out sources when epochs end, writes the outputs and their scores.
+    """Generates from held-out sources when epochs end; writes the outputs and their scores.
 
     The scores become logs, such as `val_bleu`, so that callbacks after this one can monitor them:
 
@@ -32,12 +32,12 @@ class GenerateCallback(keras.callbacks.Callback):
 
     Args:
         sources: texts to generate from.
-        references: what is right for each, a text or several.
+        references: the right output for each, one text or several.
         metrics: names of `bertgen_tf.metrics`, such as ("exact", "sari", "bleu", "rouge").
-        every: epochs between two times.
-        folder: where the outputs of an epoch are written, as `epoch-0001.jsonl`; None for nowhere.
+        every: epochs from one time to the next.
+        folder: where an epoch's outputs are written, as `epoch-0001.jsonl`; None writes none.
         generation_config: settings; by default the model's own.
-        batch_size: how many are generated together, at most.
+        batch_size: how many texts are generated together, at most.
         jit_compile: see `EncoderDecoderModel.generate`.
         **options: of `bertgen_tf.metrics.compute`, such as lowercase=True.
 
@@ -63,7 +63,7 @@ class GenerateCallback(keras.callbacks.Callback):
         check_integer("every", every)
         self.sources, self.references = list(sources), list(references)
         self.metrics = scores.expand(metrics)
-        # Sources for outputs: what would go wrong after an epoch goes wrong now.
+        # Sources stand in for outputs: what would fail after an epoch fails now.
         self.options = options
         scores.compute(self.metrics, self.sources, self.sources, self.references, **options)
         self.every = every
@@ -98,14 +98,14 @@ class GenerateCallback(keras.callbacks.Callback):
 
 
 class KeepBest(keras.callbacks.Callback):
-    """Keeps the best weights in a file, and ends the training when they do not get better.
+    """Keeps the best weights in a file, and ends the training when they stop improving.
 
-    With a moving average of the weights it is the average that is kept.
+    With a moving average of the weights, the average is kept.
 
     Args:
-        path: of the file, for `load`.
+        path: the file, for `load`.
         monitor: the name of a log, such as "val_loss" or "val_bleu".
-        patience: end after so many epochs without a better value; None for never.
+        patience: end after this many epochs without a better value; None for never.
     """
 
     def __init__(self, path: str | os.PathLike, monitor: str, patience: int | None = None):
@@ -129,7 +129,7 @@ class KeepBest(keras.callbacks.Callback):
         self._stop()
 
     def load(self, model: keras.Model) -> None:
-        """Gives a model the best weights, if there are any."""
+        """Loads the best weights into a model, if there are any."""
         if self.best is not None:
             tensors, _ = load_tensors(self.path)
             model.set_weights([tensors[name] for name in sorted(tensors)])
@@ -150,14 +150,14 @@ class KeepBest(keras.callbacks.Callback):
 
 
 class Log(keras.callbacks.Callback):
-    """Shows how training goes, and writes it to the log of a folder.
+    """Shows the progress of training, and writes it to the log of a folder.
 
-    A terminal has Keras's bar; elsewhere there is a line now and then.
+    A terminal shows Keras's bar; elsewhere a line appears now and then.
 
     Args:
         steps: of the whole training.
-        folder: whose log it is; None for none.
-        step: how many steps are made when training begins.
+        folder: the folder of the log; None for none.
+        step: how many steps are done when training begins.
         file: to write to; by default standard output.
     """
 
@@ -186,7 +186,7 @@ class Log(keras.callbacks.Callback):
         if not self.file.isatty():
             return
         per_epoch = self.params["steps"]
-        # An epoch that was begun earlier has a bar for what is left of it.
+        # The bar of a resumed epoch covers what is left of it.
         left = min((epoch + 1) * per_epoch, self.steps) - self.step
         time_left = f", {self._time_left()} left" if self.step > self._first else ""
         self._write(f"Epoch {epoch + 1}/{self.params['epochs']}{time_left}\n")
@@ -199,7 +199,7 @@ class Log(keras.callbacks.Callback):
         if self._bar is not None:
             shown = {"loss": "loss", "accuracy": "accuracy", "tokens_per_second": "tokens/s"}
             values = [(new, logs[name]) for name, new in shown.items() if name in logs]
-            # The last one comes with the results of the epoch.
+            # The final one comes with the results of the epoch.
             self._bar.update(self.step - self._bar_start, values, finalize=False)
         if time.monotonic() - self._shown >= _INTERVAL:
             self._shown = time.monotonic()
@@ -235,7 +235,7 @@ class TensorBoardCurves(keras.callbacks.Callback):
 
     Args:
         folder: where its files are written.
-        samples: whose outputs to show.
+        samples: the callback whose outputs to show.
         every: steps between two points.
 
     Raises:
@@ -300,7 +300,7 @@ class TensorBoardCurves(keras.callbacks.Callback):
 
 
 def _describe(logs: dict[str, Any]) -> str:
-    """Numbers in words: the validation's after the training's, the speed at last."""
+    """Numbers in words: the training's, then the validation's, then the speed."""
     parts = []
     for prefix, words in (("", ""), ("val_", "; validation: ")):
         names = [n for n in logs if n.startswith("val_") == bool(prefix)]

@@ -1,4 +1,4 @@
-"""Batches that any step of a training can ask for: the same ones in every run with a seed.
+"""The batch of any step of a training: the same one in every run with the same seed.
 
 N pairs, B batch size, S and T source and target length of a batch.
 """
@@ -13,7 +13,7 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training.losses import lengths_of_batches
+from bertgen_tf.training.batches import lengths_of_batches
 
 Batch = tuple[dict[str, Any], Any, Any]
 LONG_TARGETS = ("cut", "skip", "error")
@@ -22,10 +22,10 @@ _NAMES = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention
 
 
 class Texts(NamedTuple):
-    """Encoded texts, one behind the other.
+    """Encoded texts, one after another.
 
     Args:
-        ids: int32 [all tokens + 1], the last one not of any text.
+        ids: int32 [all tokens + 1], the last of which belongs to no text.
         starts, lengths: int64 [N]; text i is the `lengths[i]` ids from `starts[i]` on.
     """
 
@@ -35,26 +35,26 @@ class Texts(NamedTuple):
 
 
 class TrainingData:
-    """Pairs of texts, encoded once, in batches of few shapes that are a function of their number.
+    """Pairs of texts, encoded once, in batches of few shapes; the step's number determines a batch.
 
-    Each epoch has every pair once, in an order that (seed, epoch) decides. Pairs of like length
-    come together: in the lengths of `training.lengths_of_batches`, each of which compiles the
-    training step once. Every batch has `batch_size` rows; what a length's last batch lacks is
-    filled with rows of weight 0. Batches are counted through all epochs: the epoch of step i is
+    Each epoch has every pair once, in an order that (seed, epoch) determines. Pairs of similar
+    length share a batch, padded to one of `batches.lengths_of_batches`, each of which compiles the
+    training step once. Every batch has `batch_size` rows; the last batch of each length is filled
+    up with rows of weight 0. Batches are numbered across epochs: the epoch of step i is
     `i // steps_per_epoch`.
 
     Args:
         pairs: (source, target).
-        preprocessor: of the model.
+        preprocessor: the model's.
         batch_size: B.
-        seed: of the order.
+        seed: determines the order.
         shuffle: False keeps the order of the pairs within a length, in every epoch.
-        long_targets: what becomes of pairs whose target has more tokens than fit: "cut", "skip" or
+        long_targets: what to do with pairs whose target has more tokens than fit: "cut", "skip" or
             "error".
         verbose: 1 shows progress on stderr, 0 does not; "auto" shows it on a terminal.
 
     Raises:
-        ValueError: no pairs, or only such as are skipped; a target is too long and may not be.
+        ValueError: there are no pairs, or all are skipped; a target is too long, with "error".
     """
 
     def __init__(
@@ -106,14 +106,14 @@ class TrainingData:
         self._plan = functools.lru_cache(2)(self._make_plan)
 
     def __len__(self) -> int:
-        """How many pairs an epoch has."""
+        """The number of pairs in an epoch."""
         return len(self._rows)
 
     def notes(self, unit: str = "lines") -> list[str]:
-        """What users should know of their texts, in sentences.
+        """What users should know about their texts, in sentences.
 
         Args:
-            unit: what the pairs were, counted from 1.
+            unit: what the pairs are called, which are counted from 1.
         """
         notes = []
         if self._long_targets:
@@ -129,7 +129,7 @@ class TrainingData:
         return notes
 
     def tokens(self, step: int) -> int:
-        """How many tokens the real rows of a batch have, source and target (with its end)."""
+        """How many tokens the real rows of a batch have, source and target (with end token)."""
         rows, _ = self._at(step)
         rows = rows[rows >= 0]
         return int((self._sources.lengths[rows] + self._targets.lengths[rows] + 1).sum())
@@ -141,11 +141,11 @@ class TrainingData:
         return int((self._targets.lengths[rows] + 1).sum())
 
     def batch(self, step: int, part: slice = slice(None)) -> Batch:
-        """What `Seq2SeqPreprocessor.pack` gives of the pairs of a step, padded to their length.
+        """What `Seq2SeqPreprocessor.pack` gives for the pairs of a step, padded to one length.
 
         Args:
-            step: counted from 0 through all epochs.
-            part: of the rows.
+            step: counted from 0 across epochs.
+            part: the rows to return.
 
         Returns:
             (x, y, sample_weight), arrays [B, S] and [B, T].
@@ -173,7 +173,7 @@ class TrainingData:
         return x, labels.astype(np.int32), (target_mask & real[:, None]).astype(np.float32)
 
     def dataset(self, first: int, last: int, part: slice = slice(None)) -> tf.data.Dataset:
-        """The batches of the steps from `first` up to `last`, made ahead of their use.
+        """The batches of the steps from `first` up to `last`, made ahead of use.
 
         Args:
             first, last: steps.
@@ -195,13 +195,13 @@ class TrainingData:
         return steps.map(make, num_parallel_calls=2, deterministic=True).prefetch(8)
 
     def _at(self, step: int) -> tuple[np.ndarray, int]:
-        """Numbers of the pairs of a step, -1 for rows without one, and their length."""
+        """Indices of the pairs of a step, -1 for rows without one, and the batch's length."""
         epoch, place = divmod(step, self.steps_per_epoch)
         batches, buckets = self._plan(epoch if self.shuffle else 0)
         return batches[place], self._lengths[buckets[place]]
 
     def _make_plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the pairs [steps_per_epoch, B] and the bucket of each batch."""
+        """Indices of the pairs [steps_per_epoch, B] and the bucket of each batch."""
         random = np.random.default_rng([self.seed, epoch])
         order = np.arange(len(self._rows))
         if self.shuffle:
@@ -258,7 +258,7 @@ def _encode(
 
 
 def _longer(tokenizer: Any, texts: Sequence[str], full: np.ndarray, room: int) -> list[int]:
-    """Which of the texts that fill their room have more tokens than that."""
+    """Which of the texts that fill the available length have more tokens than fit."""
     candidates = np.flatnonzero(full)
     if not len(candidates):
         return []

@@ -1,7 +1,7 @@
-"""The loop that trains: to be stopped and gone on with at any step, on one device or many.
+"""The training loop. It can be stopped and resumed at any step, on one device or many.
 
-Keras's `fit` has no place to begin in the midst of an epoch, and fails with several workers. What a
-step does is Keras's `train_step`, and callbacks are Keras's.
+Keras's `fit` cannot start in the middle of an epoch, and fails with several workers. A step is
+still Keras's `train_step`, and callbacks are Keras's.
 """
 
 import contextlib
@@ -18,26 +18,17 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.finetuning.data import Batch, TrainingData
+from bertgen_tf.finetuning.replicas import Replicas, sum_of_replicas, together
 from bertgen_tf.finetuning.state import RunFolder, State, assign_variables, read_variables
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training.optimizers import averaged_weights
 
-STRATEGIES = ("auto", "none", "mirrored", "tpu")
-_SOON = 30.0  # seconds of training that are not to be lost while an epoch is measured
-_SAVE, _STOP, _INTERRUPT = range(3)  # what a worker asks all for
-# What TensorFlow raises when a worker does not answer.
-_LOST = (
-    tf.errors.AbortedError,
-    tf.errors.CancelledError,
-    tf.errors.DeadlineExceededError,
-    tf.errors.FailedPreconditionError,
-    tf.errors.InternalError,
-    tf.errors.UnavailableError,
-)
+_SOON = 30.0  # seconds of training that must not be lost during validation
+_SAVE, _STOP, _INTERRUPT = range(3)  # what one worker asks of all
 
 
 class Diverged(ArithmeticError):
-    """The loss or a weight is no number any more: the message tells where."""
+    """The loss or a weight is no longer finite: the message says where."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -52,26 +43,22 @@ class Interrupted(KeyboardInterrupt):
         self.step = step
 
 
-class WorkerLost(RuntimeError):
-    """Another worker is gone, without which there is no going on."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """How often the state is saved: every so many steps, or after so many seconds."""
+    """How often the state is saved: every `steps` steps, or every `seconds` seconds."""
 
     steps: int | None = None
     seconds: float | None = None
 
     def is_over(self, steps: int, seconds: float) -> bool:
-        """Whether so much since the last time is enough."""
+        """Whether it is time to save, this much after the last state."""
         over = self.steps is not None and steps >= self.steps
         return over or (self.seconds is not None and seconds >= self.seconds)
 
 
 @dataclasses.dataclass
 class Clock:
-    """What steps took, in seconds, without the first ones of a shape, which compile."""
+    """What steps took, in seconds, except the first of each shape, which compiles."""
 
     waited: float = 0.0
     computed: float = 0.0
@@ -84,7 +71,7 @@ class Clock:
         self.tokens += tokens
 
     def logs(self) -> dict[str, float]:
-        """Tokens a second, and the share of the time in which a step waited for its batch."""
+        """Tokens per second, and the share of the time spent waiting for batches."""
         time_of_all = self.waited + self.computed
         if not time_of_all:
             return {}
@@ -109,35 +96,36 @@ def train(
 ) -> dict[str, list[float]]:
     """Trains a compiled model, under the `tf.distribute` strategy that it was made in.
 
-    A run that was killed and is gone on with ends with the same weights, bit for bit, as one that
-    was not, on a machine of the same kind: data order, random seeds, optimizer and metrics are
-    those of the step. On GPUs that needs `tf.config.experimental.enable_op_determinism()`.
+    A run that is killed and resumed ends with the same weights, bit for bit, as an uninterrupted
+    one on a machine of the same kind: data order, random seeds, optimizer and metrics are those of
+    the step. On GPUs this needs `tf.config.experimental.enable_op_determinism()`.
 
     Args:
-        model: compiled; with `optimizer.use_ema` it has averaged weights when epochs end, for
-            validation and callbacks, and at last.
-        data: of a batch size that the strategy's replicas divide; each takes its rows.
-        steps: all steps of the training.
-        steps_per_epoch: after so many come validation and `on_epoch_end`; by default a pass over
+        model: compiled; with `optimizer.use_ema` it has averaged weights at the end of epochs, for
+            validation and callbacks, and at the end of training.
+        data: with a batch size that is a multiple of the number of the strategy's replicas; each
+            takes its rows.
+        steps: of the whole training.
+        steps_per_epoch: steps before each validation and `on_epoch_end`; by default a pass over
             the data.
         validation: its loss is averaged over all tokens.
-        callbacks: Keras's or others. Logs hold `learning_rate`, `tokens_per_second` and
-            `waited_for_data`, too. What `get_state()` of a callback gives, as JSON has it, is kept
-            and given to `set_state(state)`.
-        folder: where states are kept; its `begin` made it.
-        save_every: at most this is lost when the process is killed. Also each end of an epoch is
-            kept.
-        resume: goes on from the last state in `folder`, if there is one.
-        complain: gets messages about what went wrong but does no harm.
+        callbacks: Keras's or others. Logs also contain `learning_rate`, `tokens_per_second` and
+            `waited_for_data`. The result of a callback's `get_state()`, which must be JSON, is
+            saved and passed to its `set_state(state)` on resuming.
+        folder: where states are kept; its `begin` must have made it.
+        save_every: at most this much is lost when the process is killed. Ends of epochs are saved,
+            too.
+        resume: resume from the last state in `folder`, if there is one.
+        complain: called with warnings about what went wrong but does no harm.
 
     Returns:
-        the logs of the epochs, by name, as `History.history` of Keras.
+        the logs of the epochs, by name, like Keras's `History.history`.
 
     Raises:
-        Diverged: the loss is no number; the states before stay.
+        Diverged: the loss or a weight is not finite; earlier states are kept.
         Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a `folder`.
-        OSError: the state could not be written; earlier ones stay.
-        ValueError: the batch size, or a state that is of another model.
+        OSError: the state could not be written; earlier ones are kept.
+        ValueError: the batch size does not fit, or the state is of another model.
         WorkerLost: see there.
     """
     loop = _Loop(model, data, steps, steps_per_epoch or data.steps_per_epoch, validation)
@@ -147,77 +135,6 @@ def train(
             return loop.run(list(callbacks), resume)
         finally:
             model.train_function = None  # `fit` makes its own
-
-
-@contextlib.contextmanager
-def together(replicas: "Replicas") -> Iterator[None]:
-    """Around what all workers do: raises a `WorkerLost` if one is not there."""
-    try:
-        yield
-    except _LOST as error:
-        if not replicas.many_workers:
-            raise
-        raise WorkerLost(
-            "another worker of TF_CONFIG is gone, or cannot be reached: start all of them again"
-        ) from error
-
-
-class Replicas:
-    """Who takes which rows of a batch, under a strategy."""
-
-    def __init__(self, strategy: tf.distribute.Strategy):
-        self.strategy = strategy
-        self.count = strategy.num_replicas_in_sync
-        ids = self._values(lambda context: context.replica_id_in_sync_group)
-        local = [int(value) for value in strategy.experimental_local_results(ids)]
-        self.first, self.local = local[0], len(local)
-        self.many_workers = self.local < self.count
-        self.is_chief = self.first == 0
-
-    def dataset(self, data: TrainingData, first: int, last: int) -> tf.data.Dataset:
-        """Of each step a list of the batches of the replicas of this process."""
-        if data.batch_size % self.count:
-            raise ValueError(
-                f"batch_size must be a multiple of the {self.count} replicas that share a batch, "
-                f"received {data.batch_size}."
-            )
-        size = data.batch_size // self.count
-        part = slice(self.first * size, (self.first + self.local) * size)
-
-        def split(*batch: Any) -> tuple[Batch, ...]:
-            return tuple(
-                tf.nest.map_structure(lambda t, i=i: t[i * size : (i + 1) * size], batch)
-                for i in range(self.local)
-            )
-
-        return data.dataset(first, last, part).map(split).prefetch(2)
-
-    def distribute(self, parts: Sequence[Any]) -> Any:
-        """One part for each replica of this process -> an argument of `strategy.run`."""
-        if self.local == 1:
-            return parts[0]
-        return self._values(lambda context: parts[context.replica_id_in_sync_group - self.first])
-
-    def add(self, numbers: Sequence[int]) -> list[int]:
-        """Sums over all workers of their int32 numbers."""
-        if not self.many_workers:
-            return list(numbers)
-        zeros = tf.zeros([len(numbers)], tf.int32)
-        parts = [tf.constant(numbers, tf.int32)] + [zeros] * (self.local - 1)
-        return self._add(self.distribute(parts)).numpy().tolist()
-
-    @tf.function(autograph=False)
-    def _add(self, numbers: Any) -> Any:
-        return self.strategy.experimental_local_results(self.strategy.run(_sum, (numbers,)))[0]
-
-    def _values(self, function: Callable[[Any], Any]) -> Any:
-        return self.strategy.experimental_distribute_values_from_function(function)
-
-
-def _sum(value: Any) -> Any:
-    # On the replica's device, as arguments are not.
-    value = tf.identity(value)
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, value)
 
 
 class _Loop:
@@ -266,10 +183,10 @@ class _Loop:
         model.stop_training = False
         if state is not None:
             self._restore(state)
-            # A callback that waited long enough may be the chief's alone.
+            # A callback that ran out of patience may be the chief's alone.
             model.stop_training = self._any(model.stop_training)
         listed.on_train_begin()
-        if state is not None:  # Keras has emptied it
+        if state is not None:  # Keras has cleared it
             history = state.callbacks["history"]
             model.history.epoch, model.history.history = history["epoch"], history["history"]
         self.saved, self._saved_at = (self.step, self.epoch), time.monotonic()
@@ -298,9 +215,9 @@ class _Loop:
             self._attend()
         self.may_finish_step = False
         if self.interrupted and not self.replicas.many_workers:
-            self._attend()  # it came when the last step was over
+            self._attend()  # it came after the last step
         stopped = model.stop_training
-        self._save_if_due(_SOON)  # what follows can take long
+        self._save_if_due(_SOON)  # what follows can take a long time
         logs = {**self._logs, **clock.logs()}
         with averaged_weights(model):
             if self.validation is not None:
@@ -320,7 +237,7 @@ class _Loop:
         rate = float(tf.convert_to_tensor(self.model.optimizer.learning_rate))
         shape = tuple(tuple(t.shape) for t in tf.nest.flatten(parts[0]))
         if self.model.train_function is not self._step_function:
-            # A callback has changed what trains, and asked for another as `fit` would need it.
+            # A callback has changed what trains, and asked for a new function as it would of `fit`.
             self._make_functions()
         results = self._step_function(self.replicas.distribute(parts))
         logs = {name: float(value) for name, value in results.items()}
@@ -339,7 +256,7 @@ class _Loop:
         return {**logs, "learning_rate": rate, **clock.logs()}
 
     def _attend(self) -> None:
-        """After a step: saves, or stops, if that is asked for by anybody or by the time."""
+        """After a step: saves or stops if any worker, callback, signal or clock asks for it."""
         asked = [0, 0, 0]
         asked[_SAVE] = int(self._is_due())
         asked[_STOP] = int(self.model.stop_training)
@@ -352,7 +269,7 @@ class _Loop:
             raise Interrupted(self.step)
 
     def _is_due(self, most: float = math.inf) -> bool:
-        """Whether the chief wants a state, `most` seconds after the last one in any case."""
+        """Whether the chief wants a state: always if the last one is `most` seconds old."""
         steps, seconds = self.step - self.saved[0], time.monotonic() - self._saved_at
         due = self.save_every.is_over(steps, seconds) or seconds >= most
         return due and self.replicas.is_chief
@@ -362,7 +279,7 @@ class _Loop:
             self._save()
 
     def _any(self, value: bool) -> bool:
-        """Whether it is so for one of the workers."""
+        """Whether it is true for any worker."""
         return bool(self.replicas.add([int(value)])[0])
 
     # ------------------------------------------------------------------ graphs
@@ -378,8 +295,8 @@ class _Loop:
             logits = model(x, training=False)
             loss = model.compute_loss(x, y, logits, weight, training=False)
             model.compute_metrics(x, y, logits, sample_weight=weight)
-            # Of all replicas: what Keras divides by their number adds up to the mean.
-            return _sum(loss) if self.replicas.count > 1 else loss
+            # Summed over replicas: Keras has divided by their number, so this is the mean.
+            return sum_of_replicas(loss) if self.replicas.count > 1 else loss
 
         if model.jit_compile and self.replicas.count == 1:
             train_step = tf.function(train_step, jit_compile=True, autograph=False)
@@ -402,7 +319,7 @@ class _Loop:
         return {name: float(value) for name, value in self.model.get_metrics_result().items()}
 
     def _evaluate(self, callbacks: keras.callbacks.CallbackList) -> dict[str, float]:
-        """The loss a token, and the metrics, of the validation data."""
+        """The loss per token, and the metrics, on the validation data."""
         data, model = self.validation, self.model
         model.reset_metrics()
         callbacks.on_test_begin()
@@ -425,7 +342,7 @@ class _Loop:
         for name, tensor in tensors.items():
             # A gradient can be infinite where the loss is not yet.
             if name.startswith("model/") and not np.isfinite(tensor).all():
-                raise Diverged(f"a weight is no number after step {self.step:,}")
+                raise Diverged(f"a weight is not finite after step {self.step:,}")
         states = {name: callback.get_state() for name, callback in self._with_state().items()}
         history = self.model.history
         states["history"] = {"epoch": history.epoch, "history": history.history}
@@ -435,7 +352,7 @@ class _Loop:
         self.saved, self._saved_at = (self.step, self.epoch), time.monotonic()
 
     def _with_state(self) -> dict[str, Any]:
-        """The callbacks that have one, by name: others may come and go."""
+        """The callbacks that have a state, by name; others may come and go."""
         found: dict[str, Any] = {}
         for callback in self._callbacks:
             if hasattr(callback, "get_state"):
@@ -459,7 +376,7 @@ class _Loop:
         return state
 
     def _restore(self, state: State) -> None:
-        # Metrics have no variables before a step was traced.
+        # Metrics have no variables before a step is traced.
         parts = next(iter(self.replicas.dataset(self.data, 0, 1)))
         self._step_function.get_concrete_function(self.replicas.distribute(parts))
         assign_variables(self.model, state.tensors)
@@ -473,13 +390,13 @@ class _Loop:
 
 @contextlib.contextmanager
 def _signals(loop: _Loop) -> Iterator[None]:
-    """Lets Ctrl-C and SIGTERM end the training after the step that is under way."""
+    """Lets Ctrl-C and SIGTERM end the training after the current step."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def handle(number: int, frame: Any) -> None:
-        # A second time it is meant at once. Workers have to agree in any case.
+        # A second signal stops at once. On the first, several workers have to agree.
         if loop.interrupted or not (loop.may_finish_step or loop.replicas.many_workers):
             raise Interrupted(loop.saved[0]) if loop.saved[0] > 0 else KeyboardInterrupt
         loop.interrupted = True
@@ -490,31 +407,3 @@ def _signals(loop: _Loop) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-def make_strategy(distribute: str = "auto", workers: bool = False) -> tf.distribute.Strategy:
-    """The `tf.distribute` strategy for what there is, to make a model in.
-
-    Args:
-        distribute: of `STRATEGIES`. "auto" takes all GPUs of this machine, "mirrored" all GPUs or
-            else all logical CPUs, "tpu" a TPU (never tried), "none" one device.
-        workers: whether TF_CONFIG names several, who then share each batch, unless "none" is asked
-            for. TensorFlow must not have done anything before.
-    """
-    if distribute not in STRATEGIES:
-        raise ValueError(
-            f"distribute must be one of {', '.join(STRATEGIES)}, received {distribute!r}."
-        )
-    if workers and distribute != "none":
-        return tf.distribute.MultiWorkerMirroredStrategy()
-    if distribute == "tpu":
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver()
-        tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
-    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
-    if distribute == "mirrored" or (
-        distribute == "auto" and len(devices) > 1 and devices[0].device_type == "GPU"
-    ):
-        return tf.distribute.MirroredStrategy([device.name for device in devices])
-    return tf.distribute.get_strategy()

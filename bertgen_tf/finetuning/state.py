@@ -1,16 +1,16 @@
-"""The folder of a training that is under way: what began it, its state, its log.
+"""The folder of a running training: how it began, its state, its log.
 
 | file | what it holds |
 | --- | --- |
-| run.json | what decides the result: settings, digests of the data and of the start |
+| run.json | what determines the result: settings, digests of the data and the starting model |
 | state-STEP.safetensors | weights, random seeds, optimizer, metrics and callbacks after that step |
-| best.safetensors | the best weights so far, if some are chosen |
+| best.safetensors | the best weights so far, if the best are kept |
 | adapter.safetensors | what LoRA trained, when the model is saved |
-| log.jsonl | numbers of each interval and of each epoch, one JSON object a line |
+| log.jsonl | metrics of each interval and each epoch, one JSON object a line |
 | samples/ | what was generated after each epoch |
 | tensorboard/ | the same for TensorBoard, if asked for |
 
-A state appears under its name when all of it is on the disk; two are kept, should one be damaged.
+A state gets its name only when all of it is on disk; two are kept, in case one is damaged.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
 FORMAT = "bertgen_tf training"
 KEPT = 2
-_AGAIN = "--overwrite starts anew"
+_AGAIN = "overwrite=True starts anew"
 
 
 class OtherModel(ValueError):
-    """A state that is of another model, optimizer or version."""
+    """A state of another model, optimizer or version."""
 
 
 class State(NamedTuple):
     """Where a training stands.
 
     Args:
-        step: steps that were made.
-        epoch: epochs that are complete, with all that follows their last step.
+        step: steps done.
+        epoch: epochs completed, with all that follows their last step.
         tensors: arrays by name.
-        callbacks: what the callbacks need to go on, as JSON has it.
+        callbacks: what the callbacks need to resume, as JSON.
     """
 
     step: int
@@ -57,7 +57,7 @@ class State(NamedTuple):
 
 
 class RunFolder:
-    """The folder beside a model that is trained, `OUTPUT.training`.
+    """The folder beside a model that is being trained, `OUTPUT.training`.
 
     Args:
         output: where the model will be.
@@ -70,37 +70,38 @@ class RunFolder:
     def __truediv__(self, name: str) -> pathlib.Path:
         return self.path / name
 
-    # ------------------------------------------------------------------ what run it is
+    # ------------------------------------------------------------------ which run it is
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Raises a ValueError if there is a run that would be lost."""
+        """Raises a ValueError if a run would be lost."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} should be a folder for the training, but is a file")
         run = self._read_run()
         if run is None and self.path.exists() and {*os.listdir(self.path)} - {LOCK_FILE}:
             raise ValueError(
                 f"{self.path} should be new or the folder of a training, but holds other files: "
-                "choose another --output"
+                "choose another folder"
             )
         if run is not None and not run["complete"] and not resume and not overwrite:
-            raise ValueError(f"{self.path} exists, of a training that did not end; --resume goes "
-                             f"on, {_AGAIN}")  # fmt: skip
+            raise ValueError(
+                f"{self.path} holds a training that did not end; resume=True continues it, {_AGAIN}"
+            )
 
     def is_complete(self) -> bool:
-        """Whether a training ended well here."""
+        """Whether a training finished here."""
         run = self._read_run()
         return run is not None and run["complete"]
 
     def is_begun(self) -> bool:
-        """Whether there is a training to go on with."""
+        """Whether there is a training to resume."""
         run = self._read_run()
         return run is not None and not run["complete"]
 
     def check_same(self, settings: dict[str, Any], but: str | None = None) -> None:
-        """Raises a ValueError that names what another run had, if one with `settings` goes on.
+        """Raises a ValueError that names the differences if the run here has other settings.
 
         Args:
-            settings: as `begin` got them.
+            settings: as passed to `begin`.
             but: a name that is not compared.
         """
         run = self._read_run()
@@ -110,21 +111,21 @@ class RunFolder:
         other = [name for name in names if earlier.get(name) != settings.get(name)]
         if other:
             raise ValueError(
-                f"--resume needs the training that began {self.path}, but that had another "
+                f"resume=True needs the training that began {self.path}, but that had another "
                 f"{', '.join(other)}; {_AGAIN}"
             )
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Makes an empty folder for a run with `settings`."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # The run.json last: until then what is left is known for a run of ours.
+        # run.json last: until then what is left is recognised as a run of ours.
         names = {*os.listdir(self.path)} - {LOCK_FILE, RUN_FILE}
         for path in sorted(self / name for name in names):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         self._write_run(settings, complete=False)
 
     def end(self) -> None:
-        """The model is saved: only what tells about the training stays."""
+        """The model is saved: only what documents the training is kept."""
         self._write_run(self._read_run()["settings"], complete=True)
         for _, path in self._states():
             path.unlink()
@@ -132,14 +133,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Raises an OSError while another process has it."""
+        """Raises an OSError while another process holds it."""
         try:
             import fcntl
         except ImportError:  # Windows
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        path, held = self / LOCK_FILE, f"another training writes to {self.path}: let it end"
+        path, held = self / LOCK_FILE, f"another training is writing to {self.path}: let it end"
         with open(path, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +148,7 @@ class RunFolder:
                 raise OSError(held) from error
             except OSError:  # a file system without locks
                 pass
-            # What ended between opening and locking has removed it.
+            # A training that ended between opening and locking has removed it.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise OSError(held)
             try:
@@ -176,26 +177,26 @@ class RunFolder:
     # ------------------------------------------------------------------ states
 
     def save(self, state: State) -> None:
-        """Writes a state, then removes those that are too old.
+        """Writes a state, then removes those no longer needed.
 
         Raises:
-            OSError: it could not be written; earlier ones are as they were.
+            OSError: it could not be written; earlier ones are unchanged.
         """
         place = {"step": state.step, "epoch": state.epoch, "callbacks": state.callbacks}
         save_tensors(self / f"state-{state.step:08d}.safetensors", state.tensors, place)
         for step, path in self._states():
-            # Later ones are of a run that went on from an earlier state.
+            # Later ones were written before this run resumed from an earlier state.
             if step > state.step:
                 path.unlink()
         for _, path in self._states()[:-KEPT]:
             path.unlink()
 
     def load(self, complain: Callable[[str], None], step: int | None = None) -> State | None:
-        """The last state that is whole; None if there is none at all.
+        """The last undamaged state; None if there is none at all.
 
         Args:
-            complain: gets a message for each that is damaged.
-            step: only that of this step.
+            complain: called with a message for each damaged one.
+            step: only the state of this step.
 
         Raises:
             OSError: all are damaged.
@@ -206,9 +207,9 @@ class RunFolder:
                 tensors, place = load_tensors(path)
                 return State(tensors=tensors, **place)
             except (ValueError, TypeError) as error:
-                complain(f"{error}; trying the one before")
+                complain(f"{error}; trying the previous one")
         if states:
-            raise OSError(f"{self.path} holds no state that is whole: {_AGAIN}")
+            raise OSError(f"{self.path} holds no undamaged state: {_AGAIN}")
         return None
 
     def _states(self) -> list[tuple[int, pathlib.Path]]:
@@ -228,7 +229,7 @@ class RunFolder:
             file.write(json.dumps(numbers) + "\n")
 
     def cut_log(self, step: int, epoch: int) -> None:
-        """Removes what came after a state, and comes again.
+        """Removes what came after a state, and will come again.
 
         Args:
             step, epoch: of the state.
@@ -251,10 +252,10 @@ def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], place: Any 
     Args:
         path: of the file.
         tensors: arrays by name.
-        place: what else to keep, as JSON has it.
+        place: what else to keep, as JSON.
 
     Raises:
-        OSError: the file could not be written; an earlier one is as it was.
+        OSError: the file could not be written; an earlier one is unchanged.
     """
     metadata = {"place": json.dumps(place), "crc32": str(_checksum(tensors))}
 
@@ -286,7 +287,7 @@ def load_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
             metadata = file.metadata() or {}
         tensors = load_file(path)
         if _checksum(tensors) != int(metadata["crc32"]):
-            raise ValueError("its checksum is another")
+            raise ValueError("its checksum differs")
         return tensors, json.loads(metadata["place"])
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
@@ -317,7 +318,7 @@ def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
 
 
 def read_variables(model: keras.Model) -> dict[str, np.ndarray]:
-    """All that training changes of a compiled model: weights, random seeds, optimizer, metrics."""
+    """All that training changes in a compiled model: weights, random seeds, optimizer, metrics."""
     return {name: np.array(v.numpy()) for name, v in _variables(model).items()}
 
 
@@ -355,5 +356,5 @@ def _variables(model: keras.Model) -> dict[str, Any]:
         "optimizer": model.optimizer.variables,
         "metrics": model.metrics_variables,
     }
-    # By number: the names that Keras gives count what a process made before.
+    # By number: Keras's names depend on what the process made before.
     return {f"{kind}/{i:05d}": v for kind, vs in groups.items() for i, v in enumerate(vs)}

@@ -2,17 +2,18 @@
 
 Strings cannot enter XLA, so text stays outside: the compiled function takes padded integers only.
 Batch and source length are padded to buckets inside the graph, so that a model compiles a bounded
-number of times, also when it is served. Nothing is written for AutoGraph, which would take longer
-at the first call than tracing does.
+number of times, even when it is served. Nothing is written for AutoGraph, which would take longer
+than tracing at the first call.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.generation.buckets import bucket_of, prompt_width, source_buckets
 from bertgen_tf.generation.search.beam_search import beam_search
 from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.search.sampling import Sampling, SamplingLoop, sample
@@ -24,15 +25,40 @@ from bertgen_tf.generation.settings import (
     total_length,
     uses_beams,
 )
-from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.network.quantization import integer_products
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
+# For how many settings a model keeps compiled functions.
+MAX_FUNCTIONS = 16
 # input_ids, attention_mask, decoder_input_ids, seeds
 _SIGNATURE = [tf.TensorSpec([None, None], tf.int32)] * 3 + [tf.TensorSpec([None, 2], tf.int32)]
 
 
+class KeptFunctions:
+    """The compiled functions of a model, for the most recently used settings."""
+
+    def __init__(self):
+        self._functions: dict[Hashable, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key; if nothing is, the result of `make`, which is then kept."""
+        # The most recently used one comes last; the first one is dropped.
+        function = self._functions.pop(key, None)
+        if function is None:
+            function = make()
+            if len(self._functions) >= MAX_FUNCTIONS:
+                self._functions.pop(next(iter(self._functions)))
+        self._functions[key] = function
+        return function
+
+
 class GenerateTensors(NamedTuple):
-    """What a generation function gives; hypotheses are best first.
+    """What a generation function returns, hypotheses best first.
 
     T is P + max_new_tokens, or max_length: the longest output, start token and prompt included.
 
@@ -41,8 +67,9 @@ class GenerateTensors(NamedTuple):
         scores: float32 [B, n], see `bertgen_tf.generation.search.beam_search`.
         token_scores: float32 [B, n, T - 1]: the log-probability of sequences[..., i + 1] where that
             was generated, 0 elsewhere.
-        cross_attentions: float32 [B, n, layers, heads, T - 1, S], or None: the weights with which
-            the decoder looked at the source when it chose sequences[..., i + 1]; 0 after the end.
+        cross_attentions: float32 [B, n, layers, heads, T - 1, S], or None: the cross-attention
+            weights of each generated token, sequences[..., i + 1], over the source tokens; 0 after
+            the end.
     """
 
     sequences: tf.Tensor
@@ -52,30 +79,30 @@ class GenerateTensors(NamedTuple):
 
 
 def generation_function(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     jit_compile: bool,
     *,
     logits_processor: Sequence[Processor] = (),
     output_attentions: bool = False,
 ) -> Callable[..., GenerateTensors]:
-    """The search of `model` by these settings, as a graph, traced once for each bucket of prompts.
+    """The search of `model` with these settings, as a graph, traced once per bucket of prompts.
 
-    With `jit_compile` the search is compiled by XLA, once for each bucket that comes up: batches
-    are padded to powers of two, sources to powers of two from 16, prompts to 1 and powers of two
-    from 8. Without, it is a plain graph, where only prompts are padded.
+    With `jit_compile` the search is compiled by XLA, once for each bucket that occurs: batches are
+    padded to powers of two, sources to powers of two from 16, prompts to 1 and powers of two from
+    8. Without it, the search is a plain graph, where only prompts are padded.
 
     Args:
         model: with `encoder` and `decoder`.
-        config: settings that `check_config` passed; its seed is not read.
+        config: settings that passed `check_config`; the seed is not read.
         jit_compile: see above.
         logits_processor: run after the processors of the settings, see
             `bertgen_tf.generation.search.logits`.
-        output_attentions: also gives the weights of cross-attention.
+        output_attentions: also return the cross-attention weights.
 
     Returns:
         `(input_ids [B, S], attention_mask [B, S], decoder_input_ids [B, P], seeds [B, 2])`, int32,
-        P known when traced and no padding among the prompts -> `GenerateTensors`.
+        with P known when traced and no padding in the prompts -> `GenerateTensors`.
     """
     functions: dict[int, Callable[..., GenerateTensors]] = {}
 
@@ -99,7 +126,7 @@ def generation_function(
     def generate(
         input_ids: Any, attention_mask: Any, decoder_input_ids: Any, seeds: Any
     ) -> GenerateTensors:
-        width = _prompt_width(model, decoder_input_ids)
+        width = prompt_width(model, decoder_input_ids)
         if width not in functions:
             functions[width] = build(width)
         return functions[width](input_ids, attention_mask, decoder_input_ids, seeds)
@@ -113,11 +140,11 @@ class StreamState(NamedTuple):
     loop: SamplingLoop
     cross: Any  # keys and values of the source
     inputs: "_Inputs"
-    batch: tf.Tensor  # int32 []: rows that are asked for
+    batch: tf.Tensor  # int32 []: requested rows
 
 
 class StreamStep(NamedTuple):
-    """What a step of a streamed search gives.
+    """What a step of a streamed search returns.
 
     Attributes:
         state: for the next step.
@@ -133,7 +160,7 @@ class StreamStep(NamedTuple):
 
 
 def streaming_functions(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     jit_compile: bool,
     *,
@@ -142,15 +169,16 @@ def streaming_functions(
 ) -> tuple[Callable[..., StreamState], Callable[[StreamState], StreamStep]]:
     """The search of `generation_function` in steps of `tokens_per_step` tokens.
 
-    Greedy search and sampling only: what is the best beam may change with every token. Inputs are
-    padded to buckets in both forms, and each function is traced once for each of them.
+    Greedy search and sampling only: the best beam may change with every token. Inputs are padded to
+    buckets with and without XLA, and each function is traced once per bucket.
 
     Returns:
         `start(input_ids, attention_mask, decoder_input_ids, seeds) -> StreamState`, with the inputs
         of `generation_function`, and `advance(StreamState) -> StreamStep`.
 
     Raises:
-        ValueError: the settings ask for beam search, or `tokens_per_step` is no positive integer.
+        ValueError: the settings ask for beam search, or `tokens_per_step` is not a positive
+            integer.
     """
     if uses_beams(config):
         raise ValueError(
@@ -164,7 +192,7 @@ def streaming_functions(
     def begin(inputs: _Inputs) -> tuple[SamplingLoop, Any]:
         with integer_products(jit_compile):
             prepared = _prepare(model, config, inputs)
-        # Processors are for what comes then.
+        # Only the later steps need processors.
         sampling = Sampling(**_options(model, config, ()))
         return sampling.start(prepared.state, **_start(config, inputs)), prepared.cross
 
@@ -185,7 +213,7 @@ def streaming_functions(
             tf.convert_to_tensor(tensor, tf.int32)
             for tensor in (input_ids, attention_mask, decoder_input_ids, seeds)
         ]
-        width = _prompt_width(model, tensors[2])
+        width = prompt_width(model, tensors[2])
         inputs = _pad(model, width, True, *tensors)
         loop, cross = begin(inputs)
         return StreamState(loop, cross, inputs, tf.shape(tensors[0])[0])
@@ -229,7 +257,7 @@ class _Prepared(NamedTuple):
 
 
 def _search(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     inputs: _Inputs,
     logits_processor: Sequence[Processor],
@@ -256,7 +284,7 @@ def _search(
     return GenerateTensors(*output, attentions)
 
 
-def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared:
+def _prepare(model: "EncoderDecoderModel", config: GenerationConfig, inputs: _Inputs) -> _Prepared:
     decoder = model.decoder
     batch = tf.shape(inputs.input_ids)[0]
     width = inputs.prompt.shape[1]
@@ -265,7 +293,7 @@ def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared
     longest = max(width, total_length(config, width) - 1)
     cache = decoder.init_cache(batch, longest, memory)
     if width > 1:
-        # Beyond the prompt's end this writes what the loop writes again before it is read.
+        # Beyond the prompt's end this writes what the loop overwrites before it is read.
         _, cache = decoder(
             inputs.prompt,
             encoder_attention_mask=inputs.attention_mask,
@@ -277,7 +305,7 @@ def _prepare(model: Any, config: GenerationConfig, inputs: _Inputs) -> _Prepared
     return _Prepared(memory, cache.pop("cross"), cache)
 
 
-def _step_function(model: Any, cross: Any, attention_mask: tf.Tensor) -> Step:
+def _step_function(model: "EncoderDecoderModel", cross: Any, attention_mask: tf.Tensor) -> Step:
     def step(ids: tf.Tensor, index: tf.Tensor, state: Any) -> tuple[tf.Tensor, Any]:
         # [rows, 1, V]
         token_logits, cache = model.decoder(
@@ -293,12 +321,15 @@ def _step_function(model: Any, cross: Any, attention_mask: tf.Tensor) -> Step:
 
 
 def _reorder(state: dict[str, Any], parents: tf.Tensor) -> dict[str, Any]:
-    """The cache after beams changed places; keys and values stay where they are."""
+    """The cache after beams have changed places; keys and values stay where they are."""
     return {**state, "beams": tf.gather(state["beams"], parents, axis=1, batch_dims=1)}
 
 
 def _processors(
-    model: Any, config: GenerationConfig, inputs: _Inputs, logits_processor: Sequence[Processor]
+    model: "EncoderDecoderModel",
+    config: GenerationConfig,
+    inputs: _Inputs,
+    logits_processor: Sequence[Processor],
 ) -> list[Processor]:
     return processors_for(
         config,
@@ -311,9 +342,9 @@ def _processors(
 
 
 def _options(
-    model: Any, config: GenerationConfig, processors: Sequence[Processor]
+    model: "EncoderDecoderModel", config: GenerationConfig, processors: Sequence[Processor]
 ) -> dict[str, Any]:
-    """The settings that all searches of `decoding` have."""
+    """The settings that all searches share."""
     return {
         # The size of buffers: where max_length is the limit, that of the shortest prompt.
         "max_new_tokens": config.max_new_tokens or config.max_length - 1,
@@ -345,7 +376,11 @@ def _prompt_length(inputs: _Inputs) -> int | tf.Tensor:
 
 
 def _cross_attentions(
-    model: Any, config: GenerationConfig, inputs: _Inputs, memory: tf.Tensor, sequences: tf.Tensor
+    model: "EncoderDecoderModel",
+    config: GenerationConfig,
+    inputs: _Inputs,
+    memory: tf.Tensor,
+    sequences: tf.Tensor,
 ) -> tf.Tensor:
     """[B, n, layers, heads, L - 1, S] of sequences [B, n, L]; zeros after their ends."""
     batch = tf.shape(sequences)[0]
@@ -376,7 +411,7 @@ def _cross_attentions(
     ends &= columns >= inputs.prompt_length
     ended = tf.cumsum(tf.cast(ends, tf.int32), axis=-1)[:, :, :read] > 0  # [B, n, read]
     filled = columns[:read] < total_length(config, inputs.prompt_length) - 1
-    # What is no hypothesis is nothing but padding.
+    # A missing hypothesis is nothing but padding.
     exists = sequences[:, :, :1] == inputs.prompt[:, tf.newaxis, :1]
     alive = exists & ~ended & filled  # [B, n, read]
     alive = tf.cast(alive, tf.float32)[:, :, tf.newaxis, tf.newaxis, :, tf.newaxis]
@@ -384,31 +419,8 @@ def _cross_attentions(
     return tf.pad(weights * alive, padding)
 
 
-def source_buckets(model: Any) -> list[int]:
-    """The lengths that XLA compiles for."""
-    return bucket_lengths(model.encoder.config.max_source_positions)
-
-
-def _prompt_buckets(model: Any) -> list[int]:
-    longest = model.decoder.config.max_target_positions
-    return [1, *bucket_lengths(longest, 8)] if longest > 1 else [1]
-
-
-def _prompt_width(model: Any, decoder_input_ids: Any) -> int:
-    """The bucket of prompts [B, P]."""
-    shape = decoder_input_ids.shape
-    length = shape[1] if len(shape) == 2 else None
-    buckets = _prompt_buckets(model)
-    if length is None or not 1 <= length <= buckets[-1]:
-        raise ValueError(
-            "decoder_input_ids must have the shape [batch, length], start token first, with a "
-            f"known length of 1 to {buckets[-1]} tokens, received {shape}."
-        )
-    return min(bucket for bucket in buckets if bucket >= length)
-
-
 def _pad(
-    model: Any,
+    model: "EncoderDecoderModel",
     width: int,
     to_buckets: bool,
     input_ids: tf.Tensor,
@@ -421,8 +433,8 @@ def _pad(
     prompt_length = tf.shape(decoder_input_ids)[1]
     missing_rows, to_length, rows = 0, length, None
     if to_buckets:
-        to_length = _bucket(length, source_buckets(model))
-        to_batch = _bucket(batch, [2**i for i in range(31)])
+        to_length = bucket_of(length, source_buckets(model))
+        to_batch = bucket_of(batch, [2**i for i in range(31)])
         # Rows that fill up the batch repeat its last one: they end when it ends. An empty batch
         # has none to repeat and gets a row of padding.
         rows = tf.minimum(tf.range(to_batch), tf.maximum(batch - 1, 0))
@@ -448,7 +460,7 @@ def _crop(
     prompt_length: tf.Tensor,
     output: GenerateTensors,
 ) -> GenerateTensors:
-    """Takes the padding of `_pad` off."""
+    """Removes the padding of `_pad`."""
     batch, length = tf.unstack(tf.shape(input_ids))
     total = total_length(config, prompt_length)
     attentions = output.cross_attentions
@@ -460,10 +472,3 @@ def _crop(
         output.token_scores[:batch, :, : total - 1],
         attentions,
     )
-
-
-def _bucket(size: tf.Tensor, buckets: list[int]) -> tf.Tensor:
-    """The smallest bucket that holds `size`; what no bucket holds stays as it is."""
-    table = tf.constant(buckets)
-    index = tf.searchsorted(table, [size])[0]
-    return tf.maximum(table[tf.minimum(index, len(buckets) - 1)], size)

@@ -1,13 +1,13 @@
-"""`generate` for inputs of any size: batches of one bucket, results in the order of the inputs.
+"""`generate` for any number of inputs: batches of one bucket, results in input order.
 
-What is alike in length is generated together, whatever its place: texts are read a window at a
-time, sorted by length, cut into batches that no bucket pads much, and put back in their order. An
-example's result does not depend on its batch, nor what is drawn for it: noise follows its number.
+Texts of similar length share a batch, and results return in input order. A result does not depend
+on its batch, nor does sampling: random numbers are keyed by the example's index. Texts are read a
+window at a time, sorted by length and cut into batches that need little padding.
 """
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -15,7 +15,8 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data.progress import show_progress
-from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text, source_buckets
+from bertgen_tf.generation.buckets import source_buckets
+from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text
 from bertgen_tf.generation.inputs import (
     Rows,
     check_decoder_text,
@@ -29,31 +30,32 @@ from bertgen_tf.generation.inputs import (
 )
 from bertgen_tf.generation.settings import check_config
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
 BATCH_SIZE = 32
-# Texts that are read, sorted and generated before the first result of them comes.
+# How many texts are read, sorted and generated before their first result is returned.
 WINDOW = 1024
-# Settings whose compiled functions a model keeps.
-MAX_FUNCTIONS = 16
 
 
 class GenerateOutput(NamedTuple):
-    """What `generate` gives for ids, or where scores or attentions are asked for.
+    """What `generate` returns for ids, or if scores or attentions are requested.
 
-    N examples, n = num_return_sequences hypotheses of each, best first. Rows of fewer tokens than
-    others are padded at their ends: sequences with the padding token, the others with 0.
+    N examples, n = num_return_sequences hypotheses of each, best first. Shorter rows are padded at
+    their ends: sequences with the padding token, the other fields with 0.
 
     Attributes:
         sequences: int32 [N, n, L]: start token, prompt, generated tokens, end token if it was
-            reached, padding. L is the longest prompt, the start token included, and max_new_tokens;
-            or max_length.
+            reached, padding. L is the length of the longest prompt, start token included, plus
+            max_new_tokens; or max_length.
         scores: float32 [N, n]: the log-probability of the sequence, divided by the length penalty
             of the settings.
         token_scores: float32 [N, n, L - 1] with `output_scores`, else None: the log-probability of
             `sequences[..., i + 1]` where it was generated, 0 on prompt and padding.
         cross_attentions: float32 [N, n, layers, heads, L - 1, S] with `output_attentions`, else
-            None: what the decoder looked at in the source, S the longest, when it chose
-            `sequences[..., i + 1]`.
-        texts: for text, what `generate` gives without further outputs, else None.
+            None: the cross-attention weights of each generated token, `sequences[..., i + 1]`, over
+            the source tokens; S is the length of the longest source.
+        texts: for text, what `generate` returns without further outputs, else None.
     """
 
     sequences: np.ndarray
@@ -66,142 +68,192 @@ class GenerateOutput(NamedTuple):
 class _Run(NamedTuple):
     """What stays the same for all batches of a call."""
 
-    model: Any
+    model: "EncoderDecoderModel"
     config: GenerationConfig
     function: Callable
     batch_size: int
 
 
-class Generator:
-    """The generation functions of one model, built when first needed and kept."""
+def generate(
+    model: "EncoderDecoderModel",
+    inputs: Any,
+    generation_config: GenerationConfig | None = None,
+    *,
+    decoder_text: str | Sequence[str] | None = None,
+    logits_processor: Sequence[Callable] = (),
+    output_scores: bool = False,
+    output_attentions: bool = False,
+    batch_size: int = BATCH_SIZE,
+    verbose: Any = "auto",
+    jit_compile: bool = True,
+    **options: Any,
+) -> Any:
+    """Generates text from text, or ids from ids.
 
-    def __init__(self, model: Any):
-        self.model = model
-        self.functions: dict[tuple[Hashable, ...], Callable] = {}
+    There may be any number of inputs: those of similar length are generated together, and the
+    results are in input order. An example's result does not depend on the others, up to
+    rounding; with `beam_scorer="gnmt"` that holds for the best hypothesis, as in tensor2tensor.
 
-    def generate(
-        self,
-        inputs: Any,
-        config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | Sequence[str] | None = None,
-        logits_processor: Sequence[Callable] = (),
-        output_scores: bool = False,
-        output_attentions: bool = False,
-        batch_size: int = BATCH_SIZE,
-        verbose: Any = "auto",
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Any:
-        """See `EncoderDecoderModel.generate`."""
-        run = self._run(
-            config, options, logits_processor, output_attentions, batch_size, jit_compile
-        )
-        if isinstance(inputs, dict):
-            if decoder_text is not None:
-                raise ValueError(
-                    "decoder_text is for text, received it with a dict of ids. Pass "
-                    "decoder_input_ids in the dict."
-                )
-            rows = id_rows(inputs, self.model)
-            with show_progress(verbose, len(rows.input_ids), batch_size) as advance:
-                output = _generate_rows(run, rows, 0, advance)
-            return output if output_scores else output._replace(token_scores=None)
+    TensorFlow keeps what XLA compiled for each combination of settings, and of
+    `logits_processor`, until the process ends. A program that keeps receiving new ones, such as
+    a temperature that its user sets, needs `jit_compile=False` for these.
 
-        texts, total = read_texts(inputs)
-        check_decoder_text(decoder_text, total)
-        _check_prompts(run, decoder_text)
-        with show_progress(verbose, total, batch_size) as advance:
-            windows = _windows(run, texts, decoder_text, WINDOW, 0, advance)
-            if not output_scores and not output_attentions:
-                results = [text for output in windows for text in output.texts]
-                return results[0] if isinstance(inputs, str) else results
-            outputs = list(windows) or [_generate_texts(run, [], None, 0, advance)]
-        results = [text for output in outputs for text in output.texts]
-        ends = np.cumsum([len(output.texts) for output in outputs])
-        parts = [
-            (np.arange(end - len(output.texts), end), output)
-            for end, output in zip(ends, outputs, strict=True)
-        ]
-        output = _join(parts, len(results), self.model.decoder.config.pad_token_id)
-        return output._replace(
-            token_scores=output.token_scores if output_scores else None,
-            texts=results[0] if isinstance(inputs, str) else results,
-        )
+    Args:
+        inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or
+            `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)`, int32
+            [B, S] and [B, P]; all but `input_ids` may be left out. The decoder ids are prompts,
+            with which the outputs begin; the start token is prepended unless every row has it.
+            The masks are 0 on padding, which prompts have at their ends.
+        generation_config: settings; by default the model's own.
+        decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
+            text that is returned.
+        logits_processor: functions `(logits, ids, step) -> logits` that run after those of the
+            settings, see `bertgen_tf.generation.search.logits`. Compiled functions are kept per
+            list of them: pass the same objects again, or each call compiles anew.
+        output_scores: also return the log-probability of each token.
+        output_attentions: also return the cross-attention weights. They take 4 bytes for each
+            layer, head, output token and source token: with 24 layers of 16 heads, 50 MB for an
+            output of 64 tokens and a source of 512, and all stay in memory until the end.
+            Request them for few inputs at a time.
+        batch_size: how many inputs are generated together, at most.
+        verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
+            there are more than 4 batches.
+        jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
+            False runs the same loop as a plain graph.
+        **options: fields of `GenerationConfig` that replace those of the settings.
 
-    def iterate(
-        self,
-        texts: Iterable[str | bytes],
-        config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | Iterable[str] | None = None,
-        logits_processor: Sequence[Callable] = (),
-        batch_size: int = BATCH_SIZE,
-        window: int = WINDOW,
-        first_example: int = 0,
-        total: int | None = None,
-        verbose: Any = 0,
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Iterator[str | list[str]]:
-        """See `EncoderDecoderModel.iterate`."""
-        if isinstance(texts, str | bytes):
-            raise TypeError(
-                "texts must be an iterable of strings, received a single one: put it in a list."
+    Returns:
+        For a string, the best hypothesis as str; for a list or dataset of strings, a list of
+        str; with `num_return_sequences` above 1, a list of hypotheses, best first, in place of
+        each str. For ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
+
+    Raises:
+        TypeError, ValueError: inputs, prompts or settings do not fit the model.
+    """
+    run = _prepare(
+        model,
+        generation_config,
+        options,
+        logits_processor,
+        output_attentions,
+        batch_size,
+        jit_compile,
+    )
+    if isinstance(inputs, dict):
+        if decoder_text is not None:
+            raise ValueError(
+                "decoder_text is for text, received it with a dict of ids. Pass "
+                "decoder_input_ids in the dict."
             )
-        run = self._run(config, options, logits_processor, False, batch_size, jit_compile)
-        check_integer("window", window)
-        with show_progress(verbose, total, batch_size, first_example) as advance:
-            for output in _windows(run, texts, decoder_text, window, first_example, advance):
-                yield from output.texts
+        rows = id_rows(inputs, model)
+        with show_progress(verbose, len(rows.input_ids), batch_size) as advance:
+            output = _generate_rows(run, rows, 0, advance)
+        return output if output_scores else output._replace(token_scores=None)
 
-    def function(
-        self,
-        config: GenerationConfig,
-        jit_compile: bool = True,
-        *,
-        logits_processor: Sequence[Callable] = (),
-        output_attentions: bool = False,
-    ) -> Callable:
-        """What `generation.compiled.generation_function` gives, traced once for all seeds."""
-        config = config.replace(seed=None)
-        key = (config, bool(jit_compile), tuple(logits_processor), bool(output_attentions))
-        # The one used last stands last; the first one goes.
-        function = self.functions.pop(key, None)
-        if function is None:
-            if len(self.functions) >= MAX_FUNCTIONS:
-                self.functions.pop(next(iter(self.functions)))
-            function = generation_function(
-                self.model,
-                config,
-                jit_compile,
-                logits_processor=logits_processor,
-                output_attentions=output_attentions,
-            )
-        self.functions[key] = function
-        return function
+    texts, total = read_texts(inputs)
+    check_decoder_text(decoder_text, total)
+    _check_prompts(run, decoder_text)
+    with show_progress(verbose, total, batch_size) as advance:
+        windows = _windows(run, texts, decoder_text, WINDOW, 0, advance)
+        if not output_scores and not output_attentions:
+            results = [text for output in windows for text in output.texts]
+            return results[0] if isinstance(inputs, str) else results
+        outputs = list(windows) or [_generate_texts(run, [], None, 0, advance)]
+    results = [text for output in outputs for text in output.texts]
+    ends = np.cumsum([len(output.texts) for output in outputs])
+    parts = [
+        (np.arange(end - len(output.texts), end), output)
+        for end, output in zip(ends, outputs, strict=True)
+    ]
+    output = _join(parts, len(results), model.decoder.config.pad_token_id)
+    return output._replace(
+        token_scores=output.token_scores if output_scores else None,
+        texts=results[0] if isinstance(inputs, str) else results,
+    )
 
-    def _run(
-        self,
-        config: GenerationConfig | None,
-        options: dict[str, Any],
-        logits_processor: Sequence[Callable],
-        output_attentions: bool,
-        batch_size: int,
-        jit_compile: bool,
-    ) -> _Run:
-        config = config or self.model.generation_config
-        config = config.replace(**options) if options else config
-        check_config(config, self.model)
-        check_integer("batch_size", batch_size)
-        logits_processor = check_processors(logits_processor)
-        function = self.function(
-            config,
+
+def iterate(
+    model: "EncoderDecoderModel",
+    texts: Iterable[str | bytes],
+    generation_config: GenerationConfig | None = None,
+    *,
+    decoder_text: str | Iterable[str] | None = None,
+    logits_processor: Sequence[Callable] = (),
+    batch_size: int = BATCH_SIZE,
+    window: int = WINDOW,
+    first_example: int = 0,
+    total: int | None = None,
+    verbose: Any = 0,
+    jit_compile: bool = True,
+    **options: Any,
+) -> Iterator[str | list[str]]:
+    """Generates from any number of texts, with no more than a window of them in memory.
+
+    The results are those of `generate`, in the order of the texts, and come from the same
+    compiled functions. Nothing is read before the first result is asked for.
+
+    Args:
+        texts: strings from a list, a file, a generator; they may be endless. A
+            `tf.data.Dataset` of single strings gives them as `dataset.as_numpy_iterator()`.
+        generation_config, logits_processor, batch_size, jit_compile, **options: as for
+            `generate`.
+        decoder_text: a prompt for all outputs, or one for each text.
+        window: how many texts are read, sorted by length and generated before their results
+            are yielded.
+        first_example: the index of the first text, which keys its random numbers: with it, the
+            rest of a run is drawn as in the whole run.
+        total: how many texts there are, those before `first_example` included, for `verbose`.
+        verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
+            there are more than 4 batches.
+
+    Yields:
+        for each text the best hypothesis as str; with `num_return_sequences` above 1, a list of
+        hypotheses, best first.
+
+    Raises:
+        TypeError, ValueError: texts, prompts or settings do not fit the model; raised when the
+            first result, or that of the window, is requested.
+    """
+    if isinstance(texts, str | bytes):
+        raise TypeError(
+            "texts must be an iterable of strings, received a single one: put it in a list."
+        )
+    run = _prepare(
+        model, generation_config, options, logits_processor, False, batch_size, jit_compile
+    )
+    check_integer("window", window)
+    with show_progress(verbose, total, batch_size, first_example) as advance:
+        for output in _windows(run, texts, decoder_text, window, first_example, advance):
+            yield from output.texts
+
+
+def _prepare(
+    model: "EncoderDecoderModel",
+    config: GenerationConfig | None,
+    options: dict[str, Any],
+    logits_processor: Sequence[Callable],
+    output_attentions: bool,
+    batch_size: int,
+    jit_compile: bool,
+) -> _Run:
+    config = config or model.generation_config
+    config = config.replace(**options) if options else config
+    check_config(config, model)
+    check_integer("batch_size", batch_size)
+    # One function for all seeds.
+    settings = config.replace(seed=None)
+    processors = check_processors(logits_processor)
+    function = model.kept_functions.get(
+        (settings, bool(jit_compile), processors, bool(output_attentions)),
+        lambda: generation_function(
+            model,
+            settings,
             jit_compile,
-            logits_processor=logits_processor,
+            logits_processor=processors,
             output_attentions=output_attentions,
-        )
-        return _Run(self.model, config, function, batch_size)
+        ),
+    )
+    return _Run(model, config, function, batch_size)
 
 
 def _check_prompts(run: _Run, decoder_text: str | Sequence[str] | None) -> None:
@@ -222,7 +274,7 @@ def _windows(
     first_example: int,
     advance: Callable[[int], None],
 ) -> Iterator[GenerateOutput]:
-    """The outputs of a window of texts after the other, of at least one text each."""
+    """The outputs of one window of texts after another, each of at least one text."""
     if run.model.preprocessor is None:
         raise ValueError(
             "Generating from text needs a tokenizer, and this model has none. Pass tokenizer= "
@@ -270,7 +322,7 @@ def _generate_rows(
     if count:
         check_config(run.config, run.model, int(rows.prompt_lengths.max()))
     seeds = make_seeds(run.config, first_example, count)
-    # Up to the last token, also where there are gaps before it.
+    # Up to the last token, even if there are gaps before it.
     lengths = np.where(rows.attention_mask, np.arange(1, source_length + 1), 0).max(axis=1)
     buckets = np.searchsorted(source_buckets(run.model), lengths)
     parts = []
@@ -298,14 +350,14 @@ def _generate_rows(
 def _batches(
     lengths: np.ndarray, buckets: np.ndarray, prompt_lengths: np.ndarray, batch_size: int
 ) -> list[np.ndarray]:
-    """The numbers of the rows of each batch: alike in bucket and prompt, the longest first.
+    """The row numbers of each batch: of one bucket and prompt length, the longest first.
 
     Args:
         lengths, buckets, prompt_lengths: of the rows, integers [N].
         batch_size: the most rows of a batch.
     """
     if not len(lengths):
-        return [np.zeros([0], np.int64)]  # which tells the shapes of the results
+        return [np.zeros([0], np.int64)]  # which gives the shapes of the results
     order = np.lexsort((-lengths, prompt_lengths))
     kinds = np.stack([prompt_lengths[order], buckets[order]])
     starts = np.flatnonzero(np.diff(kinds).any(axis=0)) + 1
@@ -319,7 +371,7 @@ def _batches(
 def _join(
     parts: list[tuple[np.ndarray, GenerateOutput]], count: int, pad_token_id: int, source_length=0
 ) -> GenerateOutput:
-    """Outputs of rows with their numbers -> one of all `count` rows in order, padded alike."""
+    """Outputs of rows with their numbers -> one of all `count` rows in order, padded equally."""
 
     def join(name: str, fill: int = 0, least: int = 0) -> np.ndarray | None:
         arrays = [(rows, getattr(output, name)) for rows, output in parts]

@@ -3,12 +3,15 @@
 import itertools
 import random
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
+
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
 _ID_KEYS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
@@ -36,7 +39,7 @@ def read_texts(inputs: Any) -> tuple[Iterable[str | bytes], int | None]:
 
     Raises:
         TypeError: it is something else.
-        ValueError: a dataset without end.
+        ValueError: it is an endless dataset.
     """
     if isinstance(inputs, str):
         return [inputs], 1
@@ -62,7 +65,7 @@ def read_texts(inputs: Any) -> tuple[Iterable[str | bytes], int | None]:
             )
         cardinality = int(inputs.cardinality())
         if cardinality == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("inputs must end, received a tf.data.Dataset that repeats for ever.")
+            raise ValueError("inputs must end, received a tf.data.Dataset that repeats forever.")
         if spec.shape.rank == 1:
             inputs, cardinality = inputs.unbatch(), -1
         return inputs.as_numpy_iterator(), cardinality if cardinality >= 0 else None
@@ -90,7 +93,7 @@ def check_decoder_text(decoder_text: Any, total: int | None) -> None:
 def with_prompts(
     texts: Iterable[str | bytes], decoder_text: str | Iterable[str] | None
 ) -> Iterator[tuple[str | bytes, str | None]]:
-    """Each text and its prompt; a ValueError where there are more of the one than the other."""
+    """Each text and its prompt; a ValueError if there are more of one than of the other."""
     if decoder_text is None or isinstance(decoder_text, str):
         yield from ((text, decoder_text) for text in texts)
         return
@@ -109,15 +112,15 @@ def _unequal(prompts: int | str, texts: int | str) -> ValueError:
 
 
 def strings(texts: Sequence[str | bytes]) -> tf.Tensor:
-    """A string vector, also of no texts."""
+    """A string vector, even of no texts."""
     return tf.constant(list(texts), tf.string, [len(texts)])
 
 
-def id_rows(inputs: dict[str, Any], model: Any) -> Rows:
+def id_rows(inputs: dict[str, Any], model: "EncoderDecoderModel") -> Rows:
     """The ids that `generate` takes, each prompt with the start token.
 
     Raises:
-        ValueError: keys, shapes, ids or masks are none that the model takes.
+        ValueError: keys, shapes, ids or masks do not fit the model.
     """
     keys = set(inputs)
     if (
@@ -151,8 +154,10 @@ def id_rows(inputs: dict[str, Any], model: Any) -> Rows:
     return Rows(ids, mask, *_with_start(prompts, prompt_mask, model))
 
 
-def _with_start(prompts: np.ndarray, mask: np.ndarray, model: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts with the start token first, and their lengths with it."""
+def _with_start(
+    prompts: np.ndarray, mask: np.ndarray, model: "EncoderDecoderModel"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts with the start token first, and their lengths including it."""
     if (np.diff(mask, axis=1) > 0).any():
         row = int((np.diff(mask, axis=1) > 0).any(axis=1).argmax())
         raise ValueError(
@@ -167,7 +172,7 @@ def _with_start(prompts: np.ndarray, mask: np.ndarray, model: Any) -> tuple[np.n
     if begun.any():
         raise ValueError(
             f"decoder_input_ids must begin with the start token ({start[0, 0]}) in every row, or "
-            f"in none, where it is put in front; received it in {begun.sum()} of {len(begun)} rows."
+            f"in none, to have it prepended; received it in {begun.sum()} of {len(begun)} rows."
         )
     return np.concatenate([start, prompts], axis=1), lengths + 1
 
@@ -201,7 +206,7 @@ def _ids_and_mask(
 
 
 def check_processors(processors: Any) -> tuple[Callable, ...]:
-    """The logits processors as what can be a key."""
+    """The logits processors in a form that can be a key."""
     if not isinstance(processors, list | tuple) or not all(
         callable(processor) and isinstance(processor, Hashable) for processor in processors
     ):
@@ -212,8 +217,8 @@ def check_processors(processors: Any) -> tuple[Callable, ...]:
     return tuple(processors)
 
 
-def start_prompt(model: Any, batch: int | tf.Tensor) -> tf.Tensor:
-    """The prompt where none is given, the start token of every row: int32 [batch, 1]."""
+def start_prompt(model: "EncoderDecoderModel", batch: int | tf.Tensor) -> tf.Tensor:
+    """The prompt if none is given, the start token of every row: int32 [batch, 1]."""
     prompt = tf.fill([batch, 1], model.decoder.config.bos_token_id)
     return tf.ensure_shape(prompt, [None, 1])
 
@@ -221,7 +226,7 @@ def start_prompt(model: Any, batch: int | tf.Tensor) -> tf.Tensor:
 def make_seeds(config: GenerationConfig, first_example: int, batch: int) -> np.ndarray:
     """Seed and number of every row, int32 [batch, 2]: what its draws depend on.
 
-    Without a seed of the settings, one is drawn from Python's `random`.
+    If the settings have no seed, one is drawn from Python's `random`.
     """
     seeds = np.zeros([batch, 2], np.int32)
     if config.do_sample:

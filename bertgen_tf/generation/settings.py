@@ -1,16 +1,21 @@
-"""What settings of generation mean for a model: whether they fit, and what they do to logits."""
+"""What generation settings mean for a model: whether they fit, and what they do to logits."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation.search import filters, logits
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -> None:
-    """Raises if the settings do not fit the model, or not prompts of this length.
+
+def check_config(
+    config: GenerationConfig, model: "EncoderDecoderModel", prompt_length: int = 1
+) -> None:
+    """Raises if the settings do not fit the model, or prompts of this length.
 
     Raises:
         ValueError: too many tokens for the decoder's positions, too few for the minimum, or ids
@@ -78,7 +83,7 @@ def check_config(config: GenerationConfig, model: Any, prompt_length: int = 1) -
 
 def processors_for(
     config: GenerationConfig,
-    model: Any,
+    model: "EncoderDecoderModel",
     input_ids: tf.Tensor,
     attention_mask: tf.Tensor,
     prompt_length: int | tf.Tensor = 1,
@@ -150,11 +155,11 @@ def processors_for(
     return [*chosen, *logits_processor]
 
 
-def filters_for(config: GenerationConfig, model: Any) -> list[logits.Processor]:
-    """What narrows the choice of a draw, in the order of transformers."""
+def filters_for(config: GenerationConfig, model: "EncoderDecoderModel") -> list[logits.Processor]:
+    """Filters that narrow the choice of a draw, in the order of transformers."""
     if not config.do_sample:
         return []
-    # A beam must find a continuation beside its ends.
+    # A beam must find a continuation besides its ends.
     keep = 1 if config.num_beams == 1 else 1 + len(eos_token_ids(config, model))
     chosen = []
     if config.temperature != 1.0:
@@ -171,12 +176,12 @@ def filters_for(config: GenerationConfig, model: Any) -> list[logits.Processor]:
 
 
 def uses_beams(config: GenerationConfig) -> bool:
-    """Whether `decoding.beam_search` or `decoding.sample` follows these settings."""
-    # tensor2tensor's beam of one goes on after an end that was not likely enough.
+    """Whether these settings call for `beam_search`, rather than `sample`."""
+    # tensor2tensor's beam of one continues after an end that was not likely enough.
     return config.num_beams > 1 or (config.beam_scorer == "gnmt" and not config.do_sample)
 
 
-def eos_token_ids(config: GenerationConfig, model: Any) -> tuple[int, ...]:
+def eos_token_ids(config: GenerationConfig, model: "EncoderDecoderModel") -> tuple[int, ...]:
     """The ids that end a sequence."""
     if config.eos_token_id is None:
         return (model.decoder.config.eos_token_id,)

@@ -1,7 +1,7 @@
-"""Generation of one text that is given out while it is generated."""
+"""Generation of one text that is returned while it is generated."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,14 +9,16 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation.compiled import streaming_functions
-from bertgen_tf.generation.generator import MAX_FUNCTIONS
 from bertgen_tf.generation.inputs import check_processors, make_seeds, start_prompt
 from bertgen_tf.generation.settings import check_config
 from bertgen_tf.tokenizers.text_stream import TextStream
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
 
 def stream(
-    model: Any,
+    model: "EncoderDecoderModel",
     text: str,
     generation_config: GenerationConfig | None = None,
     *,
@@ -26,10 +28,10 @@ def stream(
     jit_compile: bool = True,
     **options: Any,
 ) -> Iterator[str]:
-    """Generates from one text and gives the result out in parts, as soon as they are final.
+    """Generates from one text and returns the result in parts, as soon as they are final.
 
-    Put together, the parts are what `model.generate` gives with the same arguments (for samples:
-    with the same seed). What could still change is held back, see `TextStream`: mostly a word.
+    Joined, the parts are what `model.generate` returns with the same arguments (for samples: with
+    the same seed). What could still change is held back, see `TextStream`: mostly a word.
 
     Args:
         model: an `EncoderDecoderModel` with a tokenizer.
@@ -37,16 +39,16 @@ def stream(
         generation_config: settings of greedy search or sampling; by default the model's own.
         decoder_text: a prompt, with which the result begins.
         logits_processor: see `EncoderDecoderModel.generate`.
-        tokens_per_step: how many tokens are generated at a time; more take less time in all.
+        tokens_per_step: how many tokens are generated at a time; more are faster overall.
         jit_compile: compiles the steps with XLA; False runs them as plain graphs.
         **options: fields of `GenerationConfig` that replace those of the settings.
 
     Returns:
-        An iterator of strings that are not empty. A step runs when its part is asked for, and the
-        iterator may be left at any time.
+        An iterator of non-empty strings. A step runs when its part is requested, and the iterator
+        may be abandoned at any time.
 
     Raises:
-        TypeError, ValueError: right at the call, for what `generate` does not take either, for
+        TypeError, ValueError: at the call itself, for what `generate` does not accept either, for
             beam search and for more than one sequence.
     """
     if model.preprocessor is None:
@@ -76,7 +78,7 @@ def stream(
         model, config, jit_compile, check_processors(logits_processor), int(tokens_per_step)
     )
     source = model.preprocessor.generate_preprocess([text])
-    # Only a generator's own code waits until it is asked; all that can be wrong is known now.
+    # Only the generator's own code waits for a request; all possible errors are raised by now.
     return _parts(TextStream(model.preprocessor), functions, source, prompt, config)
 
 
@@ -108,27 +110,21 @@ def _parts(
 
 
 def _functions(
-    model: Any,
+    model: "EncoderDecoderModel",
     config: GenerationConfig,
     jit_compile: bool,
     logits_processor: tuple[Callable, ...],
     tokens_per_step: int,
 ) -> tuple[Callable, Callable]:
-    """`streaming_functions`, kept for all seeds among the functions of the model's generator."""
+    """`streaming_functions`, kept for all seeds."""
     config = config.replace(seed=None)
-    key = ("stream", config, bool(jit_compile), logits_processor, tokens_per_step)
-    kept = model._generator.functions
-    # The one used last stands last; the first one goes.
-    functions = kept.pop(key, None)
-    if functions is None:
-        functions = streaming_functions(
+    return model.kept_functions.get(
+        ("stream", config, bool(jit_compile), logits_processor, tokens_per_step),
+        lambda: streaming_functions(
             model,
             config,
             jit_compile,
             logits_processor=logits_processor,
             tokens_per_step=tokens_per_step,
-        )
-        if len(kept) >= MAX_FUNCTIONS:
-            kept.pop(next(iter(kept)))
-    kept[key] = functions
-    return functions
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Pictures of metrics; needs matplotlib, `pip install 'bertgen_tf[plot]'`."""
+"""Plots of metrics; needs matplotlib, `pip install 'bertgen_tf[plot]'`."""
 
 import math
 import os
@@ -9,8 +9,8 @@ import numpy as np
 from bertgen_tf.metrics import scores, significance
 
 MAX_BINS = 8
-MIN_EXAMPLES = 15  # of a bin
-_RESAMPLES = 300  # of each bin
+MIN_EXAMPLES = 15  # per bin
+_RESAMPLES = 300  # per bin
 _COLOURS = ("#1f5fa8", "#8a8a8a")
 _TITLES = {
     "exact": "exact match",
@@ -26,7 +26,7 @@ _TITLES = {
 
 
 def length_bins(lengths: Sequence[int]) -> list[np.ndarray]:
-    """Examples of about the same length, about as many in each bin.
+    """Bins of examples of similar length, about equally many in each.
 
     Args:
         lengths: of the examples [n].
@@ -52,14 +52,14 @@ def plot_by_length(
     Args:
         systems: one or two results of `metrics.compute`, of the same metrics and examples.
         names: what the legend calls the systems.
-        sources: the texts [n] whose lengths, in words, are meant.
-        path: the file to write; its extension tells the format.
+        sources: the texts [n] whose lengths, in words, count.
+        path: the file to write; its extension decides the format.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     try:
-        # Not pyplot, which would look for a screen.
+        # Not pyplot, which would look for a display.
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
@@ -121,7 +121,7 @@ def plot_by_length(
     sizes = [len(examples) for examples in bins]
     size = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else f"{sizes[0]}"
     figure.supxlabel(
-        f"{len(lengths):,} examples, {size} a point; bars: 95% bootstrap intervals; dotted: all "
+        f"{len(lengths):,} examples, {size} per point; bars: 95% bootstrap intervals; dotted: all "
         "examples",
         fontsize=8,
         color="#555555",

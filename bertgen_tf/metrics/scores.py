@@ -1,7 +1,7 @@
 """Scores of generated texts against references: exact match, SARI, BLEU, chrF and ROUGE.
 
-Every score is a percentage. That of a corpus comes from statistics of its examples, so that
-subsets, and the resamples of `bertgen_tf.metrics.significance`, cost sums, not strings.
+Every score is a percentage. That of a corpus comes from statistics of its examples, so subsets, and
+the resamples of `bertgen_tf.metrics.significance`, take sums, not string operations.
 
 BLEU and chrF are sacrebleu's, ROUGE is rouge-score's: `pip install 'bertgen_tf[metrics]'`.
 """
@@ -18,7 +18,7 @@ from bertgen_tf.metrics.sari_scores import sari_scores
 
 METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum")
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}
-# Sacrebleu's that need neither a download nor another package.
+# Those of sacrebleu that need neither a download nor another package.
 TOKENIZERS = ("13a", "intl", "none", "char", "zh")
 
 
@@ -27,13 +27,13 @@ class MetricResult:
     """One metric over all examples.
 
     Attributes:
-        name: of `METRICS`.
+        name: one of `METRICS`.
         value: percent, of all examples.
-        signature: what decides the value: tokens, case, version.
+        signature: what determines the value: tokens, case, version.
         details: its parts, by their names; empty for most metrics.
-        examples: percent of each example [n]; None for BLEU, which has no such thing.
+        examples: percent of each example [n]; None for BLEU, which has no such values.
         statistics: of each example [n, k].
-        combine: their sums [k], and the number of examples -> percent.
+        combine: their sums [k] and the number of examples -> percent.
     """
 
     name: str
@@ -68,19 +68,19 @@ def compute(
 
     Args:
         metrics: names of `METRICS` or `GROUPS`, or one name.
-        sources: what was generated from [n]; None will do where no SARI is asked for.
+        sources: what was generated from [n]; needed for SARI only.
         predictions: what was generated [n].
-        references: what is right [n], one text or several for each prediction.
+        references: the correct texts [n], one or several for each prediction.
         lowercase: whether case is ignored (ROUGE always ignores it).
-        tokenize: what the words of BLEU and SARI are: one of `TOKENIZERS`, sacrebleu's names;
-            "none" for texts whose tokens stand between spaces already.
+        tokenize: how BLEU and SARI split words: one of `TOKENIZERS`, sacrebleu's names; "none" for
+            texts whose tokens are already separated by spaces.
 
     Returns:
-        the results by their names, in the order asked for.
+        the results by their names, in the requested order.
 
     Raises:
         ValueError: an unknown name, no examples, different numbers of them, no reference.
-        TypeError: something that is no text.
+        TypeError: something is not text.
         ImportError: a package is not installed.
     """
     names = expand(metrics)
@@ -109,7 +109,7 @@ def expand(metrics: str | Iterable[str]) -> tuple[str, ...]:
     known = (*METRICS, *GROUPS)
     for name in given:
         if name not in known:
-            raise ValueError(f"metrics must be of {', '.join(known)}, received {name!r}")
+            raise ValueError(f"metrics must be among {', '.join(known)}, received {name!r}")
     if not given:
         raise ValueError(f"metrics must be some of {', '.join(known)}, received none")
     return tuple(dict.fromkeys(kind for name in given for kind in GROUPS.get(name, (name,))))
@@ -122,7 +122,7 @@ def exact_match(
 
     Args:
         predictions: what was generated [n].
-        references: what is right [n], one text or several for each prediction.
+        references: the correct texts [n], one or several for each prediction.
         lowercase: whether case is ignored.
     """
     lists = _check(predictions, references)
@@ -146,26 +146,26 @@ def sari(
     tokenize: str = "13a",
     deletion_beta: float = 0.0,
 ) -> MetricResult:
-    """SARI, as the BertGeneration paper has it: how well words are kept, added and deleted.
+    """SARI, as in the BertGeneration paper: how well words are kept, added and deleted.
 
-    SARI is of Xu et al. 2016, "Optimizing Statistical Machine Translation for Text Simplification".
-    The paper (Rothe et al. 2020) takes the definition of tensor2tensor's `sari_hook`: the mean over
+    SARI is by Xu et al. 2016, "Optimizing Statistical Machine Translation for Text Simplification".
+    The paper (Rothe et al. 2020) uses the definition of tensor2tensor's `sari_hook`: the mean over
     sentences of the mean of three F scores, each a mean over n-grams of 1 to 4 words. It differs
     from the published code of Xu et al.: 0/0 is 1 (a perfect prediction has 100 percent), n-grams
     count once however often a sentence has them, and precision and recall are ratios of sums. EASSE
-    adds up the counts of all sentences and takes F1 for deletions: its values are others.
+    adds up the counts of all sentences and takes F1 for deletions: its values differ.
 
-    Deletions count by their precision alone: who deletes nothing has all of it, so that copying the
-    source scores high where little is to be deleted. `deletion_beta=1`, the metric "sari_f1" of
-    `compute`, takes their F1 instead, as LaserTagger (Malmi et al. 2019) and FELIX do with the same
-    `sari_hook`. The paper does not tell its beta; 0 is the default there.
+    Deletions count by their precision alone: a system that deletes nothing has full precision, so
+    copying the source scores high where little is to be deleted. `deletion_beta=1`, the metric
+    "sari_f1" of `compute`, takes their F1 instead, as LaserTagger (Malmi et al. 2019) and FELIX do
+    with the same `sari_hook`. The paper does not state its beta; 0 is the default of the hook.
 
     Args:
         sources: what was generated from [n].
         predictions: what was generated [n].
-        references: what is right [n], one text or several for each prediction.
+        references: the correct texts [n], one or several for each prediction.
         lowercase: whether case is ignored.
-        tokenize: what words are, one of `TOKENIZERS`.
+        tokenize: how words are split, one of `TOKENIZERS`.
         deletion_beta: of the F score of deletions: 0 for their precision, 1 for F1.
 
     Returns:
@@ -200,24 +200,24 @@ def bleu(
     lowercase: bool = False,
     tokenize: str = "13a",
 ) -> MetricResult:
-    """BLEU of the corpus, sacrebleu's.
+    """Corpus BLEU, sacrebleu's.
 
-    The paper's BLEU of WikiSplit (NLTK, cased, tokens between spaces) is `tokenize="none"`; that of
-    WMT (the script of tensorflow/models, uncased) `tokenize="intl", lowercase=True`.
+    The paper's BLEU on WikiSplit (NLTK, cased, tokens between spaces) is `tokenize="none"`; that on
+    WMT (the script of tensorflow/models, uncased) is `tokenize="intl", lowercase=True`.
 
     Args:
         predictions: what was generated [n].
-        references: what is right [n], one text or several for each prediction.
+        references: the correct texts [n], one or several for each prediction.
         lowercase: whether case is ignored.
-        tokenize: what words are, one of `TOKENIZERS`.
+        tokenize: how words are split, one of `TOKENIZERS`.
 
     Returns:
-        the result; its details are the precisions of 1 to 4 words, in percent, the brevity penalty
+        the result; its details are the precisions of 1- to 4-grams, in percent, the brevity penalty
         and the lengths, in words.
     """
     lists = _check(predictions, references)
     _check_tokenizer(tokenize)
-    # `force` keeps it from warning of tokens that stand between spaces.
+    # `force` stops it from warning about tokens between spaces.
     metric = _import("sacrebleu").BLEU(lowercase=lowercase, tokenize=tokenize, force=True)
     statistics = _sacrebleu_statistics(metric, predictions, lists)
 
@@ -245,11 +245,11 @@ def bleu(
 def chrf(
     predictions: Sequence[str], references: References, *, lowercase: bool = False
 ) -> MetricResult:
-    """ChrF of the corpus (character n-grams, Popović 2015), sacrebleu's.
+    """Corpus chrF (character n-grams, Popović 2015), sacrebleu's.
 
     Args:
         predictions: what was generated [n].
-        references: what is right [n], one text or several for each prediction.
+        references: the correct texts [n], one or several for each prediction.
         lowercase: whether case is ignored.
     """
     lists = _check(predictions, references)
@@ -275,7 +275,7 @@ def _sacrebleu_statistics(
 ) -> np.ndarray:
     """[n, k]; sacrebleu has them for its own significance tests only, under these names."""
     streams = max(map(len, references))
-    # Its references stand by stream, None where an example has fewer.
+    # Its references are listed by stream, None where an example has fewer.
     by_stream = [[r[i] if i < len(r) else None for r in references] for i in range(streams)]
     return np.array(metric._extract_corpus_statistics(list(predictions), by_stream), float)
 
@@ -287,14 +287,14 @@ def rouge(
     *,
     stemmer: bool = True,
 ) -> dict[str, MetricResult]:
-    """ROUGE F1, rouge-score's; of several references the best.
+    """ROUGE F1, rouge-score's; the best of several references.
 
     Args:
         predictions: what was generated [n].
-        references: what is right [n], one text or several for each prediction.
+        references: the correct texts [n], one or several for each prediction.
         kinds: "rouge1", "rouge2", "rougeL" (longest common subsequence of the texts) and
-            "rougeLsum" (of their sentences, which stand in lines: the ROUGE-L of CNN/DailyMail).
-        stemmer: Porter's, as the published figures have it.
+            "rougeLsum" (of their sentences, one per line: the ROUGE-L of CNN/DailyMail).
+        stemmer: whether to use Porter's, as published figures do.
 
     Returns:
         the results by kind.
@@ -316,7 +316,7 @@ def rouge(
 def subset(results: dict[str, MetricResult], examples: np.ndarray) -> dict[str, MetricResult]:
     """The same metrics over some examples: their indices, or a mask [n].
 
-    The details are those of all examples no more, and left out.
+    Details are left out, as they describe all examples.
     """
     return {
         name: dataclasses.replace(
@@ -345,7 +345,7 @@ def _mean(name: str, signature: str, examples: np.ndarray) -> MetricResult:
 def _check(
     predictions: Sequence[str], references: References, sources: Sequence[str] | None = None
 ) -> list[list[str]]:
-    """The references of each prediction, when all is as it should be."""
+    """The references of each prediction, if all inputs are valid."""
     for name, values in (
         ("predictions", predictions),
         ("references", references),

@@ -21,7 +21,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A system against a baseline: their difference, its interval, and how likely it is chance.
+    """A system against a baseline: the difference, its interval, and how likely it is by chance.
 
     Attributes:
         baseline: percent, of the baseline.
@@ -47,9 +47,9 @@ def bootstrap(
 
     Args:
         results: of `compute`, all over the same examples.
-        resamples: how often as many examples are drawn, with replacement.
+        resamples: how many times as many examples are drawn, with replacement.
         confidence: the share of resamples whose values lie in the interval.
-        seed: of what is drawn.
+        seed: of the draws.
 
     Returns:
         the intervals by the names of `results`.
@@ -69,15 +69,15 @@ def paired_bootstrap(
 ) -> dict[str, Comparison]:
     """Compares two systems on the same examples by paired bootstrap resampling (Koehn 2004).
 
-    The p-value is the share of resamples whose difference is as far from the mean of all as the
-    difference found is from 0; sacrebleu's paired bootstrap counts one side, its is about half.
+    The p-value is the share of resamples whose difference is at least as far from the mean of all
+    as the observed difference is from 0; sacrebleu counts one side, so its p-value is about half.
 
     Args:
         results: of `compute`, for the system.
         baseline: the same metrics over the same examples, for the other system.
-        resamples: how often as many examples are drawn, with replacement, for both alike.
+        resamples: how many times as many examples are drawn, with replacement, the same for both.
         confidence: the share of resamples whose differences lie in the interval.
-        seed: of what is drawn.
+        seed: of the draws.
 
     Returns:
         the comparisons by the names of `results`.
@@ -92,7 +92,7 @@ def paired_bootstrap(
     for i, name in enumerate(results):
         differences = ours[:, i] - theirs[:, i]
         difference = results[name].value - baseline[name].value
-        # Under the hypothesis of equals, differences scatter around 0.
+        # Under the null hypothesis, differences scatter around 0.
         more = np.sum(np.abs(differences - differences.mean()) >= abs(difference))
         comparisons[name] = Comparison(
             baseline[name].value,
@@ -117,7 +117,7 @@ def _resample(
     count = counts.pop()
     rng = np.random.default_rng(seed)
     values = [np.empty((resamples, len(results))) for results in systems]
-    # One product of matrices gives the sums of all metrics of a system.
+    # One matrix product gives the sums of all metrics of a system.
     statistics = [
         np.concatenate([result.statistics for result in results.values()], axis=1)
         for results in systems

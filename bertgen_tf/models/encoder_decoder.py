@@ -3,15 +3,16 @@
 B batch, T target length, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Sequence
 from typing import Any, Self
 
 import keras
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.generation import streaming
-from bertgen_tf.generation.generator import BATCH_SIZE, WINDOW, Generator
+from bertgen_tf.generation import generator, streaming
+from bertgen_tf.generation.compiled import KeptFunctions
 from bertgen_tf.models.pair_checks import (
     check_pair,
     check_preprocessor,
@@ -23,35 +24,33 @@ from bertgen_tf.network.quantization import check_quantization
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from bertgen_tf.training import freezing, lora, optimizers
-from bertgen_tf.training import losses as training
-from bertgen_tf.training.losses import share_of_replica
+from bertgen_tf.training import batches, freezing, lora, losses, optimizers
 
 TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
 class EncoderDecoderModel(keras.Model):
-    """Encoder, decoder and tokenizer: trains with `fit`, answers with `generate`.
+    """Encoder, decoder and tokenizer: `fit` trains, `generate` produces text.
 
     Called on `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)` (int32;
-    the masks may be left out) it gives float32 logits [B, T, V].
+    the masks may be left out) it returns float32 logits [B, T, V].
 
     Args:
-        encoder, decoder: of one hidden size; the decoder with cross-attention, unless both have
-            `source_positions`: a decoder-only model.
-        tokenizer: turns text into ids and back; without one the model reads and gives ids only.
-        decoder_tokenizer: that of targets, where it is another one than that of sources.
-        max_source_length, max_target_length: tokens that `fit` and `generate` read of a text, at
-            most; by default 128, or what the positions allow if that is less.
-        add_eos, add_bos, mask_first: further special tokens of source and target, see
-            `Seq2SeqPreprocessor`; the originals have none, what `from_hub` warm-starts needs them.
-        hidden_token_ids, prose: what `generate` leaves out of text, and how it puts word pieces
-            together; see `Seq2SeqPreprocessor`.
-        generation_config: the settings of `generate` where a call gives no others.
+        encoder, decoder: of the same hidden size; the decoder with cross-attention, unless both
+            have `source_positions`: a decoder-only model.
+        tokenizer: turns text into ids and back; without one the model takes and returns ids only.
+        decoder_tokenizer: that of targets, if it differs from that of sources.
+        max_source_length, max_target_length: the most tokens of a text that `fit` and `generate`
+            read; by default 128, or what the positions allow if that is less.
+        add_eos, add_bos, mask_first: extra special tokens around source and target, see
+            `Seq2SeqPreprocessor`. Off for the originals; models warm-started from BERT need them.
+        hidden_token_ids, prose: what `generate` leaves out of text, and how it joins word pieces;
+            see `Seq2SeqPreprocessor`.
+        generation_config: the settings of `generate` if a call passes no others.
         source_checkpoint: where the weights came from before training, for the record: a handle
-            for each of "encoder" and "decoder", or for "model"; "config" where it gave sizes and
-            vocabulary alone.
+            for each of "encoder" and "decoder", or for "model"; "config" if the checkpoint only
+            provided sizes and vocabulary.
     """
 
     def __init__(
@@ -82,9 +81,7 @@ class EncoderDecoderModel(keras.Model):
         self.source_checkpoint = dict(source_checkpoint or {})
         self.preprocessor = None
         if decoder_tokenizer is not None and tokenizer is None:
-            raise ValueError(
-                "decoder_tokenizer goes with tokenizer=, that of sources: received None."
-            )
+            raise ValueError("decoder_tokenizer needs tokenizer=, that of sources, received None.")
         if tokenizer is not None:
             check_tokenizers(tokenizer, decoder_tokenizer, encoder.config, decoder.config)
             self.preprocessor = Seq2SeqPreprocessor(
@@ -103,16 +100,21 @@ class EncoderDecoderModel(keras.Model):
             max_new_tokens=min(64, decoder.config.max_target_positions)
         )
         self.lora: dict[str, Any] | None = None
-        self._generator = Generator(self)
+        self.kept_functions = KeptFunctions()
         self.build()
+
+    # Defined in modules of their own, with this model as their first argument.
+    generate = generator.generate
+    iterate = generator.iterate
+    stream = streaming.stream
 
     @classmethod
     def from_hub(
         cls,
-        handle: str | None = None,
+        handle: str | os.PathLike | None = None,
         *,
-        encoder: str | None = None,
-        decoder: str | None = None,
+        encoder: str | os.PathLike | None = None,
+        decoder: str | os.PathLike | None = None,
         share: bool = False,
         cross_attention: str = "random",
         num_layers: int | list[int] | None = None,
@@ -125,14 +127,14 @@ class EncoderDecoderModel(keras.Model):
             from_hub(encoder="https://tfhub.dev/google/bert_uncased_L-12_H-768_A-12/1")
 
         Args:
-            handle: an encoder-decoder module, `google/bertseq2seq/*` or alike, which comes with
+            handle: an encoder-decoder module, `google/bertseq2seq/*` or similar, which comes with
                 tokenizer and generation settings; see `bertgen_tf.hub.load_original` for what
                 `verify` does and for the further keywords.
             encoder, decoder, share, cross_attention, num_layers: BERT modules to start from; see
                 `bertgen_tf.hub.load_encoder_decoder` for these and the further keywords.
 
         Raises:
-            ValueError: not one of `handle` and `encoder`, or an option of the other.
+            ValueError: not exactly one of `handle` and `encoder`, or an option of the other.
         """
         return sources.hub.load(
             handle,
@@ -149,17 +151,17 @@ class EncoderDecoderModel(keras.Model):
     @classmethod
     def from_huggingface(
         cls,
-        folder: str | None = None,
+        folder: str | os.PathLike | None = None,
         *,
-        encoder: str | None = None,
-        decoder: str | None = None,
+        encoder: str | os.PathLike | None = None,
+        decoder: str | os.PathLike | None = None,
         share: bool | None = None,
         cross_attention: str | None = None,
         num_layers: int | list[int] | None = None,
         tokenizer: BertTokenizer | BertGenerationTokenizer | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Reads a HuggingFace checkpoint; see `checkpoints.huggingface.load_encoder_decoder`."""
+        """Reads a Hugging Face checkpoint; see `checkpoints.huggingface.load_encoder_decoder`."""
         return sources.huggingface.load_encoder_decoder(
             folder,
             encoder=encoder,
@@ -172,27 +174,29 @@ class EncoderDecoderModel(keras.Model):
             **kwargs,
         )
 
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
+    def save_to_huggingface(
+        self, folder: str | os.PathLike, max_shard_size: int | str = "1GB"
+    ) -> None:
+        """Writes a checkpoint for transformers; see `bertgen_tf.checkpoints.huggingface.save`."""
         sources.huggingface.save(self, folder, max_shard_size)
 
     @classmethod
-    def from_preset(cls, folder: str) -> Self:
+    def from_preset(cls, folder: str | os.PathLike) -> Self:
         """Reads what `save_to_preset` wrote; see `bertgen_tf.checkpoints.presets`."""
         return sources.presets.load(folder, model_class=cls)
 
-    def save_to_preset(self, folder: str) -> None:
+    def save_to_preset(self, folder: str | os.PathLike) -> None:
         """Writes config, weights, tokenizer and settings; see `bertgen_tf.checkpoints.presets`."""
         sources.presets.save(self, folder)
 
     def quantize(self, mode: str, config: Any = None) -> None:
-        """Makes the matrices int8, in place, for generation: a quarter of their memory.
+        """Makes the matrices int8, in place, for generation in a quarter of their memory.
 
-        That is all matrices that a product reads, each with a scale per output. The inputs of a
-        product are rounded as well, with a scale per row, when it runs. Embeddings, layer
-        normalisation and softmax stay float32, so the output matrix becomes one of its own. Such a
-        model generates, saves as a preset and exports; it does not train, and goes to no other
-        format. A model that is int8 stays as it is.
+        That is all matrices used in products, each with a scale per output. The inputs of a product
+        are quantized as well, with a scale per row, at run time. Embeddings, layer normalisation
+        and softmax stay float32, so the output matrix is no longer tied to the embeddings. Such a
+        model can generate, be saved as a preset and be exported; it cannot be trained or saved in
+        another format. A model that is already int8 is unchanged.
 
         Args:
             mode: "int8".
@@ -210,8 +214,8 @@ class EncoderDecoderModel(keras.Model):
         self.forget_compiled()
 
     def forget_compiled(self) -> None:
-        """For other variables: compiled functions and the optimizer hold on to the old ones."""
-        self._generator = Generator(self)
+        """For replaced variables: compiled functions and the optimizer hold on to the old ones."""
+        self.kept_functions = KeptFunctions()
         self.train_function = self.test_function = self.predict_function = None
         if self.compiled:
             del self.optimizer
@@ -225,38 +229,39 @@ class EncoderDecoderModel(keras.Model):
         targets: Sequence[str] = ("query", "value"),
         train_new_weights: bool = True,
     ) -> None:
-        """Freezes the model and puts small matrices beside its projections; see `training.lora`.
+        """Freezes the model and adds small matrices beside its projections; see `training.lora`.
 
-        Presets and `.keras` files keep them as they are. Compile afterwards.
+        Presets and `.keras` files keep them unmerged. Compile afterwards.
 
         Args:
-            rank: of the matrices, 4 to 64 as a rule.
-            alpha: their product counts `alpha / rank`; by default as it is.
+            rank: of the matrices, typically 4 to 64.
+            alpha: scale; the adapters' product is multiplied by `alpha / rank`. Default: `rank`, no
+                scaling.
             targets: projections by name: "query", "key", "value", "output_dense", "intermediate",
                 or the end of a path, such as "cross_attention/query".
-            train_new_weights: also train, as a whole, what no checkpoint gave, see
+            train_new_weights: also train, in full, what no checkpoint provided, see
                 `freezing.new_variables`. False for a model that is fine-tuned already.
 
         Raises:
-            ValueError: a value is out of its range, a target matches nothing, or the model is int8
+            ValueError: a value is out of range, a target matches nothing, or the model is int8
                 or has adapters already.
         """
         lora.enable(self, rank, alpha, targets, train_new_weights)
 
     def merge_lora(self) -> None:
-        """Adds the adapters to the matrices: the same model, without them. Compile afterwards."""
+        """Merges the adapters into the matrices: an equivalent model. Compile afterwards."""
         lora.merge(self)
 
-    def save_adapter(self, path: str) -> None:
-        """Writes what trains with LoRA as one safetensors file; see `bertgen_tf.training.lora`."""
+    def save_adapter(self, path: str | os.PathLike) -> None:
+        """Writes what LoRA trained to one safetensors file; see `bertgen_tf.training.lora`."""
         lora.save(self, path)
 
-    def load_adapter(self, path: str) -> None:
-        """Reads what `save_adapter` wrote, with its settings; the model must be the same.
+    def load_adapter(self, path: str | os.PathLike) -> None:
+        """Reads what `save_adapter` wrote, with its settings; the base model must be the same.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no adapter, or not one of such a model; nothing was changed.
+            ValueError: it is not an adapter, or not one for this model; nothing was changed.
         """
         lora.load(self, path)
 
@@ -287,22 +292,22 @@ class EncoderDecoderModel(keras.Model):
         weighted_metrics: Any = "auto",
         **kwargs: Any,
     ) -> None:
-        """Keras's `compile`, with defaults that fine-tune: see `bertgen_tf.training.optimizers`.
+        """Keras's `compile`, with defaults for fine-tuning: see `bertgen_tf.training.optimizers`.
 
         Args:
-            optimizer: by default AdamW of `optimizers.default_optimizer()`.
+            optimizer: by default the AdamW of `optimizers.default_optimizer()`.
             loss: by default cross-entropy per real target token.
-            weighted_metrics: by default the share of target tokens predicted right.
-            **kwargs: among them `jit_compile`, "auto" by default: XLA where there is an
-                accelerator. On a CPU alone Keras trains without, which is faster there.
+            weighted_metrics: by default the share of target tokens predicted correctly.
+            **kwargs: among them `jit_compile`, "auto" by default: XLA if there is an accelerator.
+                On a CPU alone Keras trains without it, which is faster there.
         """
         if isinstance(optimizer, optimizers.BertAdamW) and optimizer.needs_new_weights:
             optimizer.new_weights = tuple(v.path for v in freezing.new_variables(self))
         super().compile(
             optimizer=optimizers.default_optimizer() if optimizer == "auto" else optimizer,
-            loss=training.default_loss() if loss == "auto" else loss,
+            loss=losses.default_loss() if loss == "auto" else loss,
             weighted_metrics=(
-                training.default_metrics() if weighted_metrics == "auto" else weighted_metrics
+                losses.default_metrics() if weighted_metrics == "auto" else weighted_metrics
             ),
             **kwargs,
         )
@@ -314,7 +319,7 @@ class EncoderDecoderModel(keras.Model):
         return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras leaves this to models with a `compile` of their own.
+        # Keras leaves this to models that override `compile`.
         config = keras.saving.deserialize_keras_object(config)
         frozen = config.pop("frozen_slots", ())  # older versions have none
         self.compile(**config)
@@ -337,17 +342,17 @@ class EncoderDecoderModel(keras.Model):
             batch_size: for text that is not batched yet; 32 by default.
             validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
         """
-        x, y, batch_size = training.text_to_dataset(
+        x, y, batch_size = batches.text_to_dataset(
             self.preprocessor, x, y, batch_size, shuffle=True
         )
         if isinstance(validation_data, tuple | list) and len(validation_data) == 2:
-            validation_data = training.text_to_dataset(self.preprocessor, *validation_data)[:2]
+            validation_data = batches.text_to_dataset(self.preprocessor, *validation_data)[:2]
             if validation_data[1] is None:
                 validation_data = validation_data[0]
         elif validation_data is not None:
-            validation_data = training.text_to_dataset(self.preprocessor, validation_data)[0]
+            validation_data = batches.text_to_dataset(self.preprocessor, validation_data)[0]
         if isinstance(x, tf.data.Dataset):
-            # Keras warns of its own default, because datasets are shuffled before.
+            # Keras would warn about its own default, because datasets are shuffled beforehand.
             kwargs.setdefault("shuffle", False)
         return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
 
@@ -360,13 +365,13 @@ class EncoderDecoderModel(keras.Model):
         training: bool = True,
     ) -> Any:
         loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        return share_of_replica(loss, self.loss, sample_weight)
+        return losses.share_of_replica(loss, self.loss, sample_weight)
 
     def make_train_function(self, force: bool = False) -> Any:
         if self.is_quantized:
             raise ValueError(
-                "A quantized model does not train: its matrices are int8. Train the float32 model, "
-                "then quantize."
+                "A quantized model cannot be trained: its matrices are int8. Train the float32 "
+                "model, then quantize."
             )
         return super().make_train_function(force)
 
@@ -374,156 +379,8 @@ class EncoderDecoderModel(keras.Model):
         self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Keras's `evaluate`, which also takes text; see `fit`."""
-        x, y, batch_size = training.text_to_dataset(self.preprocessor, x, y, batch_size)
+        x, y, batch_size = batches.text_to_dataset(self.preprocessor, x, y, batch_size)
         return super().evaluate(x, y, batch_size, *args, **kwargs)
-
-    def generate(
-        self,
-        inputs: Any,
-        generation_config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | Sequence[str] | None = None,
-        logits_processor: Sequence[Callable] = (),
-        output_scores: bool = False,
-        output_attentions: bool = False,
-        batch_size: int = BATCH_SIZE,
-        verbose: Any = "auto",
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Any:
-        """Generates text from text, or ids from ids.
-
-        Inputs may be of any number: those of like length are generated together, and the results
-        are in the order of the inputs. An example's result does not depend on the others, up to
-        rounding; of `beam_scorer="gnmt"` that is true of the best hypothesis, as in tensor2tensor.
-
-        TensorFlow keeps what XLA compiled for each combination of settings, and of
-        `logits_processor`, until the process ends. A program that is asked for ever new ones, such
-        as a temperature that its user sets, needs `jit_compile=False` for these.
-
-        Args:
-            inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or
-                `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)`, int32
-                [B, S] and [B, P], of which all but `input_ids` may be left out. The decoder ids are
-                prompts, with which the outputs begin; the start token is put in front unless every
-                row has it. The masks are 0 on padding, which prompts have at their ends.
-            generation_config: settings; by default the model's own.
-            decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
-                text that is returned.
-            logits_processor: functions `(logits, ids, step) -> logits` that run after those of the
-                settings, see `bertgen_tf.generation.search.logits`. The compiled functions are kept
-                by them: pass the same objects again, or each call compiles anew.
-            output_scores: also give the log-probability of each token.
-            output_attentions: also give the weights of cross-attention. They take 4 bytes for each
-                layer, head, output and source token: of 24 layers with 16 heads, 50 MB for an
-                output of 64 tokens and a source of 512, all of them in memory until the end. Ask
-                for them for few inputs at a time.
-            batch_size: how many are generated together, at most.
-            verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
-                there are more than 4 batches.
-            jit_compile: compiles the loop with XLA (once for each bucket of batch and length);
-                False runs the same loop as a plain graph.
-            **options: fields of `GenerationConfig` that replace those of the settings.
-
-        Returns:
-            For a string, the best hypothesis as str; for a list or dataset of strings, a list of
-            str; with `num_return_sequences` above 1, a list of hypotheses, best first, in place of
-            each str. For ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
-
-        Raises:
-            TypeError, ValueError: inputs, prompts or settings are none that the model takes.
-        """
-        return self._generator.generate(
-            inputs,
-            generation_config,
-            decoder_text=decoder_text,
-            logits_processor=logits_processor,
-            output_scores=output_scores,
-            output_attentions=output_attentions,
-            batch_size=batch_size,
-            verbose=verbose,
-            jit_compile=jit_compile,
-            **options,
-        )
-
-    def iterate(
-        self,
-        texts: Iterable[str | bytes],
-        generation_config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | Iterable[str] | None = None,
-        logits_processor: Sequence[Callable] = (),
-        batch_size: int = BATCH_SIZE,
-        window: int = WINDOW,
-        first_example: int = 0,
-        total: int | None = None,
-        verbose: Any = 0,
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Iterator[str | list[str]]:
-        """Generates from any number of texts, with no more than a window of them in memory.
-
-        The results are those of `generate`, in the order of the texts, and come from the same
-        compiled functions. Nothing is read before the first result is asked for.
-
-        Args:
-            texts: strings from a list, a file, a generator; they may never end. A `tf.data.Dataset`
-                of single strings gives them as `dataset.as_numpy_iterator()`.
-            generation_config, logits_processor, batch_size, jit_compile, **options: as for
-                `generate`.
-            decoder_text: a prompt for all outputs, or one for each text.
-            window: how many texts are read, sorted by length and generated before their results
-                come.
-            first_example: the number of the first text, which its random numbers follow: with it,
-                the rest of a run is drawn as in the whole.
-            total: how many texts there are, those before `first_example` included, for `verbose`.
-            verbose: 1 shows the progress on stderr, 0 does not; "auto" shows it on a terminal, if
-                there are more than 4 batches.
-
-        Yields:
-            for each text the best hypothesis as str; with `num_return_sequences` above 1, a list of
-            hypotheses, best first.
-
-        Raises:
-            TypeError, ValueError: texts, prompts or settings are none that the model takes; when
-                the first result, or the one of that window, is asked for.
-        """
-        return self._generator.iterate(
-            texts,
-            generation_config,
-            decoder_text=decoder_text,
-            logits_processor=logits_processor,
-            batch_size=batch_size,
-            window=window,
-            first_example=first_example,
-            total=total,
-            verbose=verbose,
-            jit_compile=jit_compile,
-            **options,
-        )
-
-    def stream(
-        self,
-        text: str,
-        generation_config: GenerationConfig | None = None,
-        *,
-        decoder_text: str | None = None,
-        logits_processor: Sequence[Callable] = (),
-        tokens_per_step: int = 1,
-        jit_compile: bool = True,
-        **options: Any,
-    ) -> Iterator[str]:
-        """Generates from one text, given out in parts; see `generation.streaming.stream`."""
-        return streaming.stream(
-            self,
-            text,
-            generation_config,
-            decoder_text=decoder_text,
-            logits_processor=logits_processor,
-            tokens_per_step=tokens_per_step,
-            jit_compile=jit_compile,
-            **options,
-        )
 
     def get_config(self) -> dict[str, Any]:
         config = {
@@ -540,7 +397,7 @@ class EncoderDecoderModel(keras.Model):
             if self.decoder_tokenizer is not None:  # older versions do not know it
                 config["decoder_tokenizer"] = _tokenizer_config(self.decoder_tokenizer)
             config.update(self.preprocessor.get_config())
-        # Only if they say something: older versions do not know them.
+        # Only if they are set: older versions do not know them.
         if self.source_checkpoint:
             config["source_checkpoint"] = dict(self.source_checkpoint)
         if frozen := freezing.frozen_layers(self):

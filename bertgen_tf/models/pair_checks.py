@@ -1,17 +1,17 @@
-"""Whether encoder, decoder, tokenizers and lengths make one model."""
+"""Whether encoder, decoder, tokenizers and lengths fit together."""
 
 from typing import Any
 
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 
 
 def length_or_default(length: int | None, longest: int) -> int:
-    """The tokens of a text that a model reads, at most."""
+    """The most tokens of a text that a model reads."""
     return min(128, longest) if length is None else length
 
 
 def check_pair(encoder: BertGenerationConfig, decoder: BertGenerationConfig) -> None:
-    """Raises a ValueError for stacks that make no model together."""
+    """Raises a ValueError for stacks that do not fit together."""
     if encoder.source_positions != decoder.source_positions:
         raise ValueError(
             "encoder and decoder must have the same source_positions, received "
@@ -35,10 +35,10 @@ def check_tokenizers(
     encoder: BertGenerationConfig,
     decoder: BertGenerationConfig,
 ) -> None:
-    """Raises a ValueError for tokenizers of other sizes or special tokens than the stacks'.
+    """Raises a ValueError for tokenizers whose sizes or special tokens do not match the stacks.
 
     Args:
-        decoder_tokenizer: that of targets, or None where `tokenizer` is.
+        decoder_tokenizer: that of targets, or None if that is `tokenizer`.
     """
     name = "tokenizer" if decoder_tokenizer is None else "decoder_tokenizer"
     target = tokenizer if decoder_tokenizer is None else decoder_tokenizer
@@ -51,7 +51,7 @@ def check_tokenizers(
                 f"{argument} must not have more pieces than the {side}'s vocab_size "
                 f"({config.vocab_size}), received {value.vocab_size}. Use its own tokenizer."
             )
-    for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for field in TOKEN_IDS:
         if getattr(target, field) != getattr(decoder, field):
             raise ValueError(
                 f"{field} of {name} and decoder must be the same, received "

@@ -1,6 +1,6 @@
-"""Encoder-decoders from pre-trained encoders, wherever these were read.
+"""Encoder-decoders from pre-trained encoders, whatever these were read from.
 
-An encoder has everything that a decoder needs but cross-attention and the output bias.
+An encoder has everything that a decoder needs except cross-attention and the output bias.
 """
 
 import os
@@ -18,14 +18,14 @@ from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 CROSS_ATTENTION = ("random", "self_attention")
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
-# Readers build the class that they are asked for: a subclass's `from_hub` gives the subclass.
+# Readers build the class that they are asked for: a subclass's `from_hub` returns the subclass.
 Encoder = TypeVar("Encoder", bound=BertGenerationEncoder)
 Decoder = TypeVar("Decoder", bound=BertGenerationDecoder)
 Model = TypeVar("Model", bound=EncoderDecoderModel)
 
 
 def check_cross_attention(cross_attention: str) -> None:
-    """Raises a ValueError for what `build_decoder` does not know, before anything is read."""
+    """Raises a ValueError for what `build_decoder` does not accept, before anything is read."""
     if cross_attention not in CROSS_ATTENTION:
         raise ValueError(
             f"cross_attention must be one of {', '.join(CROSS_ATTENTION)}, "
@@ -55,16 +55,30 @@ def kept_layers(num_layers: int | list[int] | None, depth: int) -> list[int]:
 def finish_encoder(
     whole: BertGenerationEncoder, kept: list[int], model_class: type[Encoder]
 ) -> Encoder:
-    """The encoder under today's dtype policy, with the layers `kept` of it."""
+    """The encoder under the current dtype policy, with its layers `kept`."""
     policy = keras.config.dtype_policy()
     same = policy == whole.dtype_policy and type(whole) is model_class
     if len(kept) == len(whole.blocks) and same:
         return whole
     encoder = model_class(whole.config.replace(num_hidden_layers=len(kept)))
-    encoder.embeddings.set_weights(whole.embeddings.get_weights())
-    for block, index in zip(encoder.blocks, kept, strict=True):
-        block.set_weights(whole.blocks[index].get_weights())
+    copy_layers(whole, encoder, kept)
     return encoder
+
+
+def copy_layers(whole: Any, stack: Any, kept: list[int], new: str = r"(?!)") -> None:
+    """Assigns to a stack the weights of a deeper one, for the layers `kept` of the latter.
+
+    Args:
+        whole, stack: both encoders, or both decoders.
+        new: a regular expression for the names of variables that `whole` does not have.
+    """
+    weights.assign(
+        weights.named_variables(stack),
+        weights.keep_layers(weights.named_variables(whole), kept),
+        [Rule("(.*)", r"\1")],
+        source="The whole stack",
+        new=new,
+    )
 
 
 def build_decoder(
@@ -77,9 +91,9 @@ def build_decoder(
 
     Args:
         sharing: what it shares with the encoder, as for `BertGenerationDecoder`.
-        cross_attention: how the weights that an encoder does not have begin: "random" (the paper's
-            rule) or "self_attention" (a copy of each layer's self-attention, which learns to copy
-            from the source much sooner).
+        cross_attention: how the weights that an encoder lacks are initialised: "random" (the
+            paper's rule) or "self_attention" (a copy of each layer's self-attention, which learns
+            to copy from the source much sooner).
         model_class: what to build.
     """
     decoder = model_class(
@@ -95,7 +109,7 @@ def build_decoder(
 
 
 def fill_decoder(decoder: BertGenerationDecoder, encoder: BertGenerationEncoder) -> None:
-    """Assigns to a decoder all weights of an encoder of its sizes."""
+    """Assigns to a decoder all weights of an encoder of the same sizes."""
     weights.assign(
         weights.named_variables(decoder),
         weights.named_variables(encoder),
@@ -106,7 +120,7 @@ def fill_decoder(decoder: BertGenerationDecoder, encoder: BertGenerationEncoder)
 
 
 def copy_self_attention(decoder: BertGenerationDecoder) -> None:
-    """Starts the cross-attention of each layer with the weights of its self-attention."""
+    """Initialises the cross-attention of each layer from its self-attention."""
     for block in decoder.blocks:
         start = weights.named_variables(block.self_attention)
         for name, variable in weights.named_variables(block.cross_attention).items():
@@ -128,9 +142,9 @@ def load_encoder_decoder(
     Args:
         read: reads an encoder and its tokenizer.
         encoder, decoder: what `read` takes; without `decoder`, the same for both sides.
-        share: True is the paper's BERTSHARE: one set of variables for both sides, besides
+        share: True is the paper's BERTSHARE: one set of variables for both sides, except
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
-            decoder and softmax where both are of the same checkpoint.
+            decoder and softmax if both come from the same checkpoint.
         cross_attention: as for `build_decoder`.
         model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
@@ -167,7 +181,7 @@ def build_pair(
     options: dict[str, Any],
     model_class: type[Model] = EncoderDecoderModel,
 ) -> Model:
-    """The model of two stacks, with the special tokens that BERTs need; `options` go first."""
+    """A model of two stacks, with the special tokens that BERTs need; `options` override."""
     special_tokens: dict[str, bool] = {}
     if tokenizer is not None:
         target = options.get("decoder_tokenizer") or tokenizer

@@ -17,12 +17,12 @@ def trim_vocabulary(
     """A new, smaller model that knows only the pieces that a corpus needs.
 
     Embeddings, softmax and tokenizer shrink together. The logits of the kept pieces stay the same,
-    and every text of the corpus is still cut into the same pieces, unless it has unknown words.
+    and every text of the corpus is still split into the same pieces, unless it has unknown words.
 
     Args:
-        model: a model with a tokenizer; it is left as it is.
-        keep: texts, or the ids to keep; texts alone where sources and targets have a vocabulary
-            each: both keep what they need. Special tokens always stay.
+        model: a model with a tokenizer; it is not modified.
+        keep: texts, or the ids to keep; only texts if sources and targets have a vocabulary each:
+            both keep what they need. Special tokens always stay.
     """
     if model.tokenizer is None:
         raise ValueError("model must have a tokenizer to be trimmed, and this one has none.")
@@ -30,8 +30,8 @@ def trim_vocabulary(
     two = model.decoder_tokenizer is not None
     if two and not all(isinstance(item, str) for item in keep):
         raise ValueError(
-            "keep must be texts for a model of two vocabularies, where an id does not tell whose "
-            f"it is, received {keep[:5]!r}."
+            "keep must be texts for a model with two vocabularies, where an id is ambiguous, "
+            f"received {keep[:5]!r}."
         )
     config = model.get_config()
     kept = {}
@@ -76,7 +76,7 @@ def _needed_ids(config: GenerationConfig) -> list[int]:
 
 
 def _renumber(config: GenerationConfig, new_ids: dict[int, int]) -> GenerationConfig:
-    """The same settings in new ids; what speaks of pieces that are gone has no object any more."""
+    """The same settings with the new ids; those for pieces that are gone are dropped."""
 
     def kept(ids: Iterable[int]) -> bool:
         return all(i in new_ids for i in ids)

@@ -1,1 +1,1 @@
-"""Layers and the two stacks that are made of them, and what their weights are called."""
+"""Layers, the two stacks that are made of them, and the names of their weights."""

@@ -1,4 +1,4 @@
-"""Layers of BERT's transformer and of GPT-2's, for full sequences and for cached decoding alike.
+"""Layers of BERT's transformer and of GPT-2's, for both full sequences and cached decoding.
 
 Source: Devlin et al. 2018 (`google-research/bert` `modeling.py`); cross-attention as in Rothe,
 Narayan, Severyn 2020; `norm_first` as in Radford et al. 2019 (`openai/gpt-2` `model.py`). Letters
@@ -42,7 +42,7 @@ def causal_mask(query_length: Any, key_length: Any, first_query: Any = 0) -> Any
 
 
 def before_sublayer(layer: Any, hidden: Any) -> Any:
-    """What attention or feed-forward reads: `hidden`, or normalised with `norm_first`."""
+    """What attention or feed-forward reads: `hidden`, normalised if `norm_first`."""
     return layer.layer_norm(hidden) if layer.config.norm_first else hidden
 
 
@@ -53,7 +53,7 @@ def after_sublayer(layer: Any, hidden: Any, output: Any, training: bool | None) 
 
 
 def final_norm(config: BertGenerationConfig, policy: Any) -> keras.layers.Layer | None:
-    """What a stack with `norm_first` normalises its output with."""
+    """The layer with which a stack with `norm_first` normalises its output."""
     if not config.norm_first:
         return None
     return keras.layers.LayerNormalization(
@@ -120,7 +120,7 @@ class Embeddings(keras.layers.Layer):
 
     def logits(self, hidden: Any, bias: Any) -> Any:
         """[B, T, H] times the transposed word embeddings, plus bias [V]: float32 [B, T, V]."""
-        # Scores of half precision would make ties of different tokens.
+        # Half-precision scores would make different tokens tie.
         matrix = ops.cast(self.word_embeddings.embeddings, "float32")
         return linear(ops.cast(hidden, "float32"), matrix, bias)
 
@@ -171,7 +171,7 @@ class Attention(keras.layers.Layer):
             prefix, prefix_mask: a second pair [B, A, P, D], before the first, with its mask.
 
         Returns:
-            what is like hidden, and the attention weights, float32 [B, A, K * T, S], or those of
+            the new hidden states, and the attention weights, float32 [B, A, K * T, S], or those of
             the prefix [B, A, K * T, P].
         """
         keys, values = keys_values
@@ -183,13 +183,14 @@ class Attention(keras.layers.Layer):
             scores = ops.concatenate([self._scores(queries, prefix[0], prefix_mask), scores], -1)
         weights = tf.nn.softmax(scores)
         if attention_mask is not None and prefix is None:
-            # A query that may see nothing (an empty source) gets zeros, however long the padding.
+            # A query that can see nothing (an empty source) gets zeros, however long the padding.
             weights = weights * ops.cast(ops.any(attention_mask, axis=-1, keepdims=True), "float32")
         dropped = self.attention_dropout(ops.cast(weights, values.dtype), training=training)
         if prefix is None:
             context = tf.matmul(dropped, values)
         else:
-            # Two products: a step of generation copies no long pair to put it before a short one.
+            # Two products, so that a generation step need not copy a long pair in front of a short
+            # one.
             size = ops.shape(prefix[1])[2]
             context = tf.matmul(dropped[..., :size], prefix[1])
             context += tf.matmul(dropped[..., size:], values)
@@ -206,7 +207,7 @@ class Attention(keras.layers.Layer):
     def split_heads(self, tensor: Any, rows: Any = None) -> Any:
         """[B, S, H] -> [B, A, S, D].
 
-        With `rows`, a tensor [rows * K, T, H] has K rows for each of so many examples, which become
+        With `rows`, a tensor [rows * K, T, H] has K rows for each of `rows` examples, which become
         slots: [rows, A, T * K, D].
         """
         batch, length, _ = ops.shape(tensor)
@@ -230,13 +231,13 @@ class SelfAttention(Attention):
 
     **Cache contract.** The cache is a pair of buffers [B, A, S, D] with one row per example and
     S = length * K slots: slot `i * K + k` is position i as beam k wrote it. A call writes its T
-    positions from `index` on and returns the new pair. Beams that change places leave the buffers
-    as they are; the mask tells which slots are a beam's own past.
+    positions from `index` on and returns the new pair. When beams change places, the buffers stay
+    unchanged; the mask says which slots are a beam's own past.
     """
 
     def __init__(self, config: BertGenerationConfig, **kwargs: Any):
         super().__init__(config, **kwargs)
-        # One product for the three: a step of generation has few rows, and reads it at full speed.
+        # One product for all three: a generation step has few rows, and reads it at full speed.
         self.query_key_value = dense(
             3 * config.hidden_size,
             config,
@@ -265,7 +266,7 @@ class SelfAttention(Attention):
         filled in by Keras.
 
         Returns:
-            what is like hidden; the pair that was read: the extended cache, or without a cache
+            the new hidden states; the pair that was read: the extended cache, or without a cache
             the keys and values of `hidden`; the attention weights, of the prefix if there is one.
         """
         inputs = before_sublayer(self, hidden)
@@ -312,7 +313,7 @@ class CrossAttention(Attention):
         """Hidden [B * K, T, H], mask bool, broadcast to [B, A, K * T, S].
 
         Returns:
-            what is like hidden, and the attention weights, float32 [B, A, K * T, S].
+            the new hidden states, and the attention weights, float32 [B, A, K * T, S].
         """
         queries = self.query(before_sublayer(self, hidden))
         return self.attend(hidden, queries, keys_values, attention_mask, training)
@@ -321,7 +322,7 @@ class CrossAttention(Attention):
 def write_cache(cache: tuple[Any, Any], new: tuple[Any, Any], slot: Any) -> tuple[Any, Any]:
     """Writes `new` [B, A, N, D] into `cache` [B, A, S, D] from `slot` on.
 
-    By scattering, not by a slice update, which TensorFlow has only as an XLA op.
+    It scatters, because TensorFlow has slice updates only as an XLA op.
     """
     batch, heads, size, width = ops.shape(cache[0])
     first = ops.arange(batch * heads) * size + slot  # [B*A]
@@ -363,11 +364,11 @@ class FeedForward(keras.layers.Layer):
 
 
 class TransformerBlock(keras.layers.Layer):
-    """Self-attention, cross-attention where there is one, feed-forward.
+    """Self-attention, cross-attention if any, feed-forward.
 
     Args:
         config: sizes; `add_cross_attention` adds the cross-attention.
-        shared: a block whose self-attention and feed-forward this block reads instead of having
+        shared: a block whose self-attention and feed-forward this block uses instead of having
             its own. This is how BERTSHARE's decoder shares the encoder's variables.
     """
 
@@ -409,16 +410,16 @@ class TransformerBlock(keras.layers.Layer):
         Args:
             hidden: [B, T, H].
             attention_mask: bool, broadcast to [B, A, T, S], for self-attention.
-            memory: pair that cross-attention reads; without cross-attention None, or the pair of a
+            memory: pair that cross-attention reads; without cross-attention, None or the pair of a
                 source that self-attention reads as its prefix.
             cross_mask: bool, broadcast to [B, A, T, S], for `memory`.
             cache: pair of buffers that self-attention extends from position `index` on, see
                 `SelfAttention`.
 
         Returns:
-            hidden like the input; the pair that self-attention read: the extended cache, or
-            without a cache the keys and values of `hidden`; the weights of `memory`, float32
-            [B, A, T, S].
+            the new hidden states; the pair that self-attention read: the extended cache, or
+            without a cache the keys and values of `hidden`; the attention weights of `memory`,
+            float32 [B, A, T, S].
         """
         prefix = memory if self.cross_attention is None else None
         hidden, keys_values, weights = self.self_attention(

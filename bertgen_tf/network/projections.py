@@ -1,4 +1,4 @@
-"""Projections, laid out for generation: their kernels, what is fused in one, int8 in its place."""
+"""Projections laid out for generation: their kernels, several fused in one, int8 in their place."""
 
 import contextlib
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ def initializer(config: BertGenerationConfig) -> keras.initializers.Initializer:
 def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
     """`inputs` [..., T, I] times the transposed `kernel` [O, I], plus `bias` [O]: [..., T, O].
 
-    A step of generation (T = 1) is bound by reading the kernels. For XLA on a CPU the kernel then
-    goes first: Eigen packs the second matrix, here the few rows. The bias is added to the columns,
-    or XLA would turn the product round again; and it is subtracted with the other sign, because XLA
-    fuses a sum into the product with a single row, which then runs on one core only.
+    A generation step (T = 1) is bound by reading the kernels. For XLA on a CPU the kernel therefore
+    comes first: Eigen packs the second matrix, here the few rows. The bias is added to the columns,
+    or XLA would swap the product back; and it is negated and subtracted, because XLA fuses a sum
+    into the product with a single row, which then runs on one core only.
     """
     shape = ops.shape(inputs)
     rows = tf.reshape(inputs, [-1, shape[-1]])
@@ -52,7 +52,7 @@ def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
 
 
 def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
-    """New variables of a layer for what `quantize_matrix` gives; they do not train."""
+    """New untrainable variables of a layer, for what `quantize_matrix` gives."""
     options = {"initializer": "zeros", "trainable": False, "autocast": False}
     with _unlocked(layer):
         return [
@@ -63,7 +63,7 @@ def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: s
 
 @contextlib.contextmanager
 def _unlocked(layer: keras.layers.Layer) -> Iterator[None]:
-    """Layers that are built take no new variables otherwise."""
+    """Lets a layer that is built take new variables."""
     was_locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -74,15 +74,15 @@ def _unlocked(layer: keras.layers.Layer) -> Iterator[None]:
 
 
 class Dense(keras.layers.Layer):
-    """Keras's `Dense` with its kernel the other way round, `[units, inputs]`; see `linear`.
+    """Keras's `Dense` with its kernel transposed, `[units, inputs]`; see `linear`.
 
     Files hold the kernel as Keras's `Dense` does.
 
     Args:
         units: outputs.
         kernel_initializer: gets the shape as Keras's `Dense` has it, `(inputs, units)`.
-        parts: how many projections of equal size this one holds, one below the other. If they are
-            several, files and rule tables know each as a `Projection`, and not this layer.
+        parts: how many projections of equal size this one holds, one below the other. If there are
+            several, files and rule tables know each as a `Projection`, but not this layer.
         quantization: "int8" for an int8 kernel with a `kernel_scale` [units]; see
             `bertgen_tf.network.quantization`.
 
@@ -125,7 +125,7 @@ class Dense(keras.layers.Layer):
     def to_int8(self) -> None:
         """Replaces the kernel by an int8 one, once.
 
-        Not Keras's `quantize`, by which a model around this layer would reach it alone.
+        Not Keras's `quantize`, through which an enclosing model would quantise this layer alone.
         """
         if self.quantization is not None:
             return
@@ -145,7 +145,7 @@ class Dense(keras.layers.Layer):
         return ops.cast(outputs, self.compute_dtype)
 
     def _adapted(self, inputs: Any) -> Any:
-        """What the adapters add to the outputs; 0 for parts without."""
+        """What the adapters add to the outputs; 0 for parts without one."""
         outputs = []
         for adapter in self.adapters:
             if adapter is None:
@@ -159,12 +159,12 @@ class Dense(keras.layers.Layer):
         return ops.concatenate(outputs, axis=-1)
 
     def add_adapter(self, part: int, rank: int, scale: float) -> None:
-        """Gives a part a product of two small matrices beside its kernel, which is 0 at first.
+        """Gives a part a product of two small matrices, initially 0, beside its kernel.
 
-        Initialised as in Hu et al. 2021 and HuggingFace's `peft`.
+        Initialised as in Hu et al. 2021 and Hugging Face's `peft`.
         """
         inputs = self.kernel.shape[1]
-        limit = inputs**-0.5  # Kaiming's uniform with a = sqrt(5), as of peft
+        limit = inputs**-0.5  # Kaiming uniform with a = sqrt(5), as in peft
         with _unlocked(self):
             adapter = (
                 self.add_weight(
@@ -212,7 +212,7 @@ class Dense(keras.layers.Layer):
 class Projection(keras.layers.Layer):
     """One of the projections that a `Dense` holds, as files and rule tables know it.
 
-    The variables are those of the `Dense`: what is to be frozen is that layer.
+    The variables are those of the `Dense`: to freeze them, freeze that layer.
 
     Args:
         dense: a built one, or one that will be.
@@ -221,7 +221,7 @@ class Projection(keras.layers.Layer):
 
     def __init__(self, dense: Dense, number: int, **kwargs: Any):
         super().__init__(**kwargs)
-        # In a function: as an attribute, Keras would take it for a layer of this one.
+        # In a function: Keras would take an attribute for a layer of this one.
         self._dense = lambda: dense
         self.number = number
         self.built = True
@@ -254,8 +254,8 @@ def _save(store: Any, variables: list[Any]) -> None:
 def _load(store: Any, variables: list[Any], path: str) -> None:
     if len(store.keys()) != len(variables):
         raise ValueError(
-            f"{path} should be stored as {len(variables)} tensors (kernel and bias, of int8 a "
-            f"scale, of LoRA two matrices), found {len(store.keys())}."
+            f"{path} should be stored as {len(variables)} tensors (kernel and bias, for int8 a "
+            f"scale, for LoRA two matrices), found {len(store.keys())}."
         )
     for number, variable in enumerate(variables):
         variable.assign(np.transpose(store[str(number)]))

@@ -1,8 +1,8 @@
-"""Int8 weights: what they are made of, and the product that reads them.
+"""Int8 weights: how they are made, and the product that reads them.
 
 A matrix `[units, inputs]` becomes integers in [-127, 127] and one float32 scale per unit, its
-greatest value / 127. The product rounds its inputs the same way, a scale per row, when it runs; so
-a row's result does not depend on the rows beside it.
+greatest value / 127. At run time, the product rounds its inputs in the same way, with one scale per
+row, so a row's result does not depend on the rows beside it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _INTEGER_PRODUCTS = contextvars.ContextVar("integer_products", default=False)
 
 
 def check_quantization(mode: str, config: Any = None) -> None:
-    """Raises a ValueError for a way to quantise that we do not have.
+    """Raises a ValueError for an unsupported quantisation.
 
     Args:
         mode, config: what Keras gives to `quantize`.
@@ -45,7 +45,7 @@ def quantize_matrix(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def integer_products(wanted: bool) -> Iterator[None]:
-    """While a graph is traced: whether its products are to be of integers.
+    """Whether a graph that is being traced computes its products in integers.
 
     XLA multiplies int8 faster than float32. TensorFlow's own kernels do not: without this, matrices
     become float32 on their way into the product.
@@ -60,7 +60,7 @@ def integer_products(wanted: bool) -> Iterator[None]:
 def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:
     """`inputs` [..., I] times the transposed `kernel`, plus `bias` [O]: float32 [..., O].
 
-    The sums are of whole numbers: exact in int32, and in float32 up to 2**24, which takes more than
+    The sums are of integers: exact in int32, and in float32 up to 2**24, which takes more than
     1,000 inputs.
 
     Args:
@@ -68,12 +68,12 @@ def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:
     """
     shape = ops.shape(inputs)
     rows = tf.reshape(tf.cast(inputs, tf.float32), [-1, kernel.shape[1]])
-    # As Keras's AbsMaxQuantizer, which refuses an empty batch.
+    # Like Keras's AbsMaxQuantizer, which rejects an empty batch.
     largest = tf.reduce_max(tf.abs(rows), axis=1, keepdims=True) + keras.config.epsilon()
     integers = tf.cast(tf.round(rows * (127 / largest)), tf.int8)
     if _INTEGER_PRODUCTS.get():
         count = tf.shape(integers)[0]
-        # XLA has a fast product of two rows, but none of one.
+        # XLA has a fast product for two rows, but not for one.
         missing = tf.cast(tf.equal(count, 1), tf.int32)
         integers = tf.pad(integers, [[0, missing], [0, 0]])
         sums = tf.matmul(integers, kernel, transpose_b=True, output_type=tf.int32)[:count]

@@ -1,8 +1,8 @@
 """Readers and writers of model files, as `from_hub` and the like of the models call them.
 
-The models know no file format: what reads one builds models, and stands above them. `bertgen_tf`
-connects the readers when it is imported, which comes before every import of a part of it. So a call
-goes up, once, and no import does.
+The models know no file format: readers build models, so they stand above them. `bertgen_tf`
+connects the readers when it is imported, which happens before any import of its parts. So one call
+goes up, and no import does.
 """
 
 from types import ModuleType

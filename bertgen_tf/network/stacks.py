@@ -1,20 +1,21 @@
 """BertGeneration encoder and decoder, as Keras 3 models.
 
 Source: Rothe, Narayan, Severyn 2020, "Leveraging Pre-trained Checkpoints for Sequence Generation
-Tasks". Where HuggingFace's classes differ from the TF Hub originals, this is what is done here:
+Tasks". Where Hugging Face's classes differ from the TF Hub originals, the stacks do this:
 
-- activation: whatever `config.hidden_act` says; "gelu" is the exact one, as in both.
-- output bias: there is one, as in HuggingFace; the originals' is zero, which is also its start.
-- token types: type 0 is folded into the positions, which is exact; HuggingFace drops it.
+- activation: whatever `config.hidden_act` says; "gelu" is exact, as in both.
+- output bias: exists, as in Hugging Face; it is zero in the originals, and initially here.
+- token types: type 0 is folded into the positions, which is exact; Hugging Face drops it.
 
-With `norm_first` the blocks are GPT-2's, in place of BERT's, the paper's decoder of BERT2GPT; and
-with `source_positions` one stack is encoder and decoder, the paper's GPT: it reads the source, and
-the target behind it, whose positions go on where those of the source end.
+With `norm_first` the blocks are GPT-2's instead of BERT's, as in the decoder of the paper's
+BERT2GPT. With `source_positions` one stack is both encoder and decoder, as in the paper's GPT: it
+reads the source and then the target, whose positions continue where those of the source end.
 
 B batch, S source length, T target length, H hidden size, V vocabulary.
 """
 
 import dataclasses
+import os
 from typing import Any, Self
 
 import keras
@@ -34,11 +35,49 @@ from bertgen_tf.network.projections import Dense, quantized_weights
 from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
-_NOT_ALONE = "A stack is not quantized alone. Call quantize of the EncoderDecoderModel."
+_NOT_ALONE = "A stack cannot be quantized alone. Call quantize of the EncoderDecoderModel."
+
+
+class _Stack(keras.Model):
+    """What encoder and decoder have in common."""
+
+    config: BertGenerationConfig
+
+    def save_to_huggingface(
+        self, folder: str | os.PathLike, max_shard_size: int | str = "1GB"
+    ) -> None:
+        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
+        sources.huggingface.save(self, folder, max_shard_size)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses: what the stacks share must stay the same on both sides."""
+        raise ValueError(_NOT_ALONE)
+
+    def get_config(self) -> dict[str, Any]:
+        config = self.config.to_dict()
+        for field in dataclasses.fields(self.config):
+            # Older versions do not know them.
+            if field.name in OWN_FIELDS and config[field.name] == field.default:
+                del config[field.name]
+        return {
+            "name": self.name,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "trainable": self.trainable,
+            "config": config,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
+        config = dict(config)
+        trainable = config.pop("trainable", True)
+        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
+        if not trainable:  # shared variables stay as the other side has them
+            model.trainable = False
+        return model
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationEncoder")
-class BertGenerationEncoder(keras.Model):
+class BertGenerationEncoder(_Stack):
     """BERT without pooler and heads: `(input_ids, attention_mask=None) -> [B, S, H]`.
 
     Args:
@@ -58,7 +97,11 @@ class BertGenerationEncoder(keras.Model):
 
     @classmethod
     def from_hub(
-        cls, handle: str, *, num_layers: int | list[int] | None = None, verify: bool = True
+        cls,
+        handle: str | os.PathLike,
+        *,
+        num_layers: int | list[int] | None = None,
+        verify: bool = True,
     ) -> Self:
         """Takes up the weights of a TF Hub BERT module; see `bertgen_tf.hub.load_encoder`."""
         return sources.hub.load_encoder(
@@ -66,17 +109,11 @@ class BertGenerationEncoder(keras.Model):
         )
 
     @classmethod
-    def from_huggingface(cls, folder: str, *, num_layers: int | list[int] | None = None) -> Self:
-        """Reads a HuggingFace checkpoint; see `bertgen_tf.checkpoints.huggingface.load_encoder`."""
+    def from_huggingface(
+        cls, folder: str | os.PathLike, *, num_layers: int | list[int] | None = None
+    ) -> Self:
+        """Reads a checkpoint; see `bertgen_tf.checkpoints.huggingface.load_encoder`."""
         return sources.huggingface.load_encoder(folder, num_layers=num_layers, model_class=cls)
-
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
-        sources.huggingface.save(self, folder, max_shard_size)
-
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: what the stacks share has to stay the same on both sides."""
-        raise ValueError(_NOT_ALONE)
 
     def to_int8(self) -> None:
         """Part of `EncoderDecoderModel.quantize`."""
@@ -97,7 +134,7 @@ class BertGenerationEncoder(keras.Model):
             attention_mask: int32 [B, S], 1 on tokens and 0 on padding; None means no padding.
 
         Returns:
-            [B, S, H] in the compute dtype of the dtype policy. Of a decoder-only model, what its
+            [B, S, H] in the compute dtype of the dtype policy. For a decoder-only model, what its
             decoder reads instead: keys and values of all layers, [B, S, layers * 2 * H].
         """
         _check_length("input_ids", input_ids, self.config.max_source_positions)
@@ -116,28 +153,16 @@ class BertGenerationEncoder(keras.Model):
             return ops.concatenate(memory, axis=-1)
         return hidden if self.final_norm is None else self.final_norm(hidden)
 
-    def get_config(self) -> dict[str, Any]:
-        return _model_config(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
-        config = dict(config)
-        trainable = config.pop("trainable", True)
-        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
-        if not trainable:  # what is shared stays as the other side has it
-            model.trainable = False
-        return model
-
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationDecoder")
-class BertGenerationDecoder(keras.Model):
+class BertGenerationDecoder(_Stack):
     """Causal BERT with cross-attention and a language-model head tied to its word embeddings.
 
     Args:
         config: sizes and activation; with `add_cross_attention=False` it is a language model, which
-            goes on with the encoder's text if there are `source_positions`.
+            continues the encoder's text if there are `source_positions`.
         encoder: an encoder to share variables with.
-        sharing: what is read from `encoder`: "none", "word_embeddings" (the paper's BERT2BERT
+        sharing: what is shared with `encoder`: "none", "word_embeddings" (the paper's BERT2BERT
             counts one matrix for encoder, decoder and softmax) or "all" (BERTSHARE: everything
             but cross-attention and the output bias).
     """
@@ -197,7 +222,7 @@ class BertGenerationDecoder(keras.Model):
     @classmethod
     def from_hub(
         cls,
-        handle: str,
+        handle: str | os.PathLike,
         *,
         cross_attention: str = "random",
         num_layers: int | list[int] | None = None,
@@ -215,23 +240,15 @@ class BertGenerationDecoder(keras.Model):
     @classmethod
     def from_huggingface(
         cls,
-        folder: str,
+        folder: str | os.PathLike,
         *,
         cross_attention: str | None = None,
         num_layers: int | list[int] | None = None,
     ) -> Self:
-        """Reads a HuggingFace checkpoint; see `bertgen_tf.checkpoints.huggingface.load_decoder`."""
+        """Reads a checkpoint; see `bertgen_tf.checkpoints.huggingface.load_decoder`."""
         return sources.huggingface.load_decoder(
             folder, cross_attention=cross_attention, num_layers=num_layers, model_class=cls
         )
-
-    def save_to_huggingface(self, folder: str, max_shard_size: int | str = "1GB") -> None:
-        """Writes what transformers loads; see `bertgen_tf.checkpoints.huggingface.save`."""
-        sources.huggingface.save(self, folder, max_shard_size)
-
-    def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses: what the stacks share has to stay the same on both sides."""
-        raise ValueError(_NOT_ALONE)
 
     def to_int8(self) -> None:
         """Part of `EncoderDecoderModel.quantize`."""
@@ -257,7 +274,7 @@ class BertGenerationDecoder(keras.Model):
             self._build_output_kernel()
 
     def _build_output_kernel(self) -> None:
-        # Beside the word embeddings that it is rounded from, which are looked up in float32.
+        # Besides the word embeddings that it is rounded from, which are looked up in float32.
         shape = (self.config.vocab_size, self.config.hidden_size)
         weights = quantized_weights(self, shape, "output_kernel")
         self.output_kernel, self.output_kernel_scale = weights
@@ -279,12 +296,12 @@ class BertGenerationDecoder(keras.Model):
             input_ids: int32 [B, T]; with a cache, the T tokens from position `cache_index` on.
             attention_mask: int32 [B, T], 1 on tokens and 0 on padding; None means no padding. Not
                 with a cache.
-            encoder_hidden_states: what the encoder gives; not read when a cache is given.
+            encoder_hidden_states: the encoder's output; not read when a cache is given.
             encoder_attention_mask: int32 [B, S].
             cache: what `init_cache` made or the last call returned. B is its batch times its beams,
                 the beams of an example adjacent.
             cache_index: int32 scalar, the position of the first token.
-            return_attention_weights: also give what cross-attention looked at.
+            return_attention_weights: also return the cross-attention weights.
 
         Returns:
             float32 logits [B, T, V]; with a cache `(logits, cache)`; with
@@ -333,10 +350,10 @@ class BertGenerationDecoder(keras.Model):
         """An empty cache of `max_length` positions for `batch` examples of one row each.
 
         Returns:
-            {"self": one pair of buffers [batch, A, max_length, D] a layer, see
+            {"self": one pair of buffers [batch, A, max_length, D] per layer, see
                  `layers.SelfAttention`,
              "beams": int32 [batch, 1, max_length], see `repeat_cache`,
-             "cross": one pair [batch, A, S, D] a layer, projected from `encoder_hidden_states`}.
+             "cross": one pair [batch, A, S, D] per layer, projected from `encoder_hidden_states`}.
         """
         heads = self.config.num_attention_heads
         shape = (batch, heads, max_length, self.config.hidden_size // heads)
@@ -351,10 +368,10 @@ class BertGenerationDecoder(keras.Model):
 
     @staticmethod
     def repeat_cache(cache: dict[str, Any], num_beams: int) -> dict[str, Any]:
-        """A cache of one row per example as one of `num_beams` (K) adjacent rows.
+        """Turns a cache of one row per example into one of `num_beams` (K) adjacent rows.
 
-        Its buffers of self-attention have K slots a position. "beams" [batch, K, max_length] tells
-        which beam of the example wrote what a beam now has for its past: nothing else must move
+        Its self-attention buffers have K slots per position. "beams" [batch, K, max_length] says
+        which beam of the example wrote each position of a beam's past: nothing else has to move
         when beams change places.
         """
         if num_beams == 1:
@@ -395,18 +412,6 @@ class BertGenerationDecoder(keras.Model):
                 for keys, values in zip(parts[::2], parts[1::2], strict=True)
             ]
         return [block.cross_attention.project(encoder_hidden_states) for block in self.blocks]
-
-    def get_config(self) -> dict[str, Any]:
-        return _model_config(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any], custom_objects: Any = None):
-        config = dict(config)
-        trainable = config.pop("trainable", True)
-        model = cls(BertGenerationConfig.from_dict(config.pop("config")), **config)
-        if not trainable:  # what is shared stays as the other side has it
-            model.trainable = False
-        return model
 
 
 def _matrices_to_int8(stack: keras.Model) -> None:
@@ -455,22 +460,8 @@ def _slots_mask(beams: Any, index: Any, length: Any) -> Any:
     return ops.reshape(mask, (batch, 1, num_beams * length, size * num_beams))
 
 
-def _model_config(model: keras.Model) -> dict[str, Any]:
-    config = model.config.to_dict()
-    for field in dataclasses.fields(model.config):
-        # Older versions do not know them.
-        if field.name in OWN_FIELDS and config[field.name] == field.default:
-            del config[field.name]
-    return {
-        "name": model.name,
-        "dtype": keras.dtype_policies.serialize(model.dtype_policy),
-        "trainable": model.trainable,
-        "config": config,
-    }
-
-
 def _check_length(argument: str, ids: Any, longest: int) -> None:
-    # Out of range, XLA reads the last position again without a word.
+    # Out of range, XLA silently reads the last position again.
     length = ids.shape[1]
     if length is not None and length > longest:
         raise ValueError(

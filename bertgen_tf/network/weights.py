@@ -13,7 +13,8 @@ import keras
 import numpy as np
 
 # Variables that only a decoder has: no encoder's checkpoint can fill them.
-NEW_IN_DECODER = r"layer_\d+/cross_attention/.*|output_bias"
+CROSS_ATTENTION = r"layer_\d+/cross_attention/.*"
+NEW_IN_DECODER = rf"{CROSS_ATTENTION}|output_bias"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def named_variables(layer: keras.Layer, prefix: str = "") -> dict[str, Any]:
     own = getattr(layer, "variable_parts", own)
     named = {prefix + variable.name: variable for variable in own}
     for child in layer._flatten_layers(include_self=False, recursive=False):
-        if getattr(child, "parts", 1) == 1:  # or its parts are layers beside it
+        if getattr(child, "parts", 1) == 1:  # otherwise its parts are layers beside it
             named.update(named_variables(child, f"{prefix}{child.name}/"))
     return named
 
@@ -88,8 +89,8 @@ def assign(
     """Assigns every tensor to its variable, or raises one `WeightsError` that lists what is wrong.
 
     Each tensor is read twice, to be checked and to be assigned: those of a mapping that reads them
-    from a file are never in memory all at once. Should the second reading fail, variables before it
-    have been assigned.
+    from a file are never in memory all at once. If the second reading fails, earlier variables have
+    already been assigned.
 
     Args:
         variables: what `named_variables` gives.
@@ -137,6 +138,24 @@ def assign(
         raise WeightsError(f"{source} does not fit the model: {'; '.join(shown)}.")
     for target, (name, rule) in assignments.items():
         variables[target].assign(rule.transform(np.asarray(tensors[name])))
+
+
+def keep_layers(tensors: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The tensors of a stack, by our names, without the layers that are not `kept`.
+
+    Args:
+        tensors: of a whole stack.
+        kept: numbers of layers; the first becomes layer 0, and so on.
+    """
+    numbers = {str(old): new for new, old in enumerate(kept)}
+    result: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        match = re.match(r"layer_(\d+)/", name)
+        if match is None:
+            result[name] = tensor
+        elif match[1] in numbers:
+            result[f"layer_{numbers[match[1]]}/{name[match.end() :]}"] = tensor
+    return result
 
 
 def _listed(names: Iterable[str], most: int = 10) -> str:

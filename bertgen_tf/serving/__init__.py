@@ -1,1 +1,1 @@
-"""What answers from exports: a server, a client, files on Ray, Apache Beam."""
+"""Exports in use: a server, a client, files on Ray, Apache Beam."""

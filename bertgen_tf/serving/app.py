@@ -5,8 +5,8 @@
 | POST /v1/models/NAME[/versions/V]:predict | runs a signature, see `bertgen_tf.serving.rest_json` |
 | GET /v1/models/NAME[/versions/V] | state of the versions |
 | GET /v1/models/NAME[/versions/V]/metadata | signatures |
-| GET /v1/models | all models, with what their exports tell of themselves |
-| GET /healthz, GET /readyz | alive; 503 until every model is loaded, and while it stops |
+| GET /v1/models | all models, with their exports' metadata |
+| GET /healthz, GET /readyz | alive; ready: 503 until all models are loaded, and during shutdown |
 | GET /monitoring/prometheus/metrics | for Prometheus |
 | GET / | the page |
 
@@ -51,11 +51,11 @@ _PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-# Bodies from this size on are parsed in a thread, so that others need not wait.
+# Bodies of at least this size are parsed in a thread, so that others need not wait.
 _LARGE_BODY = 2**16
-# Numbers and strings of an answer, which JSON makes tens of bytes each.
+# Numbers and strings in an answer; in JSON each takes tens of bytes.
 _MAX_ANSWER_ITEMS = 4_000_000
-# So much of a refused body is read nevertheless: most clients read no answer before they sent it.
+# This much of a refused body is read anyway: most clients read no answer before they have sent it.
 _MAX_DRAINED_BYTES = 64 * 2**20
 _CLIENT_GONE = 499  # only in logs and metrics
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -64,16 +64,16 @@ _log = logging.getLogger(__name__)
 
 
 class ServingApp:
-    """The application; call it by ASGI.
+    """The application, to be called by ASGI.
 
     Args:
         models: what it serves.
         max_body_bytes: of a request, also after decompression.
         max_texts: rows of a request.
-        max_queued_texts: rows that wait.
-        request_timeout: seconds after which a request is answered by 504.
+        max_queued_texts: rows that may wait.
+        request_timeout: seconds after which a request is answered with 504.
         batch_patience: see `Batcher`.
-        poll_seconds: between two looks for new versions.
+        poll_seconds: between checks for new versions.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ServingApp:
             return
         start = time.perf_counter()
         status = 0
-        # What `_predict` tells of the request.
+        # What `_predict` records about the request.
         facts = scope.setdefault("state", {})["facts"] = {}
 
         async def send_and_watch(message: dict[str, Any]) -> None:
@@ -138,9 +138,9 @@ class ServingApp:
 
         try:
             await self._app(scope, receive, send_and_watch)
-        except asyncio.CancelledError:  # the time to stop is over
+        except asyncio.CancelledError:  # the time for shutdown is over
             if not status:
-                await _error(503, "The server stops")(scope, receive, send_and_watch)
+                await _error(503, "The server is stopping")(scope, receive, send_and_watch)
         except Exception:  # answered by _internal_error
             _log.exception("cannot answer %s %s", scope["method"], scope["path"])
             status = 500
@@ -159,11 +159,11 @@ class ServingApp:
         )
 
     async def start(self) -> None:
-        """Begins to load models."""
+        """Starts loading models."""
         self._background = [asyncio.create_task(self.models.watch(self._poll_seconds))]
 
     async def stop(self) -> None:
-        """Ends what runs in the background; what still waits is cancelled."""
+        """Stops what runs in the background; requests still waiting are cancelled."""
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -196,7 +196,7 @@ class ServingApp:
         return answer
 
     async def _answer(self, request: Request, version: Version, facts: dict[str, Any]) -> Response:
-        # The body is gone when the request waits.
+        # The body is freed before the request waits.
         signature, inputs, rows = await self._read(request, version, facts)
         try:
             result = await _unless_gone(request, self.batcher.run(signature, inputs))
@@ -220,7 +220,7 @@ class ServingApp:
     async def _read(
         self, request: Request, version: Version, facts: dict[str, Any]
     ) -> tuple[Signature, dict[str, np.ndarray], bool]:
-        """The signature that is asked, its inputs, and whether the answer shall be by rows."""
+        """The requested signature, its inputs, and whether to answer by rows."""
         body = await self._read_body(request)
         content = await _in_thread_if_large(body, lambda: parse_request(body))
         signature = _find_signature(version, content.get("signature_name"))
@@ -242,7 +242,7 @@ class ServingApp:
         """The body, decompressed.
 
         Raises:
-            RequestError: it is too large, or no gzip.
+            RequestError: it is too large, or not gzip.
         """
         limit = self._max_body_bytes
         too_large = RequestError(f"The body must have at most {limit:,} bytes", 413)
@@ -271,14 +271,14 @@ class ServingApp:
             stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
             plain = stream.decompress(bytes(body), limit + 1)
         except zlib.error as error:
-            raise RequestError(f"The body is no gzip: {error}") from error
+            raise RequestError(f"The body is not gzip: {error}") from error
         if len(plain) > limit:
             raise too_large
         if not stream.eof or stream.unused_data:
             raise RequestError("The body is not one complete gzip stream")
         return plain
 
-    # --------------------------------------------------------------------------------- what else
+    # -------------------------------------------------------------------------- everything else
 
     async def _status(self, request: Request) -> Response:
         versions = self.models.versions(*_target(request))
@@ -298,7 +298,7 @@ class ServingApp:
         )
 
     async def _list(self, request: Request) -> Response:
-        """One entry for each model; what is not loaded has no signatures."""
+        """One entry for each model; those not loaded have no signatures."""
         models = []
         for name in self.models.names:
             version = self.models.current(name) or next(iter(self.models.versions(name)), None)
@@ -340,11 +340,11 @@ class ServingApp:
 
 
 class _Metrics:
-    """What Prometheus asks for."""
+    """The metrics for Prometheus."""
 
     def __init__(self, models: Models, queued: Callable[[], int]):
         self.registry = prometheus_client.CollectorRegistry()
-        # The labels are names that exist, never what a client made up.
+        # Labels are names that exist, never what a client made up.
         labels = ["model", "signature"]
         own = {"namespace": "bertgen_tf", "registry": self.registry}
         self._requests = prometheus_client.Counter(
@@ -356,12 +356,12 @@ class _Metrics:
         self._texts = prometheus_client.Counter("texts", "Texts of requests", labels, **own)
         self._batches = prometheus_client.Histogram(
             "batch_size",
-            "Texts that ran together",
+            "Texts run together in a batch",
             ["signature"],
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             **own,
         )
-        prometheus_client.Gauge("queued_texts", "Texts that wait", **own).set_function(queued)
+        prometheus_client.Gauge("queued_texts", "Texts waiting", **own).set_function(queued)
         self._models = models
         self.registry.register(self)
 
@@ -375,9 +375,9 @@ class _Metrics:
         self._batches.labels(signature.name).observe(rows)
 
     def collect(self) -> Any:
-        """The versions that are loaded, at the time when Prometheus asks."""
+        """The versions loaded at the time Prometheus asks."""
         loaded = prometheus_client.core.GaugeMetricFamily(
-            "bertgen_tf_model_version_loaded", "1 if it is", labels=["model", "version"]
+            "bertgen_tf_model_version_loaded", "1 if it is loaded", labels=["model", "version"]
         )
         for name in self._models.names:
             version = self._models.current(name)
@@ -387,7 +387,7 @@ class _Metrics:
 
 
 def _target(request: Request) -> tuple[str, int | None]:
-    """The model, and the version if there is one, of a path."""
+    """The model of a path, and the version if there is one."""
     name, number = request.path_params["model"], request.path_params.get("version")
     if request.method != "POST" and ":" in (number or name):
         raise HTTPException(405, headers={"Allow": "POST"})
@@ -413,7 +413,7 @@ async def _unless_gone(request: Request, work: Awaitable[Result]) -> Result:
     """The result of `work`, which is cancelled when the client goes away.
 
     Raises:
-        ClientDisconnect: it went.
+        ClientDisconnect: it went away.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_wait_until_gone(request))
@@ -444,7 +444,7 @@ def _total_items(result: Result) -> int:
 
 
 def _explain(error: Exception) -> str:
-    """TensorFlow's message, without what only those know who wrote the graph."""
+    """TensorFlow's message, without what only the authors of the graph understand."""
     text = str(getattr(error, "message", error))
     text = re.split(r"\s*\[\[\{\{node|\s*\[Op:", text)[0]
     lines = [re.sub(r"\{\{.*?\}\}\s*", "", line).strip() for line in text.splitlines()]
@@ -461,7 +461,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 async def _request_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestError):
-        # What is left of the body of a request that is too large must not be read as another one.
+        # The rest of the body of a too large request must not be read as another request.
         headers = {"Connection": "close"} if error.status == 413 else None
         return _error(error.status, str(error), headers)
     if isinstance(error, NotLoadedYet):
@@ -476,7 +476,7 @@ async def _client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
-    return _error(500, "Internal error; the log of the server tells more")
+    return _error(500, "Internal error; the server's log says more")
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -1,11 +1,11 @@
 """Dynamic batching: requests that wait at the same time are run together.
 
 One batch runs at a time, because TensorFlow uses all cores within one. Whatever arrives meanwhile
-waits, and forms the next one. Rows keep their order; a request of more rows than a batch holds is
-split and joined again. Groups of requests that can share a batch take turns, and so do the parts of
-long requests with others: nobody starves.
+waits, and forms the next. Rows keep their order; a request of more rows than a batch holds is
+split and joined again. Groups of requests that can share a batch take turns, and the parts of long
+requests take turns with other requests: none starves.
 
-`Batcher` belongs to one event loop; only the runs are in a thread of their own.
+`Batcher` belongs to one event loop; only the runs have a thread of their own.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from bertgen_tf.serving.exports import Signature
 _log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
-# Rows of ids share a batch if their lengths are between the same powers of two, from this one on.
+# Rows of ids share a batch if their lengths are between the same powers of two, from this up.
 _SHORTEST = 64
 
 
@@ -33,7 +33,7 @@ class QueueFull(Exception):
 
 
 class Result:
-    """What a request gets.
+    """The result of a request.
 
     Attributes:
         outputs: the outputs of its rows.
@@ -56,7 +56,7 @@ class _Request:
 
     @property
     def waiting(self) -> int:
-        """What it counts in the queue."""
+        """How many rows it counts as in the queue."""
         return (1 if self.rows is None else self.rows) - self.taken
 
 
@@ -85,8 +85,8 @@ class Batcher:
 
     Args:
         max_queued: how many rows may wait.
-        patience: seconds to wait for a batch as large as the one before it, which a client that is
-            alone and always sends the same number never does.
+        patience: seconds to wait for a batch as large as the one before; a lone client that always
+            sends the same number never waits.
         on_batch: called with the signature and the number of rows of each batch.
     """
 
@@ -113,25 +113,25 @@ class Batcher:
         return self._queued
 
     async def run(self, signature: Signature, inputs: Arrays) -> Result:
-        """Runs a request; cancelled, it leaves the queue.
+        """Runs a request; if cancelled, it leaves the queue.
 
         Args:
             signature: what to run.
             inputs: its inputs, of the right types and ranks.
 
         Returns:
-            what it gives for these inputs. Where other dimensions than the first depend on the
-            batch they may be larger than alone, padded with zeros and empty strings.
+            what it gives for these inputs. Dimensions other than the first that depend on the batch
+            may be larger than for the request alone, padded with zeros or empty strings.
 
         Raises:
             QueueFull: too many rows wait.
-            Exception: of TensorFlow.
+            Exception: from TensorFlow.
         """
         rows = _count_rows(signature, inputs)
         request = _Request(inputs, rows, asyncio.get_running_loop().create_future())
         if self._queued + request.waiting > self._max_queued:
             raise QueueFull(
-                f"{self._queued} texts wait, and at most {self._max_queued} may. Try again later"
+                f"{self._queued} texts wait, but at most {self._max_queued} may. Try again later"
             )
         key = (signature, _group_key(inputs)) if rows is not None else request
         group = self._groups.setdefault(key, _Group(signature))
@@ -151,7 +151,7 @@ class Batcher:
                     self._groups.pop(key, None)
 
     async def close(self) -> None:
-        """Ends; whoever still waits is cancelled, but a run goes on to its end."""
+        """Stops; requests still waiting are cancelled, but a run is completed."""
         if self._worker:
             self._worker.cancel()
             await asyncio.gather(self._worker, return_exceptions=True)
@@ -183,7 +183,7 @@ class Batcher:
             loop = asyncio.get_running_loop()
             try:
                 results = await loop.run_in_executor(self._thread, _run, group.signature, parts)
-            except Exception as error:  # of this module: a bug must not stop all others
+            except Exception as error:  # a bug in this module must not stop all others
                 _log.exception("a batch failed")
                 results = [error] * len(parts)
             for part, result in zip(parts, results, strict=True):
@@ -208,7 +208,7 @@ class Batcher:
             pass
 
     def _take(self, group: _Group) -> list[_Part]:
-        """The parts of the next batch; long requests go to the end for their rest."""
+        """The parts of the next batch; what is left of a long request goes to the end."""
         parts = []
         room = group.signature.max_batch_size
         while room and group.requests:
@@ -225,20 +225,20 @@ class Batcher:
 
 
 def _count_rows(signature: Signature, inputs: Arrays) -> int | None:
-    """None if it cannot be run together with others."""
+    """The number of rows; None if it cannot be run together with others."""
     if not signature.has_rows:
         return None
     shapes = [x.shape for x in inputs.values()]
     if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
         return None  # for the graph to judge
-    # What is padded must not hide that lengths differ.
+    # Padding must not hide that lengths differ.
     if _is_padded(inputs) and len({shape for shape in shapes if len(shape) > 1}) > 1:
         return None
     return shapes[0][0] or None
 
 
 def _is_padded(inputs: Arrays) -> bool:
-    """Whether zeros at the ends of rows change nothing: by a mask that tells so."""
+    """Whether zeros at the ends of rows change nothing, thanks to a mask."""
     return "attention_mask" in inputs
 
 
@@ -254,7 +254,7 @@ def _other_shapes(inputs: Arrays, rank: int) -> tuple[Any, ...]:
 
 
 def _run(signature: Signature, parts: list[_Part]) -> list[Arrays | Exception]:
-    """Runs parts together, or by halves if they fail: a bad row must not fail its neighbours."""
+    """Runs parts together, or in halves if they fail: a bad row must not fail its neighbours."""
     parts_inputs = [part.inputs() for part in parts]
     sizes = [part.stop - part.start for part in parts]
     try:
@@ -297,7 +297,7 @@ def _finish(part: _Part, result: Arrays | Exception, batch_size: int) -> None:
 
 
 def _join(arrays: list[np.ndarray]) -> np.ndarray:
-    """Rows of all; zeros, or empty strings, fill up what is smaller than others."""
+    """The rows of all; smaller arrays are padded with zeros or empty strings."""
     shape = np.max([x.shape[1:] for x in arrays], axis=0).astype(int)
     if all(x.shape[1:] == tuple(shape) for x in arrays):
         return np.concatenate(arrays)
@@ -311,5 +311,5 @@ def _join(arrays: list[np.ndarray]) -> np.ndarray:
 
 
 def is_client_error(error: BaseException) -> bool:
-    """Whether the inputs, not the server, are to blame for what a run raised."""
+    """Whether the inputs, not the server, are to blame for an error of a run."""
     return isinstance(error, tf.errors.InvalidArgumentError | tf.errors.OutOfRangeError)

@@ -30,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError(
         'bertgen_tf.serving.beam needs Apache Beam: pip install "bertgen_tf[beam]", in an '
-        "environment of its own, as Beam needs an older protobuf than others."
+        "environment of its own, as Beam needs an older protobuf than the rest."
     ) from error
 
 
@@ -39,7 +39,7 @@ class SavedModel:
 
     Args:
         export: SavedModel folder NAME/VERSION.
-        signature: of the export, from `text`.
+        signature: one of the export's, from `text`.
 
     Raises:
         ValueError: the export has no such signature.
@@ -67,7 +67,7 @@ class SavedModel:
 
 
 def _plain(value: Any) -> Any:
-    """Text in place of bytes; an export writes nothing but UTF-8."""
+    """Text in place of bytes; an export outputs nothing but UTF-8."""
     if isinstance(value, list):
         return [_plain(part) for part in value]
     return value.decode() if isinstance(value, bytes) else value
@@ -76,17 +76,17 @@ def _plain(value: Any) -> Any:
 class SavedModelHandler(ModelHandler[str, PredictionResult, SavedModel]):
     """Runs an export on the texts of a PCollection.
 
-    A result's `inference` is a dict of what the signature gives for the text: of `serving_default`
-    its `text` (str) and `score` (float), of `beams` lists of them. Beam chooses the batches, on
-    which results do not depend, up to rounding.
+    A result's `inference` is a dict of what the signature gives for the text: `text` (str) and
+    `score` (float) for `serving_default`, lists of them for `beams`. Beam chooses the batches;
+    results do not depend on them, up to rounding.
 
     Args:
         export: SavedModel folder NAME/VERSION, which all workers must find.
-        signature: of the export, from `text`. Those that end in `_xla` are faster once each process
-            has compiled them.
-        max_batch_size: the most texts of a batch.
+        signature: one of the export's, from `text`. Those that end in `_xla` are faster once each
+            process has compiled them.
+        max_batch_size: the most texts in a batch.
         **options: those of Beam's `ModelHandler`, such as `min_batch_size`; `large_model=True`, one
-            copy of the export for all processes of a machine; `model_copies`, so many.
+            copy of the export for all processes of a machine; `model_copies`, that many.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class SavedModelHandler(ModelHandler[str, PredictionResult, SavedModel]):
 
         Args:
             batch: the texts.
-            model: what `load_model` gives, or what stands for it in another process.
+            model: what `load_model` gives, or its proxy from another process.
             inference_args: must be empty, see `validate_inference_args`.
 
         Returns:
@@ -127,7 +127,7 @@ class SavedModelHandler(ModelHandler[str, PredictionResult, SavedModel]):
         ]
 
     def validate_inference_args(self, inference_args: dict[str, Any] | None) -> None:
-        """Refuses all.
+        """Refuses any.
 
         Raises:
             ValueError: there are some.
@@ -139,7 +139,7 @@ class SavedModelHandler(ModelHandler[str, PredictionResult, SavedModel]):
             )
 
     def update_model_path(self, model_path: str | None = None) -> None:
-        """Goes on with another export, as RunInference asks with `model_metadata_pcoll`."""
+        """Switches to another export, as RunInference asks with `model_metadata_pcoll`."""
         self._export = model_path or self._export
 
     def get_num_bytes(self, batch: Sequence[str]) -> int:

@@ -1,17 +1,18 @@
-"""Asks a TensorFlow Serving, or `bertgen-tf serve`, for texts: over REST or gRPC, with retries.
+"""Asks TensorFlow Serving, or `bertgen-tf serve`, for texts: over REST or gRPC, with retries.
 
     client = Client("http://localhost:8501", "my_model")  # or grpc://localhost:8500
     client.generate(["one", "two"])
 
-A call is cut into requests of `batch_size` texts, a few of which are under way at a time. Whatever
-may pass is sent again: HTTP 429, 502 and 503, gRPC's UNAVAILABLE and RESOURCE_EXHAUSTED, refused
-and broken connections. That is safe, because an answer changes nothing on the server. The pauses
-between are random and double their range each time, so that many clients do not come back at once;
-`Retry-After` makes them longer. HTTP 504 and DEADLINE_EXCEEDED are not sent again: the server had
-its time, and the same work would take as long. Nor is any other error, which would only come back.
+A call is split into requests of `batch_size` texts, a few of which are in flight at a time.
+Transient failures are retried: HTTP 429, 502 and 503, gRPC's UNAVAILABLE and RESOURCE_EXHAUSTED,
+refused and broken connections. That is safe, because an answer changes nothing on the server. The
+pauses between tries are random and double their range each time, so that many clients do not come
+back at once; `Retry-After` makes them longer. HTTP 504 and DEADLINE_EXCEEDED are not retried: the
+server had its time, and the same work would take as long. Nor is any other error, which would only
+recur.
 
 `timeout` bounds the whole call, pauses and all its requests included; within it, a request that has
-no answer after `request_timeout` is sent again, too. The first request that fails for good ends the
+no answer after `request_timeout` is retried, too. The first request that fails for good ends the
 call.
 """
 
@@ -39,10 +40,10 @@ from bertgen_tf.serving.transport import (
 
 __all__ = ["Client", "DeadlineExceeded", "ServingError", "ServingOutput", "VersionStatus"]
 
-# Seconds. Before it is sent again the first time, a request waits for up to FIRST_PAUSE.
+# Seconds. Before its first retry, a request waits for up to FIRST_PAUSE.
 FIRST_PAUSE, MAX_PAUSE = 0.5, 10.0
 POLL_INTERVAL = 0.5
-# For the time-out of the transport itself, whose error tells more.
+# For the time-out of the transport itself, whose error says more.
 GRACE = 0.1
 TEXTS = {"text": tf.string, "score": tf.float32}
 LOG_PROBABILITIES = {"log_probability": tf.float32, "num_tokens": tf.int32}
@@ -51,7 +52,7 @@ T = TypeVar("T")
 
 
 class ServingOutput(NamedTuple):
-    """What `generate` gives with `output_scores`; n = 1 where a signature gives the best only.
+    """What `generate` gives with `output_scores`; n = 1 where a signature gives only the best.
 
     Attributes:
         texts: what `generate` gives without scores.
@@ -83,20 +84,20 @@ class Client:
         url: `http://HOST:8501` or `https://...` for REST, also with a path that a proxy puts in
             front; `grpc://HOST:8500` or `grpcs://...` (TLS, with the machine's root certificates)
             for gRPC.
-        model_name: the name under which the server has the model.
-        version: an integer; by default the server chooses, which takes its latest.
+        model_name: the model's name on the server.
+        version: an integer; by default the server's choice, its latest.
         signature: what `generate` asks, see `bertgen_tf.export`.
-        batch_size: texts of a request, at most.
-        max_concurrency: requests of a call that are under way at a time, at most.
+        batch_size: texts in a request, at most.
+        max_concurrency: requests of a call in flight at a time, at most.
         timeout: seconds for a call, in all.
-        request_timeout: seconds after which a request is given up and sent again, because networks
+        request_timeout: seconds after which a request is given up and retried, because networks
             lose answers and servers die; by default half of `timeout`.
-        retries: how often a request is sent again, at most.
+        retries: how often a request is retried, at most.
         headers: sent with each request, such as {"Authorization": "Bearer ..."}; metadata of gRPC.
 
     Raises:
         ImportError: urllib3 or grpcio is not installed.
-        TypeError, ValueError: an argument is none of these.
+        TypeError, ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Client:
     ):
         if not re.fullmatch(r"[^/:]+", model_name):
             raise ValueError(
-                "model_name must be the name that the server has for the model, without / and :, "
+                "model_name must be the model's name on the server, without / and :, "
                 f"received {model_name!r}."
             )
         for name, value in (("batch_size", batch_size), ("max_concurrency", max_concurrency)):
@@ -150,19 +151,19 @@ class Client:
 
         Args:
             texts: a string, or a list of them; bytes need not be UTF-8.
-            signature: another than that of the client: serving_default, beams, a NAME of the
-                export, or one of these with _xla.
-            output_scores: also give the scores.
+            signature: another one than the client's: serving_default, beams, a NAME of the export,
+                or one of these with _xla.
+            output_scores: also return the scores.
 
         Returns:
-            for a string a str, for a list a list of str; of signatures that give n hypotheses
-            (beams) a list of these, best first, in place of each str. With `output_scores` a
+            a str for a string, a list of str for a list; signatures that give n hypotheses (beams)
+            return a list of them, best first, in place of each str. With `output_scores` a
             `ServingOutput`.
 
         Raises:
             DeadlineExceeded: `timeout` passed.
-            ServingError: the server refused, failed, could not be reached or answered malformed.
-            TypeError: texts are no strings.
+            ServingError: the server refused, failed, was unreachable or sent a malformed answer.
+            TypeError: texts are not strings.
         """
         sources, single = _read_texts("texts", texts)
         parts = self._predict_batches({"text": sources}, signature or self.signature, TEXTS)
@@ -178,24 +179,24 @@ class Client:
     def score(
         self, sources: str | bytes | Sequence[str | bytes], targets: str | bytes | Sequence
     ) -> float | list[float]:
-        """Log-probabilities of targets, of the signature `score`.
+        """Log-probabilities of targets, from the signature `score`.
 
         Args:
             sources: a string, or a list of them.
             targets: the same, as many.
 
         Returns:
-            for strings a float, for lists a list of float.
+            a float for strings, a list of float for lists.
 
         Raises:
             ServingError: see `generate`.
-            TypeError, ValueError: sources or targets are none of these.
+            TypeError, ValueError: sources or targets are neither strings nor lists of equal length.
         """
         sources, single = _read_texts("sources", sources)
         targets, single_target = _read_texts("targets", targets)
         if (len(sources), single) != (len(targets), single_target):
             raise ValueError(
-                f"sources and targets must be two strings or two lists of one length, received "
+                f"sources and targets must be two strings or two lists of equal length, received "
                 f"{len(sources)} and {len(targets)}."
             )
         inputs = {"source": sources, "target": targets}
@@ -206,11 +207,11 @@ class Client:
     def predict(
         self, inputs: Mapping[str, Any], signature: str | None = None
     ) -> dict[str, np.ndarray]:
-        """Runs any signature once, with inputs and outputs as its metadata tells.
+        """Runs any signature once, with inputs and outputs as described by its metadata.
 
         Args:
-            inputs: an array, or what makes one, for each input of the signature.
-            signature: another than that of the client.
+            inputs: an array, or what converts to one, for each input of the signature.
+            signature: another one than the client's.
 
         Returns:
             an array for each output; strings are str, in arrays of objects.
@@ -243,14 +244,14 @@ class Client:
         for name, array in answer.items():
             shape = outputs[name].shape
             if array.size == 0 and shape.rank is not None and array.ndim < shape.rank:
-                # JSON's [] does not tell the further dimensions.
+                # JSON's [] does not specify the further dimensions.
                 answer[name] = array.reshape(
                     [*array.shape, *(size or 0 for size in shape[array.ndim :])]
                 )
         return answer
 
     def status(self) -> list[VersionStatus]:
-        """The versions of the model that the server knows, or the client's one.
+        """The versions of the model that the server knows, or the client's version.
 
         Raises:
             ServingError: see `generate`; the server does not know the model.
@@ -261,10 +262,10 @@ class Client:
         """Returns when the server has a version of the model that is AVAILABLE.
 
         Args:
-            timeout: seconds to wait; by default those of the client.
+            timeout: seconds to wait; by default the client's.
 
         Raises:
-            DeadlineExceeded: that did not come about; the message tells what was seen last.
+            DeadlineExceeded: that did not happen; the message says what was seen last.
             ServingError: the server refuses, other than by not knowing the model.
         """
         timeout = self.timeout if timeout is None else timeout
@@ -296,7 +297,7 @@ class Client:
         return self._read_signatures(time.monotonic() + self.timeout)
 
     def close(self) -> None:
-        """Closes the connections; the client is of no use thereafter."""
+        """Closes the connections; the client cannot be used afterwards."""
         self._closed = True
         self._transport.close()
 
@@ -332,7 +333,7 @@ class Client:
     def _predict(
         self, calls: Sequence[Callable[[float], dict[str, np.ndarray]]], signature: str, end: float
     ) -> list[dict[str, np.ndarray]]:
-        """Runs `calls`; where they fail, the error tells what the server has instead."""
+        """Runs `calls`; where they fail, the error says what the server has instead."""
         try:
             return self._run(calls, end)
         except ServingError as error:
@@ -345,7 +346,7 @@ class Client:
                 else:
                     found = f"It has {', '.join(sorted(self._read_signatures(end, retries=0)))}."
             except ServingError as other:
-                found = f"Nor does the server tell what it has: {other}"
+                found = f"Nor does the server say what it has: {other}"
             raise ServingError(f"{error} {found}", error.code) from error
 
     def _read_status(self, end: float, retries: int | None = None) -> list[VersionStatus]:
@@ -384,7 +385,7 @@ class Client:
         retries = self.retries if retries is None else retries
         timeout, stop = max(0.0, end - time.monotonic()), threading.Event()
         late = DeadlineExceeded(f"{self._transport.place}: not done within {timeout:.3g} seconds.")
-        # One call, too: finding a host, or an answer that comes in drops, minds no time-out.
+        # A single call, too: no time-out applies to host look-up, or to an answer that trickles in.
         executor = ThreadPoolExecutor(min(len(calls), self.max_concurrency))
         try:
             limits = end, self.request_timeout, retries
@@ -409,7 +410,7 @@ def _attempt(
     stop: threading.Event,
     late: DeadlineExceeded,
 ) -> T:
-    """The result of `call`, which is called again where its error may pass."""
+    """The result of `call`, which is retried where its error is transient."""
     for attempt in itertools.count():
         rest = end - time.monotonic()
         if rest <= 0:
@@ -418,7 +419,7 @@ def _attempt(
         try:
             return call(min(request_timeout, rest))
         except ServingError as error:
-            # 504 tells that the server's own time is over.
+            # 504 means that the server's own time is over.
             unanswered = bounded and isinstance(error, DeadlineExceeded) and error.code != 504
             if (error.retry_after is None and not unanswered) or attempt >= retries:
                 raise
@@ -429,11 +430,11 @@ def _attempt(
                     f"{error} No time is left to send it again.", error.code
                 ) from error
             if stop.wait(pause):
-                raise  # another request of the call has failed: nobody waits
+                raise  # another request of the call has failed: nobody waits for this
 
 
 def _read_texts(name: str, texts: Any) -> tuple[list[bytes], bool]:
-    """The texts as bytes, and whether there is one that is no list."""
+    """The texts as bytes, and whether they are a single one, not in a list."""
     single = isinstance(texts, str | bytes)
     if not single and not isinstance(texts, list | tuple):
         raise TypeError(
@@ -451,7 +452,7 @@ def _read_texts(name: str, texts: Any) -> tuple[list[bytes], bool]:
 
 
 def _bytes(text: str | bytes) -> bytes:
-    # Surrogates, such as those of file names, become bytes that are no UTF-8.
+    # Surrogates, such as those of file names, become bytes that are not UTF-8.
     return text if isinstance(text, bytes) else text.encode(errors="surrogatepass")
 
 

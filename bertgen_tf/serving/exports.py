@@ -1,10 +1,10 @@
-"""The exports that a server has: found in a folder, loaded, and replaced by newer versions.
+"""The exports of a server: found in a folder, loaded, and replaced by newer versions.
 
-The folder holds `NAME/VERSION/saved_model.pb`. Of each model the highest version is served, as
-TensorFlow Serving does by default. When a higher one appears it is loaded beside the old one, takes
-over, and the old one is unloaded when its last request is done. An export that cannot be loaded is
-reported and tried again only when its files change; the version before it goes on. A model whose
-folder disappears goes on, too.
+The folder holds `NAME/VERSION/saved_model.pb`. The highest version of each model is served, as
+TensorFlow Serving does by default. When a higher one appears it is loaded beside the old one and
+takes over; the old one is unloaded when its last request is done. An export that cannot be loaded
+is reported, and tried again only when its files change; the version before it stays in service, and
+so does a model whose folder disappears.
 
 `Models` belongs to one event loop; files are read and models loaded in threads.
 """
@@ -25,12 +25,11 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from bertgen_tf.export.files import read_warmup
+from bertgen_tf.export.files import METADATA_FILE, read_warmup
 from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
 
 GRAPH_FILE = "saved_model.pb"
-METADATA_FILE = "metadata.json"
-# Where an export does not tell its batch sizes.
+# Where an export does not specify its batch sizes.
 MAX_BATCH_SIZE = 32
 _MAX_METADATA_BYTES = 16 * 2**20
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
@@ -46,8 +45,8 @@ class Signature:
     """A function of an export.
 
     Attributes:
-        name: of the signature.
-        inputs: the specifications of the inputs, by their names.
+        name: the signature's.
+        inputs: the specifications of the inputs, by name.
         max_batch_size: the most rows of one run.
         has_rows: whether the first dimension of all inputs and outputs is the batch.
     """
@@ -65,7 +64,7 @@ class Signature:
             spec.shape.rank and spec.shape[0] is None for spec in specs
         )
         self._function = function
-        # Variables live as long as the object that was loaded.
+        # Variables live as long as the loaded object.
         self._owner = owner
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -75,7 +74,7 @@ class Signature:
             inputs: arrays of the types of `self.inputs`, strings as objects of bytes.
 
         Returns:
-            the outputs by their names, strings as objects of bytes.
+            the outputs by name, strings as objects of bytes.
         """
         tensors = {name: tf.constant(inputs[name], self.inputs[name].dtype) for name in self.inputs}
         outputs = self._function(**tensors)
@@ -90,12 +89,12 @@ class Version:
         model: its name.
         number: its version.
         path: the folder of the export.
-        stamp: by which a change of its files shows.
+        stamp: changes when its files do.
         state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
-        error: its code and message; "OK" and "" without one.
-        signatures: by their names, while it is loaded.
+        error: its code and message; "OK" and "" if there is none.
+        signatures: by name, while it is loaded.
         signature_defs: the same as JSON, as TensorFlow Serving shows them.
-        metadata: of the export, what metadata.json tells.
+        metadata: the export's, from metadata.json.
     """
 
     model: str
@@ -110,7 +109,7 @@ class Version:
     _users: int = 0
 
     def load(self) -> None:
-        """Loads it and runs its warm-up requests, so that the first ones need not wait."""
+        """Loads it and runs its warm-up requests, so that the first real ones need not wait."""
         import tensorflow_text  # noqa: F401 (registers the operations of tokenizers)
 
         if not (self.path / GRAPH_FILE).is_file():
@@ -135,7 +134,7 @@ class Version:
             self.signatures[name or DEFAULT_SIGNATURE].run(inputs)
 
     def describe(self) -> dict[str, Any]:
-        """Its status as TensorFlow Serving's JSON has it."""
+        """Its status, as in TensorFlow Serving's JSON."""
         code, message = self.error
         return {
             "version": str(self.number),
@@ -154,12 +153,12 @@ class Version:
             self._unload_if_unused()
 
     def retire(self) -> None:
-        """Unloads it as soon as nobody uses it."""
+        """Unloads it as soon as it is no longer in use."""
         self.state = "UNLOADING"
         self._unload_if_unused()
 
     def fail(self, error: BaseException) -> None:
-        """Ends it by an error."""
+        """Ends it with an error."""
         code = "UNKNOWN"
         if isinstance(error, tf.errors.OpError):
             code = _code_name(error.error_code)
@@ -179,7 +178,7 @@ class Version:
 
 
 class Models:
-    """What is served.
+    """The models that are served.
 
     Args:
         folder: see the top of the module; or one model's folder, which holds its versions; or one
@@ -195,19 +194,19 @@ class Models:
         self._was_ready = False
         self.stopping = False
         if not self._versions:
-            what = "has no models" if self._folder.is_dir() else "is no folder"
+            what = "has no models" if self._folder.is_dir() else "is not a folder"
             raise FileNotFoundError(f"{folder} {what}: expected {_LAYOUT}")
 
     @property
     def names(self) -> list[str]:
-        """Of all models."""
+        """Those of all models."""
         return sorted(self._versions)
 
     @property
     def ready(self) -> bool:
-        """Whether every model was loaded and the server does not stop.
+        """Whether every model was loaded and the server is not stopping.
 
-        A model that comes later, and may be broken, does not matter.
+        A model that is added later, and may be broken, does not matter.
         """
         self._was_ready = self._was_ready or all(self.current(name) for name in self._versions)
         return self._was_ready and not self.stopping
@@ -225,7 +224,7 @@ class Models:
 
         Raises:
             NotLoadedYet: it will be served soon.
-            LookupError: it is not served; the message tells why.
+            LookupError: it is not served; the message says why.
         """
         version = self.current(name) if name in self._versions else None
         if version and number in (None, version.number):
@@ -256,10 +255,10 @@ class Models:
         return sorted(found, key=lambda v: (-v.number, v.state == "END"))
 
     async def watch(self, seconds: float) -> None:
-        """Looks for new versions, again and again.
+        """Looks for new versions again and again.
 
         Args:
-            seconds: between two looks.
+            seconds: from one time to the next.
         """
         while True:
             try:
@@ -296,11 +295,11 @@ class Models:
             if old:
                 old.retire()
             _log.info("loaded", extra={**fields, "ms": round(1000 * (time.monotonic() - start))})
-        # Graphs are full of cycles.
+        # Graphs are full of reference cycles.
         await asyncio.to_thread(gc.collect)
 
     def _forget(self, name: str, paths: dict[int, Path]) -> None:
-        """Drops what ended, but the last of each number whose folder is there."""
+        """Drops what ended, except the last of each number whose folder exists."""
         last = {v.number: v for v in self._versions[name]}
         self._versions[name] = [
             v
@@ -333,7 +332,7 @@ class Models:
 
 
 def _numbered(folder: Path) -> dict[int, Path]:
-    # Not isdigit, which is true of other scripts' numbers and superscripts.
+    # Not isdigit, which is true for other scripts' numbers and superscripts.
     return {int(p.name): p for p in _subfolders(folder) if p.name.isascii() and p.name.isdecimal()}
 
 
@@ -345,7 +344,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> tuple[Any, ...]:
-    """Another one when any file of the folder is another one; empty if the folder is gone."""
+    """Differs when any file of the folder does; empty if the folder is gone."""
     try:
         stats = [(str(p), p.stat()) for p in (path, *sorted(path.rglob("*")))]
     except OSError:
@@ -359,7 +358,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             raise ValueError(f"it has more than {_MAX_METADATA_BYTES:,} bytes")
         metadata = json.loads(path.read_text("utf-8"))
         if not isinstance(metadata, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except FileNotFoundError:
         return {}
     except (OSError, RecursionError, ValueError) as error:

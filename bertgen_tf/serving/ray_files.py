@@ -1,9 +1,9 @@
-"""Files of texts through an export on a Ray cluster, or on the cores of this machine.
+"""Runs files of texts through an export on a Ray cluster, or on the cores of this machine.
 
-Each input file becomes one of JSON lines, in the same order, which has its name only when it is
+Each input file becomes a file of JSON lines in the same order, which gets its name only when it is
 complete. Ray Data hands blocks of texts to workers, processes with a copy of the export each. A
-block is lines of one file that follow each other: how many workers there are, and which of them
-dies, changes no batch. A worker that dies is replaced, and its block generated anew.
+block is consecutive lines of one file: neither the number of workers nor the death of one changes a
+batch. A worker that dies is replaced, and its block generated anew.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from tensorflow.core.protobuf import saved_model_pb2
 from bertgen_tf.checks import check_integer
 from bertgen_tf.data import resumable, text_files
 from bertgen_tf.data.progress import show_progress
+from bertgen_tf.generation.generator import BATCH_SIZE
 
-BATCH_SIZE = 32
-# A block is what a worker gets at once, and what is lost with it; it sorts its texts by length.
+# A worker gets one block at a time, loses at most that, and sorts its texts by length.
 BATCHES_OF_A_BLOCK = 8
 
 
 class Job(NamedTuple):
-    """An input file, and what is to be done of its output file.
+    """An input file, and what is still to be done for its output file.
 
     Attributes:
         source: the input file.
         target: the output file.
-        run: what decides its lines, see `cli_output.find_begun`.
+        run: what determines its lines, see `resumable.find_begun`.
         total: how many texts it has.
         begun: what an earlier run left; None if the output file is complete.
     """
@@ -65,23 +65,23 @@ def generate_files(
     """Generates a text for each line of many files.
 
     Args:
-        export: SavedModel folder NAME/VERSION. Settings of generation are those it was exported
+        export: SavedModel folder NAME/VERSION. Generation settings are those it was exported
             with. On a cluster all machines must find it under this path; they need `ray`,
-            `tensorflow` and `tensorflow_text`, and not `bertgen_tf`.
-        pattern: input files, such as "lines/*.jsonl"; their extensions tell the format, as for
-            `bertgen-tf generate`. Read on this machine.
+            `tensorflow` and `tensorflow_text`, but not `bertgen_tf`.
+        pattern: input files, such as "lines/*.jsonl"; their extensions specify the format, as for
+            `bertgen-tf generate`. They are read on this machine.
         output: folder for `NAME.jsonl`, one for each input file NAME.*. A line is the object of the
-            input line, or {"source": TEXT} where that is no JSON, with the text that was generated
-            as "output": a list where the signature gives several.
+            input line, or {"source": TEXT} where that is not JSON, with the generated text as
+            "output": a list where the signature gives several.
         signature: of the export, from `text` to `text`. Those that end in `_xla` are faster once
             each worker has compiled them.
         batch_size: texts that are generated together.
         workers: processes; by default as many as the cores of the machine or the cluster allow.
         cpus_per_worker: cores, and threads, of each.
-        address: of a Ray cluster, as of `ray.init`; by default RAY_ADDRESS, and if that is not set,
-            a Ray of its own on this machine. A Ray that this process uses already is used.
+        address: of a Ray cluster, as for `ray.init`; by default RAY_ADDRESS, and if that is not
+            set, a Ray of its own on this machine. If this process already uses Ray, that is used.
         overwrite: replace output files that exist.
-        resume: go on where an earlier run with the same export and settings stopped.
+        resume: continue where an earlier run with the same export and settings stopped.
         verbose: whether progress is shown, as in `generate`.
 
     Returns:
@@ -91,16 +91,13 @@ def generate_files(
         ImportError: Ray is not installed.
         OSError: a file cannot be read or written, or there is no cluster at `address`.
         ValueError: no file matches, a line is malformed, the folder holds other files, two outputs
-            would have one name, the export has no such signature, or another run began a file that
-            is to be resumed.
+            would have the same name, the export has no such signature, or another run began a file
+            that is to be resumed.
     """
     import_ray()
-    for name, value in (
-        ("batch_size", batch_size),
-        ("workers", 1 if workers is None else workers),
-        ("cpus_per_worker", cpus_per_worker),
-    ):
-        check_integer(name, value)
+    batch_size = check_integer("batch_size", batch_size)
+    workers = None if workers is None else check_integer("workers", workers)
+    cpus_per_worker = check_integer("cpus_per_worker", cpus_per_worker)
     run = {**describe_export(export, signature), "batch_size": batch_size}
     jobs = find_jobs(pattern, output, run, overwrite=overwrite, resume=resume)
     run_jobs(
@@ -121,7 +118,7 @@ def import_ray() -> Any:
     """The module `ray`, with `ray.data`.
 
     Raises:
-        ImportError: tells what to install.
+        ImportError: says what to install.
     """
     try:
         import ray
@@ -134,16 +131,16 @@ def import_ray() -> Any:
 
 
 def cluster_address(address: str | None) -> str | None:
-    """That of the cluster to use, if it is not a Ray of our own on this machine."""
+    """That of the cluster to use; None for a Ray of our own on this machine."""
     address = address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
 
 
 def describe_export(export: str | os.PathLike, signature: str) -> dict[str, Any]:
-    """What decides the outputs of an export, to tell runs apart.
+    """What determines the outputs of an export, to tell runs apart.
 
     Raises:
-        ValueError: it is no export, or has no such signature from `text` to `text`.
+        ValueError: it is not an export, or has no such signature from `text` to `text`.
     """
     folder = pathlib.Path(export)
     path = folder / "saved_model.pb"
@@ -177,12 +174,12 @@ def find_jobs(
     overwrite: bool = False,
     resume: bool = False,
 ) -> list[Job]:
-    """Looks through all inputs, and at what there is of the outputs.
+    """Looks through all inputs, and at what exists of the outputs.
 
     Args:
         pattern: see `generate_files`.
         output: see `generate_files`.
-        run: what decides the outputs beside the input.
+        run: what determines the outputs besides the input.
         overwrite: see `generate_files`.
         resume: see `generate_files`.
 
@@ -197,7 +194,7 @@ def find_jobs(
     sources = [source for source in sources if os.path.isfile(source)]
     if not sources:
         raise ValueError(
-            f"--input must match files, such as 'lines/*.jsonl', but no file matches {pattern!r}"
+            f"pattern must match files, such as 'lines/*.jsonl', but no file matches {pattern!r}"
         )
     targets: dict[str, str] = {}
     for source in sources:
@@ -210,7 +207,7 @@ def find_jobs(
     for target, source in targets.items():
         if os.path.isdir(output):
             resumable.check_path(target, overwrite, resume)
-        # Twice is little beside generating, and finds every malformed line now.
+        # Reading twice costs little beside generating, and finds every malformed line now.
         total = sum(1 for _ in text_files.read_texts(source))
         begun: resumable.Begun | None = resumable.Begun()
         run_of_file = {"input": resumable.digest(source), **run}
@@ -239,8 +236,8 @@ def run_jobs(
 
     Args:
         jobs: those that are complete are skipped.
-        export: see `generate_files`, as all others.
-        complain: gets a message that tells where the finished lines are, if something raises.
+        export: see `generate_files`, as for all others.
+        complain: called with a message that says where the finished lines are, if something raises.
 
     Raises:
         OSError: a file cannot be read or written, or there is no cluster at `address`.
@@ -279,7 +276,7 @@ def _write(
         for number, (record, output) in enumerate(zip(records, outputs, strict=True), first):
             if number >= job.begun.lines:
                 line = json.dumps({**record, "output": output}, ensure_ascii=False)
-                # Half a character, which JSON can spell, stays as it was spelled.
+                # Half a character, which JSON can spell, stays as it was.
                 file.write(line.encode("utf-8", "backslashreplace").decode() + "\n")
             if (number + 1) % size == 0 or number + 1 == job.total:
                 resumable.sync(file)
@@ -293,19 +290,19 @@ def _first(job: Job, size: int) -> int:
 
 
 def _read_records(path: str) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines with all their fields, of other lines {"source": TEXT}."""
+    """The objects of JSON lines with all their fields; {"source": TEXT} for other lines."""
     texts = text_files.read_texts(path)
     if pathlib.Path(path).suffix.lower() not in text_files.JSON_LINES:
         yield from ({"source": text} for text in texts)
         return
     with open(path, encoding="utf-8-sig", newline="\n") as lines:
-        # Texts end before blank lines at the end.
+        # Blank lines at the end are no texts.
         for _, line in zip(texts, lines, strict=False):
             yield json.loads(line)
 
 
 def _check_folder(output: str | os.PathLike, targets: list[str]) -> None:
-    """Raises a ValueError unless it is a folder, or may be made, without files of others."""
+    """Raises a ValueError unless it is a folder, or can be made, without foreign files."""
     if os.path.isdir(output):
         ours = {
             os.path.basename(f"{target}{ending}")
@@ -315,15 +312,15 @@ def _check_folder(output: str | os.PathLike, targets: list[str]) -> None:
         others = sorted(set(os.listdir(output)) - ours)
         if others:
             raise ValueError(
-                f"--output must be a folder for these outputs alone, but {output} holds "
+                f"output must be a folder for these outputs alone, but {output} holds "
                 f"{others[0]}; choose another folder"
             )
         return
     parent = next(path for path in pathlib.Path(output).absolute().parents if path.exists())
     if os.path.exists(output) or not parent.is_dir():
-        raise ValueError(f"--output must be a folder, but {output} is a file, or lies below one")
+        raise ValueError(f"output must be a folder, but {output} is a file, or lies below one")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--output must lie in a folder that can be written, but {parent} cannot")
+        raise ValueError(f"output must lie in a folder that can be written, but {parent} cannot")
 
 
 # ------------------------------------------------------------------------------------------ Ray
@@ -331,17 +328,17 @@ def _check_folder(output: str | os.PathLike, targets: list[str]) -> None:
 
 @contextlib.contextmanager
 def _ray_running(address: str | None, workers: int | None, cpus: int) -> Iterator[int]:
-    """Gives the number of workers, while there is a Ray to run them."""
+    """Yields the number of workers, while Ray is up to run them."""
     ray = import_ray()
     ours = not ray.is_initialized()
     address = cluster_address(address)
     if ours:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Its C++ side calls things errors that are none.
+        # Its C++ side logs errors that are not errors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
-            # None: as many as the machine, or its container, has.
+            # None: as many as the machine or its container has.
             options |= {"num_cpus": workers and workers * cpus, "include_dashboard": False}
         else:
             _check_answers(address)
@@ -355,7 +352,7 @@ def _ray_running(address: str | None, workers: int | None, cpus: int) -> Iterato
     try:
         cores = int(ray.cluster_resources().get("CPU", 0))
         if address is None and cores < cpus:
-            raise ConnectionError(f"a worker cannot have {cpus} cores, as Ray has {cores}")
+            raise ConnectionError(f"a worker cannot have {cpus} cores, because Ray has {cores}")
         # At least one, as a cluster may have no machines until there is work.
         yield workers or max(1, cores // cpus)
     finally:
@@ -376,7 +373,7 @@ def _check_answers(address: str) -> None:
 def _on_ray(
     jobs: list[Job], size: int, worker: tuple[str, str, int, int], workers: int
 ) -> Iterator[Any]:
-    """What is generated from all texts of the jobs, in their order."""
+    """The texts generated from all texts of the jobs, in order."""
     import pyarrow
 
     ray = import_ray()
@@ -392,7 +389,7 @@ def _on_ray(
             fn_constructor_args=worker,
             batch_size=None,  # a block
             batch_format="pyarrow",
-            # Actors of Ray Data restart, and their blocks are tried again, without limit.
+            # Actors of Ray Data restart, and their blocks are retried, without limit.
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=worker[-1],
         )
@@ -410,7 +407,7 @@ def _blocks(jobs: Iterable[Job], size: int) -> Iterator[list[str]]:
 def _worker_class() -> type:
     """The class of the workers.
 
-    Made in a function it travels as code, where one of a module travels as a name: machines need no
+    A class made in a function is sent as code, one of a module as a name: this way machines need no
     `bertgen_tf`.
     """
 
@@ -431,7 +428,7 @@ def _worker_class() -> type:
             import tensorflow as tf
 
             texts = block.column("text").to_pylist()
-            # Alike in length together: less padding.
+            # Similar lengths together: less padding.
             order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
             outputs: list[Any] = [None] * len(texts)
             for start in range(0, len(texts), self.batch_size):

@@ -7,7 +7,7 @@ A request names its tensors in one of two forms:
 - columns: `{"inputs": ...}`: the value of the only input, or an object with all inputs. Answered
   by `{"outputs": ...}`.
 
-A string may be `{"b64": "..."}`, any bytes. An answer of one output leaves its name out; outputs
+A string may be `{"b64": "..."}`, any bytes. An answer of one output omits its name; outputs
 whose names end in `_bytes` are base64, other strings are UTF-8.
 """
 
@@ -22,15 +22,15 @@ import numpy as np
 import tensorflow as tf
 
 DEFAULT_SIGNATURE = "serving_default"
-# What a request may nest lists to, where the signature does not tell.
+# How deep a request may nest lists, where the signature does not specify it.
 _MAX_RANK = 8
 
 
 class RequestError(ValueError):
-    """What a client did wrong: the message tells what, and the status what kind of thing.
+    """What a client did wrong: the message says what, and the status of what kind.
 
     Attributes:
-        status: of HTTP.
+        status: the HTTP status.
     """
 
     def __init__(self, message: str, status: int = 400):
@@ -48,7 +48,7 @@ def parse_request(body: bytes) -> dict[str, Any]:
         the object.
 
     Raises:
-        RequestError: it is no JSON object, or its "signature_name" is no string.
+        RequestError: it is not a JSON object, or its "signature_name" is not a string.
     """
     try:
         request = json.loads(body.decode("utf-8"))
@@ -56,7 +56,7 @@ def parse_request(body: bytes) -> dict[str, Any]:
         raise RequestError(f"JSON Parse error: the body must be UTF-8: {error}") from error
     except RecursionError as error:
         raise RequestError("JSON Parse error: the body nests too deep") from error
-    except ValueError as error:  # also of numbers with thousands of digits
+    except ValueError as error:  # also for numbers of thousands of digits
         raise RequestError(f"JSON Parse error: {error}") from error
     if not isinstance(request, dict):
         raise RequestError(f"The body must be a JSON object, received {_show(request)}")
@@ -106,7 +106,7 @@ def write_outputs(outputs: Mapping[str, np.ndarray], rows: bool) -> dict[str, An
         an object for `json.dumps`.
 
     Raises:
-        RequestError: the outputs have no rows, and the request did.
+        RequestError: the outputs have no rows, but the request did.
     """
     lists = {name: _to_list(name, values) for name, values in outputs.items()}
     if not rows:
@@ -160,7 +160,7 @@ def _read_rows(rows: Any, specs: Mapping[str, tf.TensorSpec]) -> dict[str, np.nd
         if (isinstance(row, dict) and not _is_base64(row)) != named:
             raise RequestError(
                 "'instances' must hold either objects or values, but element "
-                f"{number} is another kind than the first: {_show(row)}"
+                f"{number} is of another kind than the first: {_show(row)}"
             )
         if named:
             _check_names(row, specs, f"element {number} of 'instances'")
@@ -207,7 +207,7 @@ def _to_array(value: Any, shape: list[int], spec: tf.TensorSpec, where: str) -> 
     if not shape and rank == 1:
         value, shape = [value], [1]  # a scalar is a batch of one
     if shape and not shape[-1] and rank is not None:
-        shape = shape + [0] * (rank - len(shape))  # of what is empty no list tells the rank
+        shape = shape + [0] * (rank - len(shape))  # an empty list does not show the rank
     if len(shape) != rank and (rank is not None or len(shape) > _MAX_RANK):
         raise RequestError(
             f"{where}: expected a tensor of shape {_show_shape(spec.shape)}, received one with "
@@ -263,7 +263,7 @@ def _convert(leaves: list[Any], dtype: tf.DType, where: str) -> np.ndarray:
         if type(leaf) not in kinds:  # a bool is an int, too
             raise RequestError(f"{where}: {_show(leaf)} is not of expected type: {dtype.name}")
     if dtype != tf.bool:
-        # Integers that a float does not hold would become others.
+        # Integers that a float cannot hold would change.
         largest = dtype.max if dtype.is_integer else 2 ** (24 if dtype == tf.float32 else 53)
         for leaf in leaves:
             if type(leaf) is int and not (dtype.min <= leaf <= largest):
@@ -279,7 +279,7 @@ def _to_bytes(value: Any, where: str) -> bytes:
             return value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"{where}: a string has half of a surrogate pair, which is no character"
+                f"{where}: a string has half of a surrogate pair, which is not a character"
             ) from error
     if _is_base64(value):
         text = value["b64"]
@@ -304,7 +304,7 @@ def _to_list(name: str, values: np.ndarray) -> Any:
             return _map(values, lambda item: {"b64": base64.b64encode(item).decode("ascii")})
         return _map(values, lambda item: item.decode("utf-8", "replace"))
     if values.dtype.kind == "f" and values.dtype.itemsize < 8:
-        # By their own shortest digits: 0.1, not 0.10000000149011612.
+        # With as few digits as they need: 0.1, not 0.10000000149011612.
         return values.astype(str).astype(np.float64).tolist()
     return values.tolist()
 

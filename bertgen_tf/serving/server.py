@@ -1,7 +1,7 @@
-"""The process of `bertgen-tf serve`: HTTP, limits of connections, logs, shutdown.
+"""The process of `bertgen-tf serve`: HTTP, connection limits, logs, shutdown.
 
-Logs are JSON, one object a line, on stderr. SIGTERM and Ctrl-C stop accepting; what was accepted
-is answered before the process ends, if that takes no longer than a time-out.
+Logs are JSON, one object a line, on stderr. After SIGTERM or Ctrl-C nothing more is accepted; what
+was accepted is answered before the process ends, within a time limit.
 """
 
 import datetime
@@ -24,7 +24,7 @@ from bertgen_tf.serving.exports import Models
 _MAX_HEADER_BYTES = 2**16
 # Seconds for which an idle connection stays open.
 _KEEP_ALIVE = 75
-# Seconds in which a client that was refused may read why.
+# Seconds in which a refused client may read why.
 _LINGER = 1.0
 _REASONS = {
     400: "Bad Request",
@@ -32,7 +32,7 @@ _REASONS = {
     431: "Request Header Fields Too Large",
     503: "Service Unavailable",
 }
-# What every record of Python's logging has; anything else was put in as `extra`.
+# What every record of Python's logging has; anything else was passed as `extra`.
 _RECORD_FIELDS = {*vars(logging.makeLogRecord({})), "message", "color_message"}
 
 _log = logging.getLogger(__name__)
@@ -58,15 +58,15 @@ def serve(
     Args:
         folder: see `bertgen_tf.serving.exports`.
         host: address to listen on.
-        port: the same; 0 for any that is free, which the log tells.
-        poll_seconds: between two looks for new versions.
-        request_timeout: seconds after which a request is answered by 504.
-        max_body_bytes: of a request; more is answered by 413.
-        max_texts: of a request; more is answered by 413.
-        max_queued_texts: that wait for their turn; more is answered by 503.
-        max_connections: that are open; more is answered by 503.
-        batch_patience: seconds to wait for a full batch where several clients are at work.
-        receive_timeout: seconds in which a request must have come; slower is answered by 408.
+        port: the same; 0 for any free one, which is logged.
+        poll_seconds: between checks for new versions.
+        request_timeout: seconds after which a request is answered with 504.
+        max_body_bytes: of a request; more is answered with 413.
+        max_texts: of a request; more is answered with 413.
+        max_queued_texts: waiting for their turn; more is answered with 503.
+        max_connections: open at a time; more is answered with 503.
+        batch_patience: seconds to wait for a full batch where several clients are active.
+        receive_timeout: seconds in which a request must arrive; later is answered with 408.
         shutdown_timeout: seconds in which to answer what was accepted.
 
     Raises:
@@ -105,7 +105,7 @@ def serve(
     address, number = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
     _log.info("serving on %s", url, extra={"url": url, "models": models.names})
-    # uvicorn sends itself the signal again when it has stopped: that shall not end it by an error.
+    # uvicorn sends itself the signal again when it has stopped: that must not end it with an error.
     ignored = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         _Server(config, models).run(sockets=[listener])
@@ -123,7 +123,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OSError(
             f"cannot listen on port {port} of {host}: {error.strerror or error}. Choose another "
-            "--host or --port"
+            "host or port"
         ) from error
 
 
@@ -148,7 +148,7 @@ class _Protocol(H11Protocol):
 
     The clock of a request runs from its first byte, and that of a new connection from its
     beginning, until the request is complete. Slow clients get 408, malformed requests 4xx, in JSON.
-    Who does not read answers is cut off after the same time.
+    Clients that do not read answers are cut off after the same time.
     """
 
     seconds_to_receive: float
@@ -158,8 +158,8 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        # asyncio leaves it to those who made the socket. Or bodies wait for the client's system to
-        # acknowledge the head, 40 ms.
+        # asyncio leaves this to whoever made the socket. Without it, bodies wait 40 ms for the
+        # client's system to acknowledge the head.
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if len(self.connections) > self.most_connections:
@@ -190,12 +190,12 @@ class _Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        # The rest of a body that nobody wanted keeps its clock; what was sent ahead was handled.
+        # The rest of an unwanted body keeps its clock; what was sent ahead has been handled.
         if self.conn.their_state is not h11.SEND_BODY:
             self._stop_clock()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP; uvicorn calls it where it has caught h11's error."""
+        """Answers what is not HTTP; uvicorn calls it when it has caught h11's error."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
         self._refuse(status if status in _REASONS else 400, f"Malformed request: {error or msg}")
@@ -219,7 +219,7 @@ class _Protocol(H11Protocol):
         self._refuse(408, f"The request must be complete within {seconds:g} seconds")
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answers, if nothing was answered yet, and closes the connection."""
+        """Answers, if nothing has been answered yet, and closes the connection."""
         self._refused = True
         self._stop_clock()
         if self.cycle is not None and not self.cycle.response_complete:
@@ -251,7 +251,7 @@ class _Protocol(H11Protocol):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object a line: time (UTC), level, message, what was put in as `extra`, traceback."""
+    """One object a line: time (UTC), level, message, what was passed as `extra`, traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
@@ -271,7 +271,7 @@ def _log_as_json() -> None:
     handler.setFormatter(_JsonFormatter())
     logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
     logging.captureWarnings(True)
-    # Its news are told by our own lines.
+    # Our own lines report the same.
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
     tensorflow = logging.getLogger("tensorflow")
     tensorflow.setLevel(logging.ERROR)

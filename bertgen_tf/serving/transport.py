@@ -1,8 +1,8 @@
-"""One request to a TensorFlow Serving, over REST or gRPC, and its answer checked.
+"""One request to TensorFlow Serving, over REST or gRPC, with its answer checked.
 
-The two transports are alike to `bertgen_tf.serving.client`, which cuts calls into requests and
-sends again what may pass: `predict`, `status` and `metadata` give arrays or TensorFlow Serving's
-own messages, or raise `ServingError`, whatever comes in place of an answer.
+The two transports are the same to `bertgen_tf.serving.client`, which splits calls into requests and
+retries these: `predict`, `status` and `metadata` give arrays or TensorFlow Serving's own messages,
+or raise `ServingError`, whatever comes in place of an answer.
 """
 
 import base64
@@ -20,7 +20,7 @@ from google.protobuf import json_format
 MAX_ANSWER_BYTES = 1 << 26
 MAX_SHOWN = 500
 CONNECT_TIMEOUT = 10.0  # seconds; an answer may take all that is left
-# More requests at a time than these make connections that are not kept.
+# Requests beyond this many at a time make connections that are not kept.
 KEPT_CONNECTIONS = 32
 INSTALL = 'pip install "bertgen_tf[serving]"'
 XLA_DISABLED = "XLA compilation disabled"
@@ -28,7 +28,7 @@ XLA_REMEDY = (
     "The server runs without XLA, which this signature needs: use serving_default, or start the "
     "server with --xla_cpu_compilation_enabled=true (on a GPU --xla_gpu_compilation_enabled=true)."
 )
-TOKEN_REMEDY = "If it takes a token, pass that in headers."
+TOKEN_REMEDY = "If it requires a token, pass it in headers."
 REMEDIES = {
     401: TOKEN_REMEDY,
     403: TOKEN_REMEDY,
@@ -41,12 +41,12 @@ REMEDIES = {
 
 
 class ServingError(RuntimeError):
-    """A request failed: the message tells which, why, and what to do.
+    """A request failed: the message says which, why, and what to do.
 
     Attributes:
-        code: the HTTP status as an integer, or the name of gRPC's, such as "NOT_FOUND"; None where
-            no answer came, or one that is malformed.
-        retry_after: None where the same request would fail again, else the seconds that the server
+        code: the HTTP status as an integer, or the name of gRPC's, such as "NOT_FOUND"; None if no
+            answer came, or a malformed one.
+        retry_after: None if the same request would fail again, else the seconds that the server
             asks to wait, 0 if it does not.
     """
 
@@ -66,7 +66,7 @@ class RestTransport:
     """TensorFlow Serving's REST interface, in its columnar format.
 
     Args:
-        url: of the server, with the schemes http or https.
+        url: the server's, with the scheme http or https.
         model_name, version: the model; None leaves the version to the server.
         headers: for every request.
     """
@@ -100,7 +100,7 @@ class RestTransport:
         outputs: Mapping[str, tf.DType],
         timeout: float,
     ) -> dict[str, np.ndarray]:
-        """The outputs that are named in `outputs`, of these dtypes; strings come as str."""
+        """The outputs named in `outputs`, of these dtypes; strings come as str."""
         place = f"{self.place}:predict, signature {signature}"
         columns = {name: _json_value(array.tolist()) for name, array in inputs.items()}
         request = {"signature_name": signature, "inputs": columns}
@@ -153,8 +153,8 @@ class RestTransport:
             data = self._read(response, end, place)
         except errors.SSLError as error:
             raise ServingError(
-                f"{place}: no secure connection: {error}. Roots of your own go into a file that "
-                "SSL_CERT_FILE names."
+                f"{place}: no secure connection: {error}. Put your own root certificates into "
+                "a file that SSL_CERT_FILE names."
             ) from error
         except errors.ReadTimeoutError as error:
             raise DeadlineExceeded(f"{place}: no answer within {timeout:.3g} seconds.") from error
@@ -176,7 +176,7 @@ class RestTransport:
         """The body, of bounded size, in bounded time; then the connection may be used again."""
         data = bytearray()
         try:
-            # Not read(), which waits for all of it, drop by drop.
+            # Not read(), which waits for all of it, however slow.
             while part := response.read1(1 << 16):
                 data += part
                 if len(data) > MAX_ANSWER_BYTES:
@@ -197,7 +197,7 @@ class RestTransport:
         text = data.decode(errors="replace")
         try:
             message = json.loads(text)["error"]
-        # Older servers escape as C does, which is no JSON.
+        # Older servers escape as C does, which is not JSON.
         except (ValueError, KeyError, TypeError, RecursionError):
             message = text
         retry_after = None
@@ -239,7 +239,7 @@ class GrpcTransport:
         options = [
             ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
             ("grpc.max_send_message_length", -1),
-            # Or a server that comes back is not asked for up to two minutes.
+            # Without it a server that comes back is not asked for up to two minutes.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 2000),
@@ -313,7 +313,7 @@ class GrpcTransport:
             return method(request, timeout=timeout, metadata=self.headers)
         except self.grpc.RpcError as error:
             code, message = error.code().name, error.details() or ""
-            # RESOURCE_EXHAUSTED is also what gRPC says of an answer beyond MAX_ANSWER_BYTES.
+            # RESOURCE_EXHAUSTED is also what gRPC says for an answer beyond MAX_ANSWER_BYTES.
             too_large = "message larger than max" in message
             passes = code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED") and not too_large
             text = _error_text(place, code, code, message)
@@ -324,16 +324,16 @@ class GrpcTransport:
 
 
 def read_url(url: str) -> urllib.parse.SplitResult:
-    """The parts of an URL that has a scheme and a host, and for gRPC a port.
+    """The parts of a URL that has a scheme and a host, and for gRPC a port.
 
     Raises:
-        ValueError: it has not, or more than these.
+        ValueError: it lacks these, or has more.
     """
     try:
         parts = urllib.parse.urlsplit(url)
         fits = parts.hostname and "@" not in parts.netloc and not (parts.query or parts.fragment)
         grpc = parts.scheme in ("grpc", "grpcs")
-        # To read a port is to check it.
+        # Reading a port checks it.
         fits = fits and (parts.port and not parts.path.strip("/") if grpc else parts.port != 0)
         fits = fits and (grpc or parts.scheme in ("http", "https"))
     except (AttributeError, TypeError, ValueError):
@@ -351,7 +351,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The same, checked.
 
     Raises:
-        ValueError: they are none that HTTP or gRPC would send.
+        ValueError: they are not what HTTP or gRPC could send.
     """
     for name, value in headers.items():
         if not (
@@ -370,7 +370,7 @@ def check_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def _json_value(value: Any) -> Any:
-    """JSON for the elements of an array: text, or base64 where bytes are none."""
+    """JSON for the elements of an array: text, or base64 for bytes that are not text."""
     if isinstance(value, list):
         return [_json_value(element) for element in value]
     if isinstance(value, bytes):
@@ -428,7 +428,7 @@ def _read_message(place: str, value: Any, message: Any) -> Any:
 
 def _malformed(place: str, problem: str) -> ServingError:
     return ServingError(
-        f"{place}: malformed answer: {problem}. Is it a TensorFlow Serving, and nothing between "
+        f"{place}: malformed answer: {problem}. Is it TensorFlow Serving, with nothing between "
         "that answers in its place?"
     )
 
@@ -442,6 +442,6 @@ def _error_text(place: str, status: str, code: int | str, message: Any) -> str:
 
 
 def _shorten(text: Any) -> str:
-    """One line that is not too long."""
+    """One line of bounded length."""
     text = " ".join(str(text).split())
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."

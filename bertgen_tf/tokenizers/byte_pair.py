@@ -12,7 +12,7 @@ from bertgen_tf.tokenizers.interface import read_file
 SPACE = "\u2581"
 # Characters that get a piece with their own spelling, the space first: see `_byte_pieces`.
 _READABLE = [ord(" "), *range(ord("!"), 0x7F), ord("\n"), ord("\t"), ord("\r")]
-# GPT-2 splits them off words; all its other tokens hold characters of one kind only.
+# GPT-2 splits them off words; each of its other tokens has characters of one kind only.
 _CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 
@@ -30,34 +30,33 @@ def sentencepiece_from_byte_pair(
 ) -> bytes:
     r"""Turns a byte-level BPE into a SentencePiece model that gives the same ids.
 
-    `BertGenerationTokenizer(proto)` then reads RoBERTa's text in the graph; the SentencePiece model
-    of the BertGeneration originals is GPT-2's BPE in this form, too. SentencePiece merges by the
-    score of the result where BPE merges by the rank of the pair. The two agree wherever every
-    token is what its own text is merged into, which holds for vocabularies made by BPE training.
+    `BertGenerationTokenizer(proto)` then tokenizes as RoBERTa does, in the graph; the SentencePiece
+    model of the BertGeneration originals is also GPT-2's BPE in this form. SentencePiece merges by
+    the score of the result, BPE by the rank of the pair. The two agree if the text of every token
+    is merged into that token, which holds for vocabularies made by BPE training.
 
-    What differs, as SentencePiece has no splitting into words before the merges:
+    Differences, since SentencePiece does not split text into words before the merges:
 
-    - GPT-2 takes 's, 't, 're, 've, 'm, 'll and 'd for a word of its own directly behind a letter,
-      a digit or a line end only. Here these merges come last, which is the same in prose, also
-      behind a single opening quotation mark, but can differ in "('so" and "'twas".
-    - Merges of blanks come last as well, so that the last one goes to the word behind it; two line
+    - GPT-2 treats 's, 't, 're, 've, 'm, 'll and 'd as words of their own only directly after a
+      letter, a digit or a line end. Here these merges come last, which gives the same in prose,
+      even after a single opening quotation mark, but can differ in "('so" and "'twas".
+    - Merges of blanks come last as well, so that the last blank joins the word after it; two line
       ends before a word become one token if there is one.
-    - A character that has no token of its own is spelled in single bytes. The byte-level BPE may
-      merge some of its bytes, into tokens that are no text on their own: these ids never occur, nor
-      do tokens of several characters that are merged from halves of characters only.
-    - U+2581, SentencePiece's sign for a space, is read as a space.
+    - A character without a token of its own is spelled in single bytes. The byte-level BPE may
+      merge some of its bytes into tokens that are not text on their own: these ids never occur, nor
+      do tokens of several characters that are merged from parts of characters only.
+    - U+2581, SentencePiece's symbol for a space, is read as a space.
 
-    If the vocabulary has not all 256 single bytes, or none of the tokens that are no text on their
-    own, such a character becomes the unknown token instead.
+    If the vocabulary lacks some of the 256 single bytes, or has no tokens that are not text on
+    their own, such a character becomes the unknown token instead.
 
     Args:
-        vocab: path of `vocab.json`, or its content: token -> id, the ids being 0 to n - 1.
+        vocab: path of `vocab.json`, or its content: token -> id, with ids 0 to n - 1.
         merges: path of `merges.txt`, or its lines, a pair of tokens each. A first line that starts
             with "#version" is skipped.
-        add_prefix_space: whether a text is read as if a space came before it. RoBERTa does not.
-        pad_token, bos_token, eos_token, unk_token: special tokens, with which to construct the
-            tokenizer. For GPT-2: `eos_token="<|endoftext|>", control_tokens=(),
-            append_missing=True`.
+        add_prefix_space: whether to read a text as if a space preceded it. RoBERTa does not.
+        pad_token, bos_token, eos_token, unk_token: special tokens; give the tokenizer the same
+            ones. For GPT-2: `eos_token="<|endoftext|>", control_tokens=(), append_missing=True`.
         control_tokens: further tokens that no text contains.
         append_missing: give pad, bos, eos and unk tokens that the vocabulary lacks ids from n on,
             in this order. The embeddings then need as many further rows.
@@ -67,8 +66,8 @@ def sentencepiece_from_byte_pair(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: broken JSON, ids other than 0 to n - 1, characters that spell no byte, merges of
-            unknown tokens, or a special token that is missing.
+        ValueError: broken JSON, ids other than 0 to n - 1, characters that do not spell bytes,
+            merges of unknown tokens, or a missing special token.
     """
     tokens = _read_vocab(vocab)
     roles = {"pad": pad_token, "bos": bos_token, "eos": eos_token, "unk": unk_token}
@@ -89,7 +88,7 @@ def sentencepiece_from_byte_pair(
     if wrong:
         raise ValueError(
             "`vocab` must spell bytes as GPT-2 does; received "
-            f"{', '.join(map(repr, wrong[:5]))}. Name tokens that are no text in control_tokens."
+            f"{', '.join(map(repr, wrong[:5]))}. List tokens that are not text in control_tokens."
         )
     ranks = _read_merges(merges, set(tokens))
     model = sentencepiece_model_pb2.ModelProto()
@@ -116,7 +115,7 @@ def _add_pieces(
 ) -> None:
     """Adds a piece for each token."""
     kinds = model.SentencePiece
-    # Merges that no rank names come last, and SentencePiece undoes those of unused pieces.
+    # Merges without a rank come last, and SentencePiece undoes those of unused pieces.
     last = max(ranks.values(), default=0) + 1
     unranked = float(-2 * last)
     for i, token in enumerate(tokens):
@@ -129,7 +128,7 @@ def _add_pieces(
         except UnicodeDecodeError:
             text = ""
         if not text or SPACE in text or "\0" in text or text in specials:
-            # No text contains it; a control piece has no text when it is decoded, either.
+            # No text contains it, and a control piece decodes to no text.
             model.pieces.add(piece=f"<unused {i}>", score=0.0, type=kinds.CONTROL)
             continue
         piece = text.replace(" ", SPACE)
@@ -145,11 +144,11 @@ def _add_pieces(
 def _add_byte_pieces(model: Any, tokens: list[str], specials: set[str]) -> bool:
     """Makes the model spell in bytes what it has no piece for, with the ids of the bytes' tokens.
 
-    SentencePiece wants a piece `<0xE2>` for each of the 256 bytes. Bytes that are no character get
-    them at their own ids. Readable characters keep their spelling, and their byte pieces, which
-    will never occur, take the place of tokens that are no text on their own, the rarest first. If
-    there are too few, the byte piece is at the character's own id, which is the same to a model.
-    The space cannot do that: its piece is spelled otherwise.
+    SentencePiece requires a piece `<0xE2>` for each of the 256 bytes. Bytes that are not characters
+    get theirs at their own ids. Readable characters keep their spelling, and their byte pieces,
+    which never occur, replace tokens that are not text on their own, the rarest first. If there are
+    too few of these, the byte piece takes the character's own id, which is the same to a model. The
+    space cannot do that: its piece is spelled differently.
 
     Returns:
         Whether the model has all 256 bytes.
@@ -202,7 +201,7 @@ def _read_vocab(vocab: str | os.PathLike | Mapping[str, int]) -> list[str]:
         where = f"`vocab` ({os.fspath(vocab)})"
         try:
             vocab = json.loads(read_file(vocab, "vocab").decode("utf-8"))
-        except ValueError as error:  # of JSON and of UTF-8
+        except ValueError as error:  # from JSON or UTF-8
             raise ValueError(f"{where} must be a JSON file: {error}") from error
     if not isinstance(vocab, Mapping) or not vocab:
         raise ValueError(f"{where} must map tokens to ids; received {type(vocab).__name__}.")

@@ -1,4 +1,4 @@
-"""What both tokenizers share: the calls of HuggingFace's tokenizers, and checks of input."""
+"""What both tokenizers share: the calls of Hugging Face's tokenizers, and checks of input."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -9,24 +9,24 @@ import tensorflow as tf
 
 Ids = tf.Tensor | tf.RaggedTensor
 
-# HuggingFace's order.
+# Hugging Face's order.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 class TextTokenizer(tf.Module):
     """A vocabulary with special tokens, and conversions of plain Python values.
 
-    These conversions are for a look at the data and for code written against HuggingFace's classes
+    These conversions are for inspecting data and for code written against Hugging Face's classes
     (transformers 5.23), whose results they give; the graph calls are `__call__` and `detokenize`.
-    On purpose they differ from HuggingFace's in this: nothing is ever added to the vocabulary, so
-    that a special token that it lacks has neither piece nor id; an id outside the vocabulary is an
-    error; the result for an empty batch is empty.
+    They differ from Hugging Face's on purpose: nothing is ever added to the vocabulary, so a
+    special token that it lacks has neither piece nor id; an id outside the vocabulary is an error;
+    an empty batch gives an empty result.
 
     Attributes:
         vocab_size: int, also `len(tokenizer)`.
         pad_token, bos_token, eos_token, unk_token: str.
         pad_token_id, bos_token_id, eos_token_id, unk_token_id: int.
-        sep_token, mask_token: str, or None where the vocabulary has none.
+        sep_token, mask_token: str, or None if the vocabulary has none.
         sep_token_id, mask_token_id: int or None.
     """
 
@@ -78,7 +78,7 @@ class TextTokenizer(tf.Module):
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids of the special tokens that there are, each once."""
+        """Ids of the existing special tokens, each once."""
         ids = [getattr(self, f"{role}_token_id") for role in ROLES]
         return list(dict.fromkeys(i for i in ids if i is not None))
 
@@ -96,9 +96,9 @@ class TextTokenizer(tf.Module):
 
         Args:
             text: one string.
-            add_special_tokens: whether to put [CLS] and [SEP] (bos and eos) around it. This is for
-                `BertTokenizer`; HuggingFace's `BertGenerationTokenizer` adds nothing even then,
-                and so does ours.
+            add_special_tokens: whether to put [CLS] and [SEP] (bos and eos) around it. For
+                `BertTokenizer` only: Hugging Face's `BertGenerationTokenizer` adds nothing even
+                then, nor does ours.
         """
         ids = self(one_string(text)).numpy().tolist()
         if add_special_tokens and self._frames:
@@ -129,10 +129,10 @@ class TextTokenizer(tf.Module):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> str | list[str]:
-        """Turns ids into text as HuggingFace does; `detokenize` is the better reader.
+        """Turns ids into text as Hugging Face does; `detokenize` gives more readable text.
 
-        All ids are shown, also those after eos, and the rules of `convert_tokens_to_string` hold:
-        there may be no spaces around special tokens, and the unknown token is shown as such.
+        All ids are shown, even those after eos, and the rules of `convert_tokens_to_string` apply:
+        special tokens may lack spaces around them, and the unknown token is shown as such.
 
         Args:
             ids: one id, integers [length] or [batch, length]: lists, arrays or tensors.
@@ -160,7 +160,7 @@ class TextTokenizer(tf.Module):
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool = False,
     ) -> list[str]:
-        """`decode`, with a list for one row as well."""
+        """`decode`, but returns a list for a single row too."""
         ids = _plain(ids)
         if ids == []:
             return []
@@ -176,7 +176,7 @@ class TextTokenizer(tf.Module):
         if wrong:
             raise ValueError(
                 f"`ids` must lie in [0, {self.vocab_size}); received {wrong[:5]}. "
-                "Cut padding such as -100 out first."
+                "Remove padding such as -100 first."
             )
         return ids
 
@@ -197,7 +197,7 @@ def _plain(ids: Any) -> Any:
 
 
 def _clean_up(text: str) -> str:
-    """The replacements of HuggingFace's `clean_up_tokenization`, in its order."""
+    """The replacements of Hugging Face's `clean_up_tokenization`, in its order."""
     for end in (".", "?", "!", ","):
         text = text.replace(f" {end}", end)
     text = text.replace(" ' ", "'")
@@ -207,7 +207,7 @@ def _clean_up(text: str) -> str:
 
 
 def _sanitize(text: tf.Tensor) -> tf.Tensor:
-    """Replaces what is not UTF-8 by U+FFFD; valid strings stay as they are."""
+    """Replaces invalid UTF-8 by U+FFFD; valid strings stay unchanged."""
     return tf.strings.unicode_transcode(
         text, "UTF-8", "UTF-8", errors="replace", replace_control_characters=False
     )
@@ -232,7 +232,7 @@ def text_vector(text: Any) -> tuple[tf.Tensor, bool]:
 
 
 def visible_ids(ids: Any, eos: int, hidden: Sequence[int], vocab_size: int):
-    """Drops what is no text: hidden and impossible ids, and all from the first eos on.
+    """Drops what is not text: hidden and impossible ids, and everything from the first eos on.
 
     Returns ragged int32 [batch, None], and whether `ids` was one row.
     """
@@ -264,7 +264,7 @@ def visible_ids(ids: Any, eos: int, hidden: Sequence[int], vocab_size: int):
 
 
 def find_specials(find, names: dict[str, str], optional: Sequence[str], where: str):
-    """Looks special tokens up; `find` maps a piece to its id, or None."""
+    """Looks up special tokens; `find` maps a piece to its id, or None."""
     ids = {role: find(piece) for role, piece in names.items()}
     missing = [f"{role}_token={names[role]!r}" for role in ids if ids[role] is None]
     missing = [item for item in missing if item.split("_")[0] not in optional]

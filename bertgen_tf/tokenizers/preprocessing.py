@@ -14,7 +14,7 @@ Batch = tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]
 
 
 def _check_length(name: str, value: Any, least: int) -> Any:
-    if tf.is_tensor(value):  # a scalar that is only known when the graph runs
+    if tf.is_tensor(value):  # a scalar that is known only when the graph runs
         return value
     return check_integer(name, value, least)
 
@@ -41,13 +41,13 @@ class Seq2SeqPreprocessor(tf.Module):
 
     The target ids t1 ... tn become `decoder_input_ids` [bos, t1 ... tn] and labels [t1 ... tn,
     eos]: the shift between the two is made here and nowhere else. No other special tokens are
-    added, as in the BertGeneration originals, unless the last three options say so.
+    added, as in the BertGeneration originals, unless `add_eos`, `add_bos` and `mask_first` say so.
 
     Models warm-started from BERT need all three. BERT always saw [CLS] text [SEP], and many BERTs
     keep a huge activation at position 0 and on every [CLS], on which attention rests; after layer
     normalisation nothing else is left there. So a source without [CLS] loses its first token, and
-    a decoder can hardly tell from its [CLS] which word comes first, even if there are two of them
-    (HuggingFace's BERT2BERT). From [MASK], where BERT always told words, it can.
+    a decoder can hardly infer the first word from its [CLS], even if there are two of them (Hugging
+    Face's BERT2BERT). From [MASK], where BERT always predicted words, it can.
 
     An empty source is a row of padding, or of the special tokens alone.
 
@@ -59,18 +59,18 @@ class Seq2SeqPreprocessor(tf.Module):
         add_eos: end each source with eos, also when it was cut.
         add_bos: begin each source with bos.
         mask_first: begin each target with the mask token: the decoder reads [bos, mask, t1 ... tn]
-            and learns to say [mask, t1 ... tn, eos], of which `detokenize` shows t1 ... tn. The
-            mask token counts towards the lengths, of targets and of what is generated.
+            and learns to produce [mask, t1 ... tn, eos], of which `detokenize` shows t1 ... tn. The
+            mask token counts towards the lengths of targets and of generated outputs.
         hidden_token_ids: further ids that `generate_postprocess` leaves out of the text, besides
             pad, bos and what follows eos.
-        decoder_tokenizer: that of targets, where it is another one than that of sources; what is
-            said here of pad, bos, eos and mask holds for each side with its own.
+        decoder_tokenizer: the tokenizer of targets, if it differs from that of sources; what is
+            said here about pad, bos, eos and mask applies to each side with its own.
         prose: False, for a `BertTokenizer` only: `generate_postprocess` puts single spaces between
             words, also around punctuation, and shows every other token, as the WordPiece modules of
             TF Hub do, instead of `BertTokenizer.detokenize`.
 
     Raises:
-        TypeError, ValueError: a length is no integer or too small, or an id is not in the
+        TypeError, ValueError: a length is not an integer or too small, or an id is not in the
             vocabulary.
     """
 
@@ -115,7 +115,7 @@ class Seq2SeqPreprocessor(tf.Module):
         self.add_bos = add_bos
         self.mask_first = mask_first
         ids = _check_token_ids(hidden_token_ids, target.vocab_size)
-        # The eos must stay to end the text; what it shows is nothing anyway.
+        # The eos must stay to end the text; it shows nothing anyway.
         self.prose = prose
         self._hidden_token_ids = np.setdiff1d(ids, [target.eos_token_id])
 
@@ -132,7 +132,7 @@ class Seq2SeqPreprocessor(tf.Module):
             target: the same shape.
 
         Returns:
-            `(x, y, sample_weight)` as `pack`, of lengths `max_source_length` and
+            `(x, y, sample_weight)` as from `pack`, with lengths `max_source_length` and
             `max_target_length`.
         """
         return self.pack(
@@ -143,7 +143,7 @@ class Seq2SeqPreprocessor(tf.Module):
         )
 
     def encode_source(self, text: Any) -> Ids:
-        """Ids of sources, cut to `max_source_length` with bos and eos, if they are added.
+        """Ids of sources, cut to `max_source_length`, including bos and eos if they are added.
 
         Args:
             text: string scalar or vector [batch].
@@ -159,7 +159,7 @@ class Seq2SeqPreprocessor(tf.Module):
     def encode_target(self, text: Any) -> Ids:
         """Ids of targets, without bos and eos, cut to `max_target_length - 1`.
 
-        The mask token of `mask_first` is among them.
+        The mask token of `mask_first` is included.
 
         Args:
             text: string scalar or vector [batch].
@@ -190,8 +190,8 @@ class Seq2SeqPreprocessor(tf.Module):
             source_ids: int32 [length], or ragged [batch, None], as `encode_source` gives them.
             target_ids: the same, as `encode_target` gives them: without bos and eos.
             source_length: S, to which sources are padded or cut (an eos at their end included);
-                None is the longest of the batch, at least 1.
-            target_length: T, to which targets are padded or cut, always with the eos; None is the
+                None: the longest of the batch, at least 1.
+            target_length: T, to which targets are padded or cut, always with the eos; None: the
                 longest with its eos. Either length may be an int32 scalar tensor.
 
         Returns:
@@ -250,10 +250,10 @@ class Seq2SeqPreprocessor(tf.Module):
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def prompt_preprocess(self, texts: Any) -> dict[str, tf.Tensor]:
-        """Encodes beginnings of targets, with which generation goes on.
+        """Encodes the beginnings of targets, which generation continues.
 
-        They have the special tokens that targets begin with, bos and, with `mask_first`, the mask
-        token, but no eos. They are not cut: a prompt without its end would be another prompt.
+        They begin with the special tokens of targets, bos and, with `mask_first`, the mask token,
+        but have no eos. They are not cut: a prompt without its end would be another prompt.
 
         Args:
             texts: string vector [batch]; the batch may be empty.
@@ -327,7 +327,7 @@ def _rows(ids: Ids) -> tf.RaggedTensor:
         return tf.RaggedTensor.from_tensor(ids[tf.newaxis])
     if not isinstance(ids, tf.RaggedTensor):
         raise TypeError(
-            "A batch of ids must be a RaggedTensor, since dense rows do not tell ids from padding; "
+            "A batch of ids must be a RaggedTensor: dense rows do not separate ids from padding; "
             f"received a dense one of shape {ids.shape}. Batch with `Dataset.ragged_batch`."
         )
     return ids

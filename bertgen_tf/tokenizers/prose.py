@@ -1,9 +1,9 @@
-"""Word pieces into readable prose, inside the graph.
+"""Turns word pieces into readable prose, inside the graph.
 
-BERT's tokenizer drops the spaces of the text, so they are set by the rules of common
+BERT's tokenizer drops the spaces of the text, so they are restored by the rules of common
 English typography: punctuation and brackets close up, apostrophes, numbers and hyphenated
-words are joined, quotation marks go in pairs. What cannot be known again: case and accents
-that the vocabulary has not; line breaks and repeated spaces; `''` and two backticks, which
+words are joined, quotation marks come in pairs. What cannot be recovered: case and accents
+that the vocabulary lacks; line breaks and repeated spaces; `''` and two backticks, which
 become `"`; spaces around a hyphen or slash (written without) and around dashes (with); a
 comma between a number and one of three digits (a thousands separator); a full stop between
 digits (a decimal point); quotation marks without a partner (spaces on both sides).
@@ -13,11 +13,11 @@ import tensorflow as tf
 import tensorflow_text as tf_text
 
 # (RE2 pattern, rewrite) over tokens with single spaces between them, applied in this order. A rule
-# stands twice where its matches overlap. `_X` is a letter or a digit.
+# appears twice if its matches overlap. `_X` is a letter or a digit.
 _X = r"[\pL\pN]"
 _HAN = r"[\p{Han}、。〈〉《》「」『』【】！（），：；？]"
-# Words in -s that own nothing: after them a quotation mark opens, after the others it is a
-# possessive plural.
+# Words in -s that are not possessive: the mark after them opens a quotation; after other words in
+# -s it makes a possessive plural.
 _NOT_POSSESSIVE = r"(?:is|was|as|has|this|his|its|says|means|thus|versus|plus|across)"
 RULES = (
     (r" ##", ""),
@@ -55,11 +55,11 @@ RULES = (
     (r"\b(\pL) ?\. (\pL) \.", r"\1.\2."),
     (r"\b(www) \. ", r"\1."),
     (r" \. (com|org|net|edu|gov)\b", r".\1"),
-    # Hyphens and slashes between words: in untokenised text hardly any has spaces around it.
+    # Hyphens and slashes between words: in untokenised text hardly any have spaces around them.
     (rf"({_X}) ([-/]) ({_X})", r"\1\2\3"),
     (rf"({_X}) ([-/]) ({_X})", r"\1\2\3"),
     (r"(\d) – (\d)", r"\1–\2"),
-    # Punctuation: none before what closes, none after what opens.
+    # Punctuation: no space before closing marks, none after opening ones.
     (r" ([.,;:!?…%)\]}])", r"\1"),
     (r"([(\[{¿¡]) ", r"\1"),
     # Chinese characters are words of their own to BERT.

@@ -32,8 +32,8 @@ class _SentencepieceModel(sentencepiece_tokenizer._SentencepieceModelResource):
     """The model's resource under a name of its own.
 
     Without a name its kernel owns it, and `keras.utils.set_random_seed`, which empties TensorFlow's
-    cache of kernels, deletes it under a living tokenizer. The name is that of the content, so that
-    equal models share one resource.
+    cache of kernels, deletes it under a live tokenizer. The name is a hash of the content, so equal
+    models share one resource.
     """
 
     def _create_resource(self) -> tf.Tensor:
@@ -47,29 +47,29 @@ class BertGenerationTokenizer(TextTokenizer):
     """SentencePiece tokenizer of the BertGeneration checkpoints.
 
     Ids are those of the `sentencepiece` package; special tokens are found by their piece in the
-    model, as in HuggingFace's `BertGenerationTokenizer`, and none is ever added to the text. The
-    calls that the two classes share give the same results (held to transformers 5.23), with the
-    differences that `TextTokenizer` names and these:
+    model, as in Hugging Face's `BertGenerationTokenizer`, and none is ever added to the text. The
+    calls that the two classes share give the same results (tested against transformers 5.23),
+    except for the differences that `TextTokenizer` lists and these:
 
     - `tokenizer(text)` is the graph call, not a dictionary of lists.
-    - Byte pieces become their characters in `decode`, where HuggingFace shows "<0xE2>".
-    - `save_vocabulary` makes the folder and returns one path, not a tuple.
+    - Byte pieces become their characters in `decode`, where Hugging Face shows "<0xE2>".
+    - `save_vocabulary` creates the folder and returns one path, not a tuple.
 
     Args:
         proto: path of a `spiece.model`, or its bytes.
         pad_token, bos_token, eos_token, unk_token: pieces that the model must contain.
-        sep_token: piece between the sentences of a split; `sep_token_id` is None where the model
-            has none. It is part of the text in both directions: `detokenize` shows it unless the
-            model calls it a control piece.
-        split_special_tokens: what a special token is that is spelled out in a text, in every call.
-            False, as in HuggingFace: the special token, cut out before SentencePiece sees the
-            rest. True: text as any other, as for the TF Hub originals, so that nobody can smuggle
+        sep_token: piece between the sentences of a split; `sep_token_id` is None if the model has
+            none. It is part of the text in both directions: `detokenize` shows it unless it is a
+            control piece of the model.
+        split_special_tokens: how every call reads a special token that is spelled out in a text.
+            False, as in Hugging Face: as the special token, cut out before SentencePiece sees the
+            rest. True: as ordinary text, as for the TF Hub originals, so that nobody can smuggle
             an eos into a source.
-        sp_model_kwargs: sampling of pieces while training, HuggingFace's names: `enable_sampling`
-            (bool), `nbest_size` (over 1: sample among the best; below 0, the default: among all;
-            BPE models ignore it), `alpha` (default 0.1: smoothing, in BPE models the probability
-            of leaving a merge out). Every call that reads text samples then, with a seed that
-            cannot be set; generate and export with a tokenizer that does not.
+        sp_model_kwargs: sampling of pieces while training, with Hugging Face's names:
+            `enable_sampling` (bool), `nbest_size` (over 1: sample among the best; below 0, the
+            default: among all; BPE models ignore it), `alpha` (default 0.1: smoothing, in BPE
+            models the probability of skipping a merge). Every call that reads text then samples,
+            with a seed that cannot be set; generate and export with a tokenizer that does not.
 
     Attributes:
         sp_model_kwargs, split_special_tokens: as given.
@@ -78,7 +78,7 @@ class BertGenerationTokenizer(TextTokenizer):
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a SentencePiece model, a special token is missing, or `sp_model_kwargs` has
-            other names or values that do not fit the model.
+            unknown names or values that do not fit the model.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class BertGenerationTokenizer(TextTokenizer):
         except Exception as error:  # protobuf and sentencepiece raise classes of their own
             raise ValueError(
                 "`proto` must be a SentencePiece model; received "
-                f"{len(content)} bytes that are none ({where}): {error}"
+                f"{len(content)} bytes that are not one ({where}): {error}"
             ) from error
         if not isinstance(split_special_tokens, bool):
             raise TypeError(
@@ -166,7 +166,7 @@ class BertGenerationTokenizer(TextTokenizer):
         return text[0] if row else text
 
     def tokenize(self, text: str) -> list[str]:
-        """Returns the pieces of one string; what the vocabulary lacks stays as it is written."""
+        """Returns the pieces of one string; what the vocabulary lacks stays as written."""
         text, _ = text_vector(one_string(text))
         pieces = self._pieces(text, self._surfaces, self.all_special_tokens)
         return [piece.decode("utf-8") for piece in pieces[0].numpy()]
@@ -186,7 +186,7 @@ class BertGenerationTokenizer(TextTokenizer):
         return write_file(directory, "spiece.model", self._proto, filename_prefix)
 
     def get_config(self) -> dict[str, Any]:
-        """JSON-serialisable arguments of `from_config`; the model itself is inside, in base64."""
+        """JSON-serialisable arguments of `from_config`, with the model itself in base64."""
         return {"proto": base64.b64encode(self._proto).decode("ascii"), **self._options()}
 
     @classmethod
@@ -237,7 +237,7 @@ class BertGenerationTokenizer(TextTokenizer):
         new_ids = {piece.piece: i for i, piece in enumerate(small.pieces)}
         spec = small.trainer_spec
         spec.vocab_size = len(small.pieces)
-        for role in ("unk", "bos", "eos", "pad"):  # Other readers of the file go by these.
+        for role in ("unk", "bos", "eos", "pad"):  # Other readers of the file rely on these.
             setattr(spec, f"{role}_id", new_ids.get(getattr(spec, f"{role}_piece"), -1))
         return type(self)(small.SerializeToString(), **self._options()), kept
 
@@ -259,7 +259,7 @@ class BertGenerationTokenizer(TextTokenizer):
             return tokenizer.tokenize(text)
         spelled = sorted(self.all_special_tokens, key=len, reverse=True)  # the longest one wins
         pattern = "|".join(map(re.escape, spelled))
-        # Split at a byte that no UTF-8 text has; `tf_text.regex_split` would end it at a NUL.
+        # Split at a byte that no UTF-8 text has; `tf_text.regex_split` would end the text at a NUL.
         parts = tf.strings.split(
             tf.strings.regex_replace(text, f"({pattern})", b"\xff\\1\xff"), sep=b"\xff"
         )
@@ -304,10 +304,10 @@ def _sampling(options: dict[str, Any], model) -> tuple[int, float]:
 
 
 def _merge_path(model, ids: np.ndarray) -> set[int]:
-    """Ids of the pieces that arise on the way when BPE builds the pieces `ids`.
+    """Ids of the intermediate pieces from which BPE builds the pieces `ids`.
 
-    Inside a piece of the result no merge crossed its borders, so the merges are those of the piece
-    alone: always the adjacent pair of the highest score, the leftmost of equals.
+    No merge crosses the borders of a resulting piece, so its merges are those of the piece alone:
+    always the adjacent pair with the highest score, the leftmost of equals.
     """
     usable = (
         model.SentencePiece.NORMAL,

@@ -1,7 +1,7 @@
-"""How much of a text is final while its ids are still coming.
+"""How much of a text is final while its ids are still arriving.
 
-Further ids can change the text of those before them: a word goes on, punctuation closes up, marks
-become pairs, bytes a character. `TextStream` gives out what no further ids can change.
+Further ids can change the text of those before them: a word continues, punctuation closes up, marks
+become pairs, bytes become a character. `TextStream` gives out what no further ids can change.
 """
 
 import codecs
@@ -22,18 +22,17 @@ from bertgen_tf.tokenizers.prose import RULES
 
 
 class TextStream:
-    """The text of ids that come one after the other, as `generate_postprocess` shows them.
+    """The text of ids that arrive one after another, as `generate_postprocess` shows them.
 
     What is final depends on how ids become text:
 
-    - WordPiece with `prose=False`: further pieces are put behind and change nothing.
-    - SentencePiece: the same, but bytes of a character that is not complete wait for the others.
+    - WordPiece with `prose=False`: further pieces are appended and change nothing.
+    - SentencePiece: the same, but the bytes of an incomplete character wait for the others.
       Models with rules for denormalisation, which are rare, give out everything at the end.
-    - WordPiece as prose: the rules of `bertgen_tf.tokenizers.prose` are applied one after the other
-    to the
-      growing text, each as far as what may follow cannot matter, see `_Replacement`. Mostly the
-      last word or mark is held back, but all from an opening quotation mark on until its partner
-      comes: only then it is known that no space stands behind it.
+    - WordPiece as prose: the rules of `bertgen_tf.tokenizers.prose` are applied one after another
+      to the growing text, each as far as what may follow cannot matter, see `_Replacement`. Mostly
+      the last word or mark is held back, but everything from an opening quotation mark on until its
+      partner arrives: only then is it known that no space follows the mark.
 
     Args:
         preprocessor: a `Seq2SeqPreprocessor`.
@@ -51,12 +50,12 @@ class TextStream:
             self._final = _Prose(tokenizer)
         else:
             self._final = _Words(tokenizer)
-        self._ids: list[int] = []  # what is shown
+        self._ids: list[int] = []  # the visible ones
         self._ended = False
         self._given = 0
 
     def add(self, ids: Iterable[int]) -> str:
-        """Takes the next ids; returns what is final since then, perhaps nothing."""
+        """Takes the next ids; returns the text that they make final, perhaps none."""
         new = self._visible(ids)
         if not new:
             return ""
@@ -73,7 +72,7 @@ class TextStream:
         return part
 
     def _visible(self, ids: Iterable[int]) -> list[int]:
-        """What `visible_ids` keeps of them."""
+        """The ids that `visible_ids` keeps."""
         tokenizer = self._preprocessor.target_tokenizer
         visible = []
         for i in ids:
@@ -109,7 +108,7 @@ class _Characters:
     def add(self, ids: list[int]) -> str:
         self._ids += ids
         complete = np.array(self._ids[: self._complete()], np.int32)
-        # As `detokenize` does, which spends ten times as long on finding the ids that are visible.
+        # As `detokenize` does, which takes ten times as long to find the visible ids.
         row = tf.RaggedTensor.from_row_splits(complete, [0, len(complete)], validate=False)
         text = self._tokenizer._tokenizer.detokenize(row)[0].numpy().decode("utf-8")
         part = text[self._given :]
@@ -117,11 +116,11 @@ class _Characters:
         return part
 
     def _complete(self) -> int:
-        """How many of the ids make a text that further ones do not change."""
+        """How many of the ids make a text that further ones cannot change."""
         if self._denormalizes:
             return 0
         # SentencePiece reads adjacent bytes together, from the first one on. While they are valid
-        # characters, these stay; behind anything else the bytes wait for what is no byte.
+        # characters, these stay; after anything else the bytes wait for a piece that is not a byte.
         first = len(self._ids)
         while first and self._tokenizer._processor.is_byte(self._ids[first - 1]):
             first -= 1
@@ -141,7 +140,7 @@ def _denormalizes(proto: bytes) -> bool:
 
 
 class _Prose:
-    """Word pieces put together by the rules of `prose`."""
+    """Word pieces joined by the rules of `prose`."""
 
     def __init__(self, tokenizer: BertTokenizer):
         self._tokenizer = tokenizer
@@ -164,11 +163,11 @@ class _GrowingRule(NamedTuple):
 
     Attributes:
         match: finds what the rule finds.
-        undecided: in a known text with `beyond` behind it, finds where there can be a match that
-            needs to know more of the text.
-        rewrite: what comes in place of a match.
-        beyond: enough characters that stand for any, to end every match.
-        keeps_first: whether what a match begins with stays, unless it is a space.
+        undecided: in the known text with `beyond` after it, finds where there may be a match that
+            needs more of the text.
+        rewrite: what replaces a match.
+        beyond: enough wildcard characters to end every match.
+        keeps_first: whether the first character of a match stays, unless it is a space.
     """
 
     match: re.Pattern
@@ -181,16 +180,16 @@ class _GrowingRule(NamedTuple):
 class _Replacement:
     """Replaces all matches of a rule in a growing text, as `tf.strings.regex_replace` does.
 
-    The search goes from left to right, and whether there is a match at a place, and where it ends,
-    depends on the characters that it needs to look at. Where these are all known, whatever follows
-    can change nothing. So the search stops at the first place where a match may need more.
+    The search goes from left to right. Whether there is a match at a place, and where it ends,
+    depends on the characters that it must inspect. Once these are all known, nothing that follows
+    can change it. So the search stops at the first place where a match may need more.
     """
 
     def __init__(self, rule: _GrowingRule):
         self._rule = rule
         self._text = ""
-        self._searched = 0  # up to here the search has come
-        self._given = 0  # up to here the text was given out, at most one character further
+        self._searched = 0  # the search has come this far
+        self._given = 0  # the text was given out this far, at most one character further
 
     def add(self, text: str) -> str:
         """Takes the next part of the text; returns what is final of the result."""
@@ -198,8 +197,8 @@ class _Replacement:
         self._text += text
         parts = []
         while True:
-            # A `^` is the beginning of the whole text, and word boundaries need the character
-            # before: so always the whole text, from a position.
+            # `^` is the beginning of the whole text, and word boundaries need the preceding
+            # character: so always search the whole text, from a position.
             start = rule.undecided.search(self._text + rule.beyond, self._searched)
             stop = start.start() if start else len(self._text)
             match = rule.match.search(self._text, self._searched)
@@ -227,7 +226,7 @@ class _Composition:
     def add(self, text: str) -> str:
         """Takes the next part of the text; returns what is final of the result."""
         self._held += text
-        # What stands before a character that joins nothing before it is composed on its own.
+        # The text before a character that joins nothing before it is composed on its own.
         end = len(self._held)
         while end and self._held[end - 1] in self._joining:
             end -= 1
@@ -240,7 +239,7 @@ class _Composition:
         return tf_text.normalize_utf8(final, "NFC").numpy().decode("utf-8")
 
     def _composes(self, character: str) -> bool:
-        """Whether any that may follow joins it."""
+        """Whether any character that may follow joins it."""
         return _composes(character, self._joining)
 
 
@@ -255,10 +254,10 @@ def _composes(character: str, joining: frozenset[str]) -> bool:
 
 
 def _may_join(character: str) -> bool:
-    """Whether a character can be composed with one before it, by its first part.
+    """Whether a character can be composed with one before it, judging by its first part.
 
-    These are marks, the vowels and finals of Korean and one letter of Kirat Rai; and, to be sure,
-    what Python does not know.
+    These are marks, the vowels and finals of Korean and one letter of Kirat Rai; and, to be safe,
+    characters unknown to Python.
     """
     first = unicodedata.normalize("NFD", character)[0]
     return (
@@ -269,7 +268,7 @@ def _may_join(character: str) -> bool:
 
 
 # What the patterns of `prose` are made of: a class, property, escape or character, each of which
-# matches one character; word boundaries; the end of the text; and what Python writes alike.
+# matches one character; word boundaries; the end of the text; and syntax that Python shares.
 _TOKEN = re.compile(
     r"(?P<one>\[(?:\\.|[^\\\]])+\]|\\p(?:\{\w+\}|\w)|\\[dws]|\\\W|[^\\()|*+?{}^$\[])"
     r"|(?P<boundary>\\b)"
@@ -283,7 +282,7 @@ def _growing_rules(alphabet: str) -> tuple[_GrowingRule, ...]:
     """The rules of `prose` for texts of the characters of `alphabet`, which is sorted."""
     wildcard = next(chr(i) for i in range(0x10FFFF, 0, -1) if chr(i) not in alphabet)
     behind = f"(?<={wildcard})"
-    # What looks at the next character does so at the end of what is known, too.
+    # What inspects the next character also does so at the end of the known text.
     at_end = f"(?:(?={wildcard})|{behind})"
 
     @functools.cache
@@ -307,7 +306,7 @@ def _growing_rules(alphabet: str) -> tuple[_GrowingRule, ...]:
             position = token.end()
             if token["one"]:
                 characters = members(flags + token["one"])
-                # A class that nothing is in may not be empty.
+                # A class without members must not be empty.
                 match += f"[{characters or wildcard}]"
                 undecided += f"[{characters}{wildcard}]"
             elif token["boundary"]:
@@ -319,7 +318,7 @@ def _growing_rules(alphabet: str) -> tuple[_GrowingRule, ...]:
             else:
                 match += token["syntax"]
                 undecided += token["syntax"]
-        # Unless a match ends with a look at what follows it, it is decided with its last character.
+        # Unless a match ends by inspecting what follows it, its last character decides it.
         looks_on = "$" in pattern or r"\b" in pattern[len(flags) :].removeprefix(r"\b")
         rules.append(
             _GrowingRule(
@@ -328,7 +327,7 @@ def _growing_rules(alphabet: str) -> tuple[_GrowingRule, ...]:
                 rewrite=rewrite,
                 # No match needs more characters to end than its pattern has.
                 beyond=wildcard * len(pattern),
-                # Apart from two marks that become one, rules only take spaces out.
+                # Apart from two marks that become one, rules only remove spaces.
                 keeps_first=rewrite.startswith(("\\", pattern[0])),
             )
         )
@@ -336,7 +335,7 @@ def _growing_rules(alphabet: str) -> tuple[_GrowingRule, ...]:
 
 
 def _ranges(alphabet: str, found: Sequence[bool]) -> str:
-    """The inside of a character class, of runs in the alphabet: what is not in it never comes."""
+    """The inside of a character class, as runs of the alphabet: other characters never occur."""
     ranges = []
     for i, is_member in enumerate(found):
         if is_member and (i == 0 or not found[i - 1]):

@@ -29,21 +29,21 @@ class BertTokenizer(TextTokenizer):
     spaces and marks. With `lowercase=False` one thing differs from the op: every Unicode space
     separates words, as in BERT's own tokenizer. Words over 100 bytes are unknown.
 
-    The calls that HuggingFace's `BertTokenizer` shares give the same results (held to transformers
-    5.23), with the differences that `TextTokenizer` names and these, which come from the op:
-    control characters and those of no width separate words instead of vanishing; `lowercase` folds
-    compatibility characters ("ﬁ", full width) as well; the limit of a word is 100 bytes, not 100
-    characters. A special token that is spelled out in the text is text, as with HuggingFace's
+    The calls shared with Hugging Face's `BertTokenizer` give the same results (tested against
+    transformers 5.23), except for the differences that `TextTokenizer` lists and these, which come
+    from the op: control and zero-width characters separate words instead of vanishing; `lowercase`
+    folds compatibility characters ("ﬁ", full width) as well; the limit of a word is 100 bytes, not
+    100 characters. A special token that is spelled out in the text is text, as with Hugging Face's
     `split_special_tokens=True`; `tokenizer(text)` is the graph call; `encode` adds [CLS] and [SEP]
-    only if asked; `save_vocabulary` makes the folder and returns one path, not a tuple.
+    only if asked; `save_vocabulary` creates the folder and returns one path, not a tuple.
 
     Args:
         vocabulary: path of a `vocab.txt` (UTF-8, one piece a line), or the pieces in the order of
             their ids.
-        lowercase: fold case and strip accents; whether to is a property of the vocabulary.
+        lowercase: fold case and strip accents, as the vocabulary requires.
         pad_token, unk_token, bos_token, eos_token: pieces that the vocabulary must contain. BERT
-            has no start and end of a target sequence; its [CLS] and [SEP] serve.
-        sep_token, mask_token: pieces that may be missing.
+            has no start and end tokens for targets; its [CLS] and [SEP] serve as such.
+        sep_token, mask_token: pieces that the vocabulary may lack.
 
     Attributes:
         pad_token_id, bos_token_id, eos_token_id, unk_token_id, vocab_size: int.
@@ -53,7 +53,7 @@ class BertTokenizer(TextTokenizer):
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no vocabulary, not UTF-8, duplicate or blank pieces, no special token.
+        ValueError: no vocabulary, not UTF-8, duplicate or blank pieces, a missing special token.
     """
 
     _frames = True
@@ -114,7 +114,7 @@ class BertTokenizer(TextTokenizer):
     def detokenize(self, ids: Any) -> tf.Tensor:
         """Turns ids into readable prose, up to the first eos, without pad, bos and mask tokens.
 
-        The spaces that BERT's tokenizer dropped are set by the rules of
+        The spaces that BERT's tokenizer dropped are restored by the rules of
         `bertgen_tf.tokenizers.prose`.
 
         Args:
@@ -133,7 +133,7 @@ class BertTokenizer(TextTokenizer):
         return text[0] if row else text
 
     def tokenize(self, text: str) -> list[str]:
-        """Returns the pieces of one string; what the vocabulary lacks is the unknown token."""
+        """Returns the pieces of one string; what the vocabulary lacks becomes the unknown token."""
         return self._vocabulary[self(one_string(text)).numpy()].tolist()
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
@@ -144,7 +144,7 @@ class BertTokenizer(TextTokenizer):
             return self._table.lookup(tf.constant(list(tokens), tf.string)).numpy().tolist()
 
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
-        """Joins pieces with spaces, except those that go on with a word or start with `.?!,`."""
+        """Joins pieces with spaces, except those that continue a word or start with `.?!,`."""
         text = ""
         for i, token in enumerate(tokens):
             if i and token.startswith("##"):
@@ -162,7 +162,7 @@ class BertTokenizer(TextTokenizer):
         return write_file(directory, "vocab.txt", content.encode("utf-8"), filename_prefix)
 
     def get_config(self) -> dict[str, Any]:
-        """JSON-serialisable arguments of `from_config`; the pieces themselves are inside."""
+        """JSON-serialisable arguments of `from_config`, the pieces included."""
         tokens = {f"{role}_token": piece for role, piece in self._tokens.items()}
         return {"vocabulary": self._vocabulary.tolist(), "lowercase": self.lowercase, **tokens}
 
@@ -175,9 +175,8 @@ class BertTokenizer(TextTokenizer):
         """Returns a tokenizer that has only some of the pieces, and the special tokens.
 
         A text whose ids in this tokenizer are all kept, none of them unknown, has the same pieces
-        in the new one: WordPiece takes the longest piece that fits, and longer ones only went
-        away. A word that was unknown here can become known there, by a split that a longer piece
-        prevented.
+        in the new one: WordPiece takes the longest piece that fits, and no longer ones are added. A
+        word that was unknown here can become known there, by a split that a longer piece prevented.
 
         Args:
             ids: ids of this tokenizer.
@@ -195,14 +194,14 @@ class BertTokenizer(TextTokenizer):
 
 
 def _load_pieces(vocabulary: str | os.PathLike | Sequence[str]) -> tuple[list[str], str]:
-    """Returns the pieces, checked, and how to call them in messages."""
+    """Returns the pieces, checked, and what to call them in messages."""
     if isinstance(vocabulary, str | os.PathLike):
         where = os.fspath(vocabulary)
         try:
             text = read_file(vocabulary, "vocabulary").decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"`vocabulary` must be a UTF-8 text file: {where}: {error}") from error
-        # Not splitlines(): U+2028 and its like can be pieces.
+        # Not splitlines(): U+2028 and the like can be pieces.
         pieces = [line.rstrip("\r") for line in text.split("\n")]
         while pieces and not pieces[-1]:
             pieces.pop()

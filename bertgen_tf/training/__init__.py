@@ -1,1 +1,1 @@
-"""What `compile` and `fit` of a model need; the training loop is in `bertgen_tf.finetuning`."""
+"""What a model's `compile` and `fit` need; the training loop is in `bertgen_tf.finetuning`."""

@@ -1,12 +1,12 @@
-"""What of a model trains: new weights, frozen layers, layers that thaw one after the other.
+"""Which parts of a model train: new weights, frozen layers, layers unfrozen one by one.
 
-Freezing is Keras's `trainable`, set on the layers below a stack; files of the model keep it.
+Freezing sets Keras's `trainable` on the layers of a stack; saved models keep it.
 """
 
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -14,13 +14,16 @@ from bertgen_tf.checks import check_integer
 from bertgen_tf.network import weights
 from bertgen_tf.network.weights import NEW_IN_DECODER
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-def new_variables(model: Any) -> list[keras.Variable]:
-    """The variables of an `EncoderDecoderModel` that no checkpoint gave when it was made.
 
-    `model.source_checkpoint` tells, which files of the model keep: of a model that was read whole
-    nothing is new; of a warm start a side that it does not name, cross-attention and the output
-    bias. Without a record, the last two. What sides share is new if it is so for both.
+def new_variables(model: "EncoderDecoderModel") -> list[keras.Variable]:
+    """The variables of an `EncoderDecoderModel` that no checkpoint provided at first.
+
+    `model.source_checkpoint`, which saved models keep, determines them. A model that was read whole
+    has none. In a warm start they are the side that is not named there, cross-attention and the
+    output bias; without a record, the last two. What both sides share is new if it is new for both.
     """
     source = model.source_checkpoint
     if "model" in source:
@@ -36,24 +39,24 @@ def new_variables(model: Any) -> list[keras.Variable]:
 
 
 def freeze(
-    model: Any,
+    model: "EncoderDecoderModel",
     *,
     encoder_layers: int | str | Sequence[int] = 0,
     decoder_layers: int | str | Sequence[int] = 0,
     embeddings: bool = False,
 ) -> None:
-    """Freezes pre-trained parts of an `EncoderDecoderModel`; the others stay as they are.
+    """Freezes pre-trained parts of an `EncoderDecoderModel`; the others are unchanged.
 
-    Frozen are self-attention and feed-forward of a layer. Cross-attention goes on training: it has
-    to, where it starts at random. What the stacks share is frozen for both. Compile afterwards: an
-    optimizer has state for what trains only.
+    In a frozen layer, self-attention and feed-forward are frozen. Cross-attention keeps training:
+    it has to where it starts at random. What the stacks share is frozen for both. Compile
+    afterwards: an optimizer keeps state only for what trains.
 
     Args:
-        encoder_layers, decoder_layers: the lowest n layers, those of a list, or "all".
-        embeddings: those of words and positions of both sides, and so the output matrix.
+        encoder_layers, decoder_layers: the lowest n layers, a list of layers, or "all".
+        embeddings: also the word and position embeddings of both sides, and so the output matrix.
 
     Raises:
-        ValueError: there is no such layer, or the model has LoRA adapters, beside which every
+        ValueError: there is no such layer, or the model has LoRA adapters, with which every
             pre-trained weight is frozen.
     """
     _check_no_adapters(model)
@@ -71,39 +74,39 @@ def freeze(
             stack.embeddings.trainable = False
 
 
-def unfreeze(model: Any) -> None:
-    """Makes all of an `EncoderDecoderModel` train again. Compile afterwards.
+def unfreeze(model: "EncoderDecoderModel") -> None:
+    """Makes all of an `EncoderDecoderModel` trainable again. Compile afterwards.
 
-    Keras's `model.trainable = True` does nothing where it is True already, also not below.
+    Keras's `model.trainable = True` does nothing if it is True already, not even for sublayers.
 
     Raises:
-        ValueError: the model has LoRA adapters, beside which every pre-trained weight is frozen.
+        ValueError: the model has LoRA adapters, with which every pre-trained weight is frozen.
     """
     _check_no_adapters(model)
     _set_trainable([model], True)
 
 
 class GradualUnfreezing(keras.callbacks.Callback):
-    """Starts with the pre-trained layers frozen, and thaws them from the top, one by one.
+    """Starts with the pre-trained layers frozen and unfreezes them one by one, from the top.
 
-    Of each stack the highest layer that is still frozen thaws at a time, and the embeddings last.
-    Cross-attention, the output bias and whatever else is
-    new, see `new_variables`, train from the first step. What is frozen when training begins, by
-    `freeze` or by hand, stays so. Source: Howard and Ruder 2018, section 3.3.
+    Each time, the highest frozen layer of each stack is unfrozen; the embeddings come last.
+    Cross-attention, the output bias and whatever else is new, see `new_variables`, train from the
+    first step. What is already frozen when training begins, by `freeze` or by hand, stays frozen.
+    Source: Howard and Ruder 2018, section 3.3.
 
-    The optimizer has its state for all of them from the start. How far the thaw is follows from its
-    count of updates, or from the number of the epoch: a training that is resumed with both goes on
-    where it was.
+    The optimizer has state for all of them from the start. Progress follows from its count of
+    updates, or from the number of the epoch: a run that is resumed with both continues where it
+    was.
 
     Args:
-        steps_per_layer: updates from one thaw to the next; the first is after so many.
-        epochs_per_layer: the same in epochs, in place of `steps_per_layer`.
-        embeddings: False leaves the embeddings frozen to the end.
+        steps_per_layer: updates before each layer is unfrozen.
+        epochs_per_layer: the same in epochs, instead of `steps_per_layer`.
+        embeddings: False keeps the embeddings frozen to the end.
 
     Raises:
-        ValueError: not one of `steps_per_layer` and `epochs_per_layer`, or it is below 1. When
-            training begins: the model has LoRA adapters, or an optimizer that was built without
-            state for all that thaws.
+        ValueError: not exactly one of `steps_per_layer` and `epochs_per_layer`, or it is below 1.
+            When training begins: the model has LoRA adapters, or an optimizer that was built
+            without state for all that is to be unfrozen.
     """
 
     def __init__(
@@ -128,11 +131,11 @@ class GradualUnfreezing(keras.callbacks.Callback):
         self.thawed = 0
 
     def get_state(self) -> dict[str, Any]:
-        """What thaws when: lists of layer names, the first to thaw first. JSON can hold it."""
+        """What is unfrozen when: lists of layer names, in order. JSON can hold it."""
         return {"stages": [list(stage) for stage in self.stages], "thawed": self.thawed}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `get_state` gave, before training begins."""
+        """Restores what `get_state` returned, before training begins."""
         self.stages = [list(stage) for stage in state["stages"]]
         self.thawed = state["thawed"]
 
@@ -146,7 +149,7 @@ class GradualUnfreezing(keras.callbacks.Callback):
         layers = dict(_named_layers(self.model))
         staged = [layers[name] for stage in self.stages for name in stage]
         _set_trainable(staged, True)
-        # With everything that will train: it would refuse later what it does not know.
+        # With everything that will train: later it would reject variables it does not know.
         trainable = self.model.trainable_variables
         if not self.model.optimizer.built:
             self.model.optimizer.build(trainable)
@@ -154,9 +157,9 @@ class GradualUnfreezing(keras.callbacks.Callback):
         missing = [variable.path for variable in trainable if variable.path not in known]
         if missing:
             raise ValueError(
-                "GradualUnfreezing needs an optimizer with state for all that thaws, received one "
-                f"without for {len(missing)} variables, such as {missing[0]}. Compile the model "
-                "anew before fit."
+                "GradualUnfreezing needs an optimizer with state for all that is to be unfrozen, "
+                f"received one without state for {len(missing)} variables, such as {missing[0]}. "
+                "Compile the model again before fit."
             )
         _set_trainable(staged, False)
         for stage in self.stages[: self.thawed]:
@@ -169,7 +172,7 @@ class GradualUnfreezing(keras.callbacks.Callback):
             self._thaw(epoch // self.every)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        # Reading the count waits for the device: not where nothing is left to thaw.
+        # Reading the count waits for the device: not if nothing is left to unfreeze.
         if not self.by_epoch and self.thawed < len(self.stages):
             self._thaw(int(self.model.optimizer.iterations) // self.every)
 
@@ -186,12 +189,12 @@ class GradualUnfreezing(keras.callbacks.Callback):
 
 
 def frozen_layers(model: keras.Model) -> list[str]:
-    """The names of the highest layers below a model that do not train, to be kept in its config."""
+    """The names of a model's topmost layers that do not train, to be stored in its config."""
     return list(_frozen(model, ""))
 
 
 def set_frozen_layers(model: keras.Model, names: Sequence[str]) -> None:
-    """Freezes what `frozen_layers` named."""
+    """Freezes the layers that `frozen_layers` named."""
     layers = dict(_named_layers(model))
     _set_trainable([layers[name] for name in names if name in layers], False)
 
@@ -222,10 +225,10 @@ def _named_layers(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, k
         yield from _named_layers(child, f"{prefix}{child.name}/")
 
 
-def _stages(model: Any, embeddings: bool) -> list[list[str]]:
-    """Names of the layers that thaw together, the first to thaw first."""
+def _stages(model: "EncoderDecoderModel", embeddings: bool) -> list[list[str]]:
+    """Names of the layers that are unfrozen together, in order."""
     new = {id(variable) for variable in new_variables(model)}
-    # What is frozen and has state was about to thaw when the model was saved.
+    # What is frozen and has state was yet to be unfrozen when the model was saved.
     waiting = set(frozen_slots(model))
     names = {id(layer): name for name, layer in reversed(list(_named_layers(model)))}
     seen: set[int] = set()
@@ -250,7 +253,7 @@ def _stages(model: Any, embeddings: bool) -> list[list[str]]:
     return [names for names in stages if names]
 
 
-def _stacks(model: Any) -> tuple[Any, Any]:
+def _stacks(model: "EncoderDecoderModel") -> tuple[Any, Any]:
     return model.encoder, model.decoder
 
 
@@ -260,7 +263,7 @@ def _pretrained_parts(block: Any) -> list[keras.Layer]:
 
 
 def _set_trainable(layers: Sequence[keras.Layer], value: bool) -> None:
-    # One by one: Keras does nothing, also not below, where a layer has the value already.
+    # One by one: Keras does nothing, not even for sublayers, if a layer has the value already.
     for part in (part for layer in layers for part in layer._flatten_layers()):
         part.trainable = value
 
@@ -280,9 +283,9 @@ def _layer_numbers(name: str, value: Any, depth: int) -> list[int]:
     return list(numbers)
 
 
-def _check_no_adapters(model: Any) -> None:
+def _check_no_adapters(model: "EncoderDecoderModel") -> None:
     if getattr(model, "lora", None):
         raise ValueError(
-            "A model with LoRA adapters has nothing to freeze or thaw: its pre-trained weights are "
-            "all frozen. Call merge_lora() first, or leave it out."
+            "A model with LoRA adapters has nothing to freeze or unfreeze: its pre-trained weights "
+            "are all frozen. Call merge_lora() first, or do without freezing."
         )

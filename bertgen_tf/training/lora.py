@@ -1,22 +1,23 @@
-"""LoRA: small matrices beside frozen projections, which train in their place.
+"""LoRA: small matrices beside frozen projections, trained in their place.
 
 Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models". A projection `x W^T`
-becomes `x W^T + (alpha / rank) x A^T B^T`, A [rank, inputs] random and B [units, rank] zero at
-first: shapes, scale and start are those of HuggingFace's `peft`. A warm-started model also has
-weights that no checkpoint gave, such as cross-attention, see
-`bertgen_tf.training.freezing.new_variables`.
-Beside them adapters make no sense: they train as a whole, unless told otherwise.
+becomes `x W^T + (alpha / rank) x A^T B^T`, with A [rank, inputs] initially random and
+B [units, rank] initially zero: shapes, scale and initialisation are those of Hugging Face's `peft`.
+A warm-started model also has weights that no checkpoint provided, such as cross-attention, see
+`bertgen_tf.training.freezing.new_variables`. Adapters make no sense for these: they are trained in
+full by default.
 
-An adapter file is a safetensors file with what trained: `PROJECTION/lora_a` and `PROJECTION/lora_b`
-for each adapted projection, named as in `decoder/layer_0/self_attention/query`, and the new weights
-under names of the same kind, matrices as [units, inputs]. Its metadata has the settings as JSON.
+An adapter file is a safetensors file with what was trained: `PROJECTION/lora_a` and
+`PROJECTION/lora_b` for each adapted projection, named as in `decoder/layer_0/self_attention/query`,
+and the new weights under names of the same kind, with matrices as [units, inputs]. Its metadata
+holds the settings as JSON.
 """
 
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 from safetensors import SafetensorError, safe_open
@@ -27,12 +28,15 @@ from bertgen_tf.network.projections import Dense, Projection
 from bertgen_tf.network.weights import Rule, assign, named_variables
 from bertgen_tf.training.freezing import new_variables
 
+if TYPE_CHECKING:
+    from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
 FORMAT = "bertgen_tf adapter"
 _SETTINGS = {"rank": int, "alpha": (int, float), "targets": list, "train_new_weights": bool}
 
 
 def enable(
-    model: Any,
+    model: "EncoderDecoderModel",
     rank: int,
     alpha: float | None = None,
     targets: Sequence[str] = ("query", "value"),
@@ -47,7 +51,7 @@ def enable(
     if model.is_quantized:
         raise ValueError(
             "model must have float32 matrices for LoRA, and those of this one are int8. Enable it "
-            "on the model that was quantized."
+            "before quantizing."
         )
     targets = [targets] if isinstance(targets, str) else list(targets)
     alpha = rank if alpha is None else alpha
@@ -55,7 +59,7 @@ def enable(
     largest = min(min(dense.units // dense.parts, dense.kernel.shape[1]) for dense, _ in chosen)
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ValueError(
-            f"rank must be a whole number from 1 to {largest}, the least side of the matrices, "
+            f"rank must be a whole number from 1 to {largest}, the smallest dimension, "
             f"received {rank!r}."
         )
     if alpha <= 0:
@@ -75,13 +79,13 @@ def enable(
     model.forget_compiled()
 
 
-def merge(model: Any) -> None:
+def merge(model: "EncoderDecoderModel") -> None:
     """See `EncoderDecoderModel.merge_lora`."""
     _check_enabled(model)
     _leave(model, Dense.merge_adapters)
 
 
-def save(model: Any, path: str | os.PathLike) -> None:
+def save(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     """See `EncoderDecoderModel.save_adapter`."""
     _check_enabled(model)
     path = pathlib.Path(path)
@@ -91,13 +95,13 @@ def save(model: Any, path: str | os.PathLike) -> None:
     try:
         save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
-    except SafetensorError as error:  # among them a full disk
+    except SafetensorError as error:  # such as a full disk
         raise OSError(f"{path} could not be written: {first_line(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load(model: Any, path: str | os.PathLike) -> None:
+def load(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     """See `EncoderDecoderModel.load_adapter`."""
     settings, tensors = _read(pathlib.Path(path))
     was_enabled = model.lora is not None
@@ -135,7 +139,7 @@ def _denses(model: keras.Model) -> list[Dense]:
 
 
 def _projections(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, Dense, int]]:
-    """Name, layer and part of every projection; what is shared comes under each of its names."""
+    """Name, layer and part of every projection; a shared one appears under each of its names."""
     for child in layer._flatten_layers(include_self=False, recursive=False):
         name = prefix + child.name
         if isinstance(child, Projection):
@@ -147,7 +151,9 @@ def _projections(layer: keras.Layer, prefix: str = "") -> Iterator[tuple[str, De
             yield from _projections(child, f"{name}/")
 
 
-def _choose(model: Any, targets: Sequence[str], train_new_weights: bool) -> list[tuple[Dense, int]]:
+def _choose(
+    model: "EncoderDecoderModel", targets: Sequence[str], train_new_weights: bool
+) -> list[tuple[Dense, int]]:
     """The projections that get an adapter, each once."""
     projections = list(_projections(model))
     unknown = [t for t in targets if not any(_matches(name, t) for name, _, _ in projections)]
@@ -164,7 +170,7 @@ def _choose(model: Any, targets: Sequence[str], train_new_weights: bool) -> list
             chosen[id(dense), part] = dense, part
     if not chosen:
         raise ValueError(
-            f"targets={list(targets)!r} are new weights in this model, which train as a whole. "
+            f"targets={list(targets)!r} are new weights in this model, which are trained in full. "
             "Choose others, or pass train_new_weights=False."
         )
     return list(chosen.values())
@@ -174,8 +180,8 @@ def _matches(name: str, target: str) -> bool:
     return f"/{name}".endswith(f"/{target}")
 
 
-def _trained(model: Any) -> dict[str, Any]:
-    """What belongs to an adapter file: each variable or part of one, under its first name."""
+def _trained(model: "EncoderDecoderModel") -> dict[str, Any]:
+    """What goes into an adapter file: each variable or part of one, under its first name."""
     new = set()
     if model.lora["train_new_weights"]:
         new = {id(variable) for variable in new_variables(model)}
@@ -189,8 +195,8 @@ def _trained(model: Any) -> dict[str, Any]:
     return trained
 
 
-def _leave(model: Any, each: Any) -> None:
-    """Ends LoRA: `each` takes the adapters off a layer. What trains is again as layers say."""
+def _leave(model: "EncoderDecoderModel", each: Any) -> None:
+    """Ends LoRA: `each` removes a layer's adapters. Layers again decide what trains."""
     for dense in _denses(model):
         each(dense)
     for layer in model._flatten_layers():
@@ -200,7 +206,7 @@ def _leave(model: Any, each: Any) -> None:
     model.forget_compiled()
 
 
-def _check_enabled(model: Any) -> None:
+def _check_enabled(model: "EncoderDecoderModel") -> None:
     if model.lora is None:
         raise ValueError("model has no LoRA adapters. Call enable_lora or load_adapter first.")
 

@@ -1,6 +1,6 @@
-"""Adam as BERT is fine-tuned with it, and the schedules of its learning rate.
+"""Adam as used to fine-tune BERT, and its learning-rate schedules.
 
-Steps are updates of the weights, throughout: with gradient accumulation, several batches make one.
+Throughout, steps are weight updates: with gradient accumulation, several batches make one.
 """
 
 import contextlib
@@ -83,21 +83,21 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertAdamW")
 class BertAdamW(keras.optimizers.AdamW):
-    """AdamW without weight decay of biases and layer normalisation, also after it was reloaded.
+    """AdamW without weight decay on biases and layer normalisation, even after reloading.
 
-    With `weight_decay=0` it is Adam. What is different from Keras's `AdamW`:
+    With `weight_decay=0` it is Adam. Differences from Keras's `AdamW`:
 
     - New weights may have a learning rate of their own, which follows the same schedule.
-    - Schedules and the moving average count updates, not the batches that are accumulated for one.
-    - Clipping by norm is of the gradient of the whole batch: accumulated, and summed over the
+    - Schedules and the moving average count updates, not the batches accumulated for each.
+    - Clipping by norm applies to the gradient of the whole batch: accumulated, and summed over the
       replicas of a `tf.distribute` strategy. Keras clips each replica's part, and cannot accumulate
       under a strategy.
-    - A variable that is unfrozen late starts as one does at step 0: the bias correction of its
-      moments counts its own updates.
+    - A variable that is unfrozen late starts as if at step 0: the bias correction of its moments
+      counts its own updates.
 
     Args:
-        *args, **kwargs: of Keras's `AdamW`.
-        new_weights_factor: what the learning rate of new weights is multiplied by.
+        *args, **kwargs: as for Keras's `AdamW`.
+        new_weights_factor: multiplies the learning rate of new weights.
         new_weights: the paths of these variables; by default `EncoderDecoderModel.compile` fills
             in those of `bertgen_tf.training.freezing.new_variables`.
     """
@@ -117,14 +117,14 @@ class BertAdamW(keras.optimizers.AdamW):
 
     @property
     def needs_new_weights(self) -> bool:
-        """Whether nobody has told which weights are new, and it matters."""
+        """True if `new_weights` is unset although new weights have their own learning rate."""
         return self.new_weights is None and self.new_weights_factor != 1
 
     def build(self, variables: Sequence[Any]) -> None:
         if self.built:
             return
         super().build(variables)
-        # How often each variable was updated: less often than others if it was frozen.
+        # How often each variable was updated: less often than others if it was frozen for a time.
         self._updates = self.add_variable(
             (len(variables),), dtype="int64", aggregation="only_first_replica", name="updates"
         )
@@ -140,10 +140,10 @@ class BertAdamW(keras.optimizers.AdamW):
     def _backend_apply_gradients(self, grads: Sequence[Any], trainable_variables: Any) -> None:
         variables = [getattr(variable, "value", variable) for variable in trainable_variables]
         grads = [
-            tf.cast(tf.convert_to_tensor(grad), variable.dtype)  # the looked-up rows made a matrix
+            tf.cast(tf.convert_to_tensor(grad), variable.dtype)  # looked-up rows become a matrix
             for grad, variable in zip(grads, variables, strict=True)
         ]
-        # In a replica the sum of all; outside of one, what came.
+        # Within a replica, the sum over all; otherwise unchanged.
         grads = [
             grad for grad, _ in self._all_reduce_sum_gradients(zip(grads, variables, strict=True))
         ]
@@ -165,7 +165,7 @@ class BertAdamW(keras.optimizers.AdamW):
     def _step(
         self, strategy: Any, variables: Any, grads: Any, totals: Any, learning_rate: Any
     ) -> None:
-        """On all replicas: the update, or one more batch that waits for it."""
+        """On all replicas: updates, or accumulates one more batch."""
 
         def each(function: Any, variables: Any, *values: Any) -> None:
             for variable, *others in zip(variables, *values, strict=True):
@@ -175,7 +175,7 @@ class BertAdamW(keras.optimizers.AdamW):
             indices = [self._get_variable_index(variable) for variable in variables]
             trained = np.isin(np.arange(len(self._trainable_variables)), indices)
             self._updates.assign_add(tf.constant(trained, "int64"))
-            # One tensor for all: the variable is not to be read once for each of them.
+            # One tensor for all, so that the variable is read only once.
             counts = tf.unstack(tf.convert_to_tensor(self._updates), len(trained))
             rates = [learning_rate] * len(indices)
             each(self._update, variables, totals, rates, [counts[i] for i in indices], indices)
@@ -198,7 +198,7 @@ class BertAdamW(keras.optimizers.AdamW):
         rate = tf.cast(learning_rate * self._factors[index], variable.dtype)
         if self._decays[index]:
             variable.assign_sub(variable * self.weight_decay * rate)
-        # In float32 the first differences from 1 would have four digits.
+        # In float32, the first differences from 1 would have only four digits.
         corrections = [
             tf.cast(1 - tf.constant(beta, tf.float64) ** tf.cast(count, tf.float64), variable.dtype)
             for beta in (self.beta_1, self.beta_2)
@@ -214,7 +214,7 @@ class BertAdamW(keras.optimizers.AdamW):
         variable.assign_sub(momentum * rate / (tf.sqrt(velocity) + self.epsilon))
 
     def _average(self, each: Any) -> None:
-        # Frozen variables are averaged too, without a change, to be ready for their thaw.
+        # Frozen variables are averaged too, to no effect, to be ready when they are unfrozen.
         variables = [variable.value for variable in self._trainable_variables]
         is_first = tf.equal(tf.convert_to_tensor(self.iterations), 0)
         share = tf.where(is_first, 1.0, 1.0 - self.ema_momentum)
@@ -240,8 +240,8 @@ class BertAdamW(keras.optimizers.AdamW):
         accumulator.assign(tf.zeros_like(accumulator))
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        # Keras knows no variables that have an average and do not train. Before the first update
-        # there are none.
+        # Keras does not expect variables that have an average and do not train. Before the first
+        # update there are no averages.
         if self.use_ema and self.built and int(self.iterations):
             super().finalize_variable_values(self._trainable_variables)
 
@@ -265,21 +265,20 @@ def default_optimizer(
     gradient_accumulation_steps: int = 1,
     ema_momentum: float | None = None,
 ) -> keras.optimizers.Optimizer:
-    """AdamW as BERT is fine-tuned with: no decay on biases and norms, clipped to norm 1.
+    """AdamW as used to fine-tune BERT: no decay on biases and norms, clipped to norm 1.
 
     Args:
-        learning_rate: its highest value.
-        warmup_steps: steps of linear rise; a number below 1 is the share of `total_steps`.
-        total_steps: where the rate has fallen to 0; by default it stays at its highest value.
-            Callbacks that set the rate, such as `ReduceLROnPlateau`, need it constant: without
-            warm-up and fall.
+        learning_rate: its peak.
+        warmup_steps: steps of linear warm-up; a number below 1 is a share of `total_steps`.
+        total_steps: where the rate reaches 0; by default it stays at its peak. Callbacks that set
+            the rate, such as `ReduceLROnPlateau`, need it constant: without warm-up and decay.
         weight_decay: decoupled, for kernels and embeddings only.
-        new_weights_learning_rate: the highest value for weights that no checkpoint gave, see
+        new_weights_learning_rate: the peak for weights that no checkpoint provided, see
             `bertgen_tf.training.freezing.new_variables`; by default the same.
-        global_clipnorm: gradients of a greater norm, all taken together, are scaled to it; None
-            leaves them.
-        gradient_accumulation_steps: batches for one update. Their gradients are averaged, so a
-            token of a batch of few target tokens counts more than one of a batch of many; of equal
+        global_clipnorm: gradients whose global norm is greater are scaled down to it; None does
+            not clip.
+        gradient_accumulation_steps: batches per update. Their gradients are averaged, so a token
+            in a batch of few target tokens counts more than one in a batch of many; with equal
             numbers the update is that of one large batch. Steps of the schedule are updates.
         ema_momentum: such as 0.999, keeps an exponential moving average of the weights. `fit`
             leaves it in the model when it ends; until then it is in the optimizer, see
@@ -292,7 +291,7 @@ def default_optimizer(
                 "total_steps, or a number of steps."
             )
         warmup_steps = round(warmup_steps * total_steps)
-    # Built in any case, because it checks the values.
+    # Always built, because it checks the values.
     schedule = LinearWarmup(learning_rate, int(warmup_steps), total_steps)
     return BertAdamW(
         schedule if warmup_steps or total_steps else learning_rate,
@@ -317,16 +316,16 @@ def paper_optimizer(
     """Adam with the schedule of Rothe, Narayan, Severyn 2020, see `InverseSquareRoot`.
 
     The paper does not state Adam's betas and epsilon (here Keras's: 0.9, 0.999, 1e-7), nor whether
-    it clips, decays, smooths labels or averages weights: nothing of that is done here by default.
-    Its batches are of 256 pairs, of 128 for CNN/DailyMail and XSum.
+    it clips, decays, smooths labels or averages weights: none of that is done here by default. Its
+    batches have 256 pairs, or 128 for CNN/DailyMail and XSum.
 
     Args:
         hidden_size: of the model.
         learning_rate: before it is divided by `sqrt(hidden_size)` and `sqrt(warmup_steps)`.
-        warmup_steps: steps of linear rise. A training of fewer than the paper's (200k to 500k)
-            needs fewer of them.
-        new_weights_learning_rate: in the place of `learning_rate` for weights that no checkpoint
-            gave; by default the same, as in the paper.
+        warmup_steps: steps of linear warm-up. Runs shorter than the paper's (200k to 500k steps)
+            need fewer.
+        new_weights_learning_rate: replaces `learning_rate` for weights that no checkpoint provided;
+            by default the same, as in the paper.
         global_clipnorm, gradient_accumulation_steps, ema_momentum: as for `default_optimizer`.
     """
     return BertAdamW(
@@ -341,11 +340,11 @@ def paper_optimizer(
 
 @contextlib.contextmanager
 def averaged_weights(model: keras.Model) -> Iterator[None]:
-    """While training: the model has the moving average of its weights, and then its own back.
+    """During training: gives the model the moving average of its weights, then its own back.
 
-    For what is generated, measured or saved between two steps; the optimizer's average is not
-    touched. Both ways are exact, which those of Keras's `SwapEMAWeights` are not. Without an
-    average, or before the first step, the model stays as it is.
+    For what is generated, evaluated or saved between two steps; the optimizer's average is not
+    touched. Both swaps are exact, unlike those of Keras's `SwapEMAWeights`. Without an average, or
+    before the first step, the model is unchanged.
 
     Args:
         model: compiled, with an optimizer such as `default_optimizer(ema_momentum=0.999)`.
@@ -379,7 +378,7 @@ def _options(
     if new is not None:
         check_positive("new_weights_learning_rate", new)
     options: dict[str, Any] = {"new_weights_factor": 1.0 if new is None else new / learning_rate}
-    if accumulation > 1:  # 1 is nothing that Keras knows
+    if accumulation > 1:  # Keras does not accept 1
         options["gradient_accumulation_steps"] = accumulation
     if momentum is not None:
         options.update(use_ema=True, ema_momentum=momentum)

@@ -8,19 +8,18 @@ import json
 import os
 from pathlib import Path
 
-import c_program
 import make_op_list
 import numpy as np
 import pytest
 import tensorflow as tf
-from c_program import Failure, Program
-from conftest import EXPORT_OPTIONS as OPTIONS
-from conftest import FURTHER, WORDS, make_model
-from serving_exports import write_export
 
 import bertgen_tf as bg
 from bertgen_tf.generation.compiled import hypotheses_to_text
 from bertgen_tf.tokenizers.byte_pair import sentencepiece_from_byte_pair
+from tests.helpers import EXPORT_OPTIONS as OPTIONS
+from tests.helpers import FURTHER, GOLDEN, WORDS, c_program, make_model
+from tests.helpers.c_program import Failure, Program
+from tests.helpers.serving_exports import write_export
 
 TEXTS = [
     "the man saw a bird, who sang.",
@@ -31,8 +30,8 @@ TEXTS = [
     b"\xff\xfe bird \xc3",
     b"a\x00bird",
 ]
-OPS = json.loads((Path(__file__).parent.parent / "tensorflow_text_2_20_ops.json").read_text())
-GOLDEN = json.loads((Path(__file__).parent.parent / "data/tokenizers.json").read_text("utf-8"))
+OPS = json.loads((GOLDEN / "tensorflow_text_2_20_ops.json").read_text())
+EXPECTED = json.loads((GOLDEN / "tokenizers.json").read_text("utf-8"))
 
 pytestmark = pytest.mark.slow
 
@@ -362,7 +361,7 @@ def test_ops_are_those_of_an_older_server(exported):
 
 
 def test_ops_of_byte_pair_vocabularies(tmp_path):
-    case = GOLDEN["byte_pair"]["roberta"]
+    case = EXPECTED["byte_pair"]["roberta"]
     proto = sentencepiece_from_byte_pair(case["vocab"], case["merges"])
     tokenizer = bg.BertGenerationTokenizer(proto, eos_token="</s>")
     model = make_model(make_tokenizer=lambda: tokenizer)

@@ -3,10 +3,10 @@
     python tools/study/splitter.py MODULE DATA OUTPUT
     bertgen-tf export --preset OUTPUT/small --output saved_models/sentence_splitting/1
 
-MODULE and DATA as for study.py. OUTPUT gets two presets, the model as it was trained and a small
+MODULE and DATA are as for study.py. OUTPUT gets two presets, the model as trained and a small
 one of int8 with fewer pieces, and the outputs of both for the 500 pairs that the study scores.
 These pairs are never trained on; everything else is: tune.tsv and the rest of validation.tsv
-(where 3 of the 500 targets stand beside other sources).
+(where 3 of the 500 targets occur with other sources).
 """
 
 import argparse
@@ -23,13 +23,9 @@ import numpy as np
 import tensorflow as tf
 
 import bertgen_tf as bg
+from bertgen_tf.data import data_presets
 
 LENGTH = 80
-
-
-def read_pairs(path: pathlib.Path) -> list[tuple[str, str]]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [tuple(line.replace(" <::::> ", " ").split("\t")) for line in lines]
 
 
 def frequent_pieces(tokenizer: bg.BertTokenizer, texts: list[str], count: int) -> list[int]:
@@ -50,8 +46,8 @@ def main() -> None:
     parser.add_argument("module")
     parser.add_argument("data", type=pathlib.Path)
     parser.add_argument("output", type=pathlib.Path)
-    parser.add_argument("--pieces", type=int, default=8000, help="that are trained")
-    parser.add_argument("--small-pieces", type=int, default=4000, help="that the small one keeps")
+    parser.add_argument("--pieces", type=int, default=8000, help="those trained")
+    parser.add_argument("--small-pieces", type=int, default=4000, help="those of the small one")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
@@ -60,10 +56,11 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(options.seed)
-    validation = read_pairs(options.data / "wikisplit" / "validation.tsv")
+    folder = options.data / "wikisplit"
+    validation = list(data_presets.read("wikisplit", "validation", folder))
     scored = validation[::10][:500]
     kept = set(scored)
-    train = read_pairs(options.data / "wikisplit" / "tune.tsv")
+    train = list(data_presets.read("wikisplit", "tune", folder))
     train += [pair for pair in validation if pair not in kept]
     model = bg.warm_start(
         "BERTSHARE",
@@ -102,7 +99,7 @@ def main() -> None:
     small = frequent_pieces(model.tokenizer, texts, options.small_pieces)
     small = bg.trim_vocabulary(model, small)
     small.quantize("int8")
-    # It has the settings that it will be served with.
+    # Saved with the settings that it will be served with.
     small.generation_config = small.generation_config.replace(num_beams=4)
     small.save_to_preset(options.output / "small")
     for name, which, beams in (("greedy", model, 1), ("beams", model, 4), ("small", small, 4)):

@@ -1,7 +1,7 @@
-"""The paper's claim at our size: what do warm-started encoders and decoders bring?
+"""The paper's claim at our size: what does warm-starting encoders and decoders gain?
 
     python tools/study/study.py run MODULE DATA OUTPUT  trains every recipe on every task, and
-                                                        goes on where it was stopped
+                                                        resumes where it was stopped
     python tools/study/study.py report OUTPUT           Markdown tables on standard output,
                                                         curves.png
 
@@ -10,8 +10,8 @@ wikisplit/tune.tsv and validation.tsv (sentence, tab, its two sentences joined b
 multi30k/train.en, train.de, val.en, val.de (one sentence a line). OUTPUT gets curves, outputs and
 results, and may be outside the repository.
 
-All recipes of a task train for the same number of steps, on the same batches in the same order for
-a seed, with the same optimizer. Recipes whose graph is the same share one compiled training step.
+All recipes of a task train for the same number of steps with the same optimizer and, for each seed,
+on the same batches in the same order. Recipes with the same graph share one compiled training step.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import tensorflow as tf
 
 import bertgen_tf as bg
 from bertgen_tf import metrics
+from bertgen_tf.data import data_presets
 
 SCORED = 500
 LENGTHS = {"wikisplit": 80, "fusion": 80, "multi30k": 48}
@@ -51,7 +52,7 @@ class Start:
 
     @property
     def graph(self) -> str:
-        """Starts of one graph differ in their weights alone."""
+        """Starts with the same graph differ only in their weights."""
         return "shared" if self.recipe == "BERTSHARE" else "two stacks"
 
 
@@ -75,7 +76,7 @@ class Task:
             [pairs, length].
         sources, references: the texts of the scored pairs, which are the validation's.
         starts: what is compared.
-        build: makes the model of a start, with random numbers of the global seed.
+        build: makes the model of a start, with random numbers from the global seed.
         decode: generated ids [scored, length] to texts.
     """
 
@@ -90,12 +91,11 @@ class Task:
 
 
 def splitting_task(name: str, module: str, data: pathlib.Path) -> Task:
-    """WikiSplit, or the same reversed: fusion of two sentences into one."""
+    """WikiSplit, or its reverse: fusion of two sentences into one."""
 
     def read(split: str) -> list[tuple[str, str]]:
-        lines = (data / "wikisplit" / f"{split}.tsv").read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.replace(" <::::> ", " ").split("\t")) for line in lines]
-        return pairs if name == "wikisplit" else [pair[::-1] for pair in pairs]
+        reverse = name != "wikisplit"
+        return list(data_presets.read("wikisplit", split, data / "wikisplit", reverse=reverse))
 
     length = LENGTHS[name]
 
@@ -115,11 +115,11 @@ def splitting_task(name: str, module: str, data: pathlib.Path) -> Task:
         return tf.nest.map_structure(np.asarray, preprocessor(*map(list, zip(*pairs, strict=True))))
 
     def normalise(texts: tuple[str, ...]) -> list[str]:
-        """As the vocabulary, which is in lower case, can say it."""
+        """As the vocabulary, which is lower case, can express it."""
         ids = preprocessor.tokenizer(list(texts))
         return [text.decode() for text in preprocessor.tokenizer.detokenize(ids).numpy()]
 
-    # The file is sorted: every tenth pair is a sample of all of it.
+    # The file is sorted: every tenth pair samples all of it.
     scored = read("validation")[::10][:SCORED]
     sources, references = map(normalise, zip(*scored, strict=True))
     return Task(
@@ -138,7 +138,7 @@ def translation_task(module: str, data: pathlib.Path, output: pathlib.Path) -> T
     """Multi30k, English to German: BERT's pieces in the encoder, new German ones in the decoder.
 
     The checkpoint knows no German, so the word embeddings of the decoder are random in every
-    recipe, and only its layers can be warm-started. With two vocabularies nothing can be BERTSHARE.
+    recipe, and only its layers can be warm-started. With two vocabularies BERTSHARE is impossible.
     """
 
     def read(split: str, language: str) -> list[str]:
@@ -156,7 +156,7 @@ def translation_task(module: str, data: pathlib.Path, output: pathlib.Path) -> T
                 eos_id=1,
                 bos_id=2,
                 unk_id=3,
-                num_threads=1,  # else the pieces depend on their number
+                num_threads=1,  # otherwise the pieces depend on their number
                 minloglevel=1,
             )
         spiece.with_suffix(".partial").rename(spiece)
@@ -218,7 +218,7 @@ class Runner:
         self.models: dict[str, bg.EncoderDecoderModel] = {}
 
     def run(self, start: Start, seed: int) -> list[dict[str, Any]]:
-        """Records of the points of the curve, and the files of outputs."""
+        """Records for the points of the curve, and writes the files of outputs."""
         options = self.options
         keras.utils.set_random_seed(seed)
         model = self._start(start)
@@ -268,7 +268,7 @@ class Runner:
             fresh.optimizer.build(fresh.trainable_variables)
             self.models[start.graph] = fresh
             return fresh
-        # The states of random numbers are among the variables.
+        # The states of random number generators are among the variables.
         for mine, theirs in zip(model.variables, fresh.variables, strict=True):
             mine.assign(theirs)
         for variable in model.optimizer.variables:
@@ -299,7 +299,7 @@ class Runner:
         x = self.task.validation[0]
         inputs = {name: x[name] for name in ("input_ids", "attention_mask")}
         length = LENGTHS[self.task.name] - 1
-        # One shape to compile, also where the last inputs are short.
+        # One shape to compile, even if the last inputs are short.
         ids = model.generate(inputs, max_new_tokens=length, batch_size=self.options.generate_batch)
         return self.task.decode(ids.sequences[:, 0])
 
@@ -324,7 +324,7 @@ def run(options: argparse.Namespace) -> None:
                 if (start.name, seed) in done or start.name not in (options.starts or start.name):
                     continue
                 records = runner.run(start, seed)
-                # In one write: a run is there as a whole, or not at all.
+                # In one write: a run exists as a whole, or not at all.
                 with open(path, "a", encoding="utf-8") as file:
                     file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
                 print(
@@ -347,7 +347,7 @@ SCORES = {
     "fusion": ("exact", "sari", "sari_f1", "bleu"),
     "multi30k": ("exact", "bleu", "chrf"),
 }
-# Of one hue where the decoder is random, of another where it is not.
+# One hue where the decoder is random, another where it is not.
 COLORS = {
     "RND2RND": "#9aa0a6",
     "BERT2RND": "#e07b39",
@@ -384,7 +384,7 @@ def score(names: tuple[str, ...], texts: dict[str, list[str]], outputs: list[str
 
 
 def table(task: str, names: tuple[str, ...], records: list[dict], copied: dict) -> str:
-    """A row for each start at the last step: the mean of its seeds, and each of them."""
+    """A row for each start at the last step: the mean over its seeds, and each of them."""
     last = max(record["step"] for record in records)
     columns = ("loss", "validation loss", "lowest", *names)
     lines = [
@@ -413,7 +413,7 @@ def table(task: str, names: tuple[str, ...], records: list[dict], copied: dict) 
 
 
 def cell(values: list[float], digits: int) -> str:
-    """The mean, and where there are several seeds, the values."""
+    """The mean and, if there are several seeds, the values."""
     mean = f"{np.mean(values):.{digits}f}"
     if len(values) == 1:
         return mean

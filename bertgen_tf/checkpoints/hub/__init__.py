@@ -1,10 +1,8 @@
 """TF Hub modules: BERT as encoder and decoder, and the originals as whole models."""
 
+from bertgen_tf.checkpoints.hub.known import ORIGINALS, Original, known_original
 from bertgen_tf.checkpoints.hub.loading import (
-    ORIGINALS,
-    Original,
     is_original,
-    known_original,
     load,
     load_decoder,
     load_encoder,

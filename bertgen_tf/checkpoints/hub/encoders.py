@@ -1,15 +1,14 @@
 """Reading TF Hub BERT encoders, in TF2 SavedModel format and in TF1 Hub format.
 
 TF2: the variables that Model Garden's `export_tfhub` writes (`tensorflow/bert_*`,
-`tensorflow/small_bert/*` and alike). TF1: those of `google-research/bert` (`google/bert_*` and
-alike), under any scope, with the signatures `tokens` and `tokenization_info`.
+`tensorflow/small_bert/*` and similar). TF1: those of `google-research/bert` (`google/bert_*` and
+similar), under any scope, with the signatures `tokens` and `tokenization_info`.
 """
 
 import collections
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ import tensorflow as tf
 
 from bertgen_tf.checkpoints.hub import modules
 from bertgen_tf.checkpoints.hub.graph import Graph
-from bertgen_tf.checkpoints.hub.layers import read_layers, shortest
+from bertgen_tf.checkpoints.hub.layers import depth, layer_rules, read_layers, scope_of, shortest
 from bertgen_tf.checkpoints.hub.modules import Module
 from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.network import weights
+from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationEncoder
 from bertgen_tf.network.weights import Rule
 from bertgen_tf.tokenizers import BertTokenizer
@@ -37,27 +37,6 @@ def _merge_heads(kernel: np.ndarray) -> np.ndarray:
 def _merge_heads_in(kernel: np.ndarray) -> np.ndarray:
     """(A, D, H) -> (H, A * D)."""
     return kernel.reshape(-1, kernel.shape[-1]).T
-
-
-def layer_rules(source: str) -> tuple[Rule, ...]:
-    """Rules for the layers below a scope, named as in `google-research/bert` `modeling.py`.
-
-    With the names of cross-attention in `google/bertseq2seq` modules: `encdec`, `encdec_output`.
-    """
-    layer = source + r"/layer_(\d+)/"
-    names = (
-        ("attention/self/(query|key|value)/(kernel|bias)", r"self_attention/\2/\3"),
-        ("attention/output/dense/(kernel|bias)", r"self_attention/output_dense/\2"),
-        ("attention/output/LayerNorm/(gamma|beta)", r"self_attention/layer_norm/\2"),
-        ("attention/encdec/(query|key|value)/(kernel|bias)", r"cross_attention/\2/\3"),
-        ("attention/encdec_output/dense/(kernel|bias)", r"cross_attention/output_dense/\2"),
-        ("attention/encdec_output/LayerNorm/(gamma|beta)", r"cross_attention/layer_norm/\2"),
-        ("intermediate/dense/(kernel|bias)", r"feed_forward/intermediate/\2"),
-        ("output/dense/(kernel|bias)", r"feed_forward/output_dense/\2"),
-        ("output/LayerNorm/(gamma|beta)", r"feed_forward/layer_norm/\2"),
-    )
-    # Ours is the layout of kernels [outputs, inputs]; vectors stay as they are.
-    return tuple(Rule(layer + name, r"layer_\1/" + target, np.transpose) for name, target in names)
 
 
 _TF2_LAYER = r"transformer/layer_(\d+)/"
@@ -115,7 +94,7 @@ _TF2_REQUIRED = (
 )
 
 
-# After the scope is taken off, everything begins with bert/ or cls/.
+# After the scope is removed, everything begins with bert/ or cls/.
 _TF1_LAYER = r"bert/encoder/layer_(\d+)/"
 TF1_RULES = (
     Rule("bert/embeddings/word_embeddings", "embeddings/word_embeddings/embeddings"),
@@ -145,7 +124,7 @@ class Source:
         module: where it was read.
         tensors, rules: as `weights.assign` takes them.
         config, tokenizer: of the encoder.
-        run: gives `sequence_output` of the module for a dict of its inputs.
+        run: returns the module's `sequence_output` for a dict of its inputs.
         inputs: names of the module's ids, mask and token types.
     """
 
@@ -170,12 +149,6 @@ def read_encoder(handle: str, verify: bool) -> tuple[BertGenerationEncoder, Bert
     if verify:
         _verify(source, encoder)
     return encoder, source.tokenizer
-
-
-def scope_of(names: Any) -> str | None:
-    """What stands before `bert/` in the names of a TF1 module; None if it has no such names."""
-    endings = re.compile(r"((?:.*/)?)bert/embeddings/word_embeddings")
-    return next((match[1] for name in names if (match := endings.fullmatch(name))), None)
 
 
 def _read_tf2(module: Module) -> Source:
@@ -231,7 +204,7 @@ def _read_tf1(module: Module, scope: str) -> Source:
         remedy = (
             "It is an encoder-decoder: EncoderDecoderModel.from_hub(handle) reads it."
             if original
-            else "ALBERT modules and such are not BERT encoders."
+            else "ALBERT modules and the like are not BERT encoders."
         )
         raise ValueError(
             f"{handle} should be a BERT encoder in TF1 Hub format, with the variables of "
@@ -270,14 +243,8 @@ def _read_tf1(module: Module, scope: str) -> Source:
     )
 
 
-def depth(pattern: str, names: Any) -> int:
-    """How many layers there are, where the first group of `pattern` is their number."""
-    return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
-
-
 def _special_ids(tokenizer: BertTokenizer) -> dict[str, int]:
-    return {name: getattr(tokenizer, name) for name in
-            ("pad_token_id", "bos_token_id", "eos_token_id")}  # fmt: skip
+    return {name: getattr(tokenizer, name) for name in TOKEN_IDS}
 
 
 def _read_tf1_tokenizer(module: Module, graph: Graph) -> BertTokenizer:
@@ -290,7 +257,7 @@ def _read_tf1_tokenizer(module: Module, graph: Graph) -> BertTokenizer:
         path = module.asset(f"{source[0]}:{source[1]}")
     if lowercase is None or path is None:
         raise ValueError(
-            f"{module.handle} should tell its vocabulary (vocab_file, an asset) and casing "
+            f"{module.handle} should specify its vocabulary (vocab_file, an asset) and casing "
             "(do_lower_case, a constant) in its signature tokenization_info, but does not."
         )
     return _bert_tokenizer(module.handle, path, bool(lowercase))
@@ -299,7 +266,7 @@ def _read_tf1_tokenizer(module: Module, graph: Graph) -> BertTokenizer:
 def _read_tf2_tokenizer(handle: str, loaded: Any) -> BertTokenizer:
     if not hasattr(loaded, "vocab_file") or not hasattr(loaded, "do_lower_case"):
         raise ValueError(
-            f"{handle} should tell its vocabulary (vocab_file) and casing (do_lower_case), "
+            f"{handle} should specify its vocabulary (vocab_file) and casing (do_lower_case), "
             "but does not."
         )
     path = loaded.vocab_file.asset_path.numpy().decode()
@@ -316,7 +283,7 @@ def _bert_tokenizer(handle: str, path: str, lowercase: bool) -> BertTokenizer:
 
 
 def _read_tf2_graph(module: Module) -> tuple[str, float]:
-    """Activation and epsilon of the layer normalisation, which no variable tells."""
+    """Activation and epsilon of the layer normalisation, which no variable holds."""
     activations = set()
     epsilons = set()
     names = {"Erf": "gelu", "Erfc": "gelu", "Tanh": "gelu_new", "Relu": "relu"}
@@ -339,17 +306,6 @@ def _read_tf2_graph(module: Module) -> tuple[str, float]:
     return activations.pop(), shortest(epsilons.pop())
 
 
-@contextlib.contextmanager
-def exact() -> Iterator[None]:
-    """Switches TensorFloat-32 off, which on GPUs is less exact than what is compared here."""
-    enabled = tf.config.experimental.tensor_float_32_execution_enabled()
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        yield
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(enabled)
-
-
 def _verify(source: Source, encoder: BertGenerationEncoder) -> None:
     handle = source.module.handle
     length = min(17, source.config.max_position_embeddings)
@@ -367,7 +323,7 @@ def _verify(source: Source, encoder: BertGenerationEncoder) -> None:
     except Exception as error:  # whatever the module's graph raises
         raise ValueError(
             f"{handle} should take {', '.join(inputs)} and give sequence_output, but the "
-            f"call failed: {first_line(error)}. verify=False takes up the weights unchecked."
+            f"call failed: {first_line(error)}. verify=False loads the weights unchecked."
         ) from error
     difference = np.inf
     if expected.shape == ours.shape:
@@ -376,5 +332,5 @@ def _verify(source: Source, encoder: BertGenerationEncoder) -> None:
         raise ValueError(
             f"{handle} should give the same output as our encoder with its weights, within "
             f"{VERIFY_TOLERANCE}, but differs by {difference:.3g}: its graph is not that of a BERT "
-            "encoder. verify=False takes up the weights all the same."
+            "encoder. verify=False loads the weights anyway."
         )

@@ -3,7 +3,7 @@
 TF1 while loops (Enter, Merge, Switch, NextIteration, Exit), functional ones (While, with bodies in
 the function library) and calls of functions all look the same here: a loop variable is a `Merge`
 node with two inputs, its first value and its next one. The `Switch` of a loop is a `LoopSwitch`,
-which hands its value on; those of TF1's conditionals stay, and no value is read past their end.
+which passes its value on; those of TF1's conditionals stay, and no value is read past their end.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ Tensor = tuple[str, int]
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _LOOPS = ("While", "StatelessWhile")
 _VARIABLES = ("VarHandleOp", "VariableV2", "Variable")
-# Ops that hand on their first input, value for value.
+# Ops that pass on their first input, value for value.
 SAME_VALUE = frozenset(
     "Identity Enter RefEnter Exit RefExit NextIteration LoopSwitch StopGradient EnsureShape "
     "Snapshot PreventGradient CheckNumerics ReadVariableOp".split()
 )
-# Ops that hand on all values of their first input, in another shape, order or type.
+# Ops that pass on all values of their first input, in another shape, order or type.
 _SHAPES = frozenset("Reshape Squeeze ExpandDims Transpose".split())
 SAME_VALUES = SAME_VALUE | _SHAPES | {"Cast"}
 
@@ -46,7 +46,7 @@ class Node:
 
 @dataclasses.dataclass
 class Loop:
-    """A while loop: the names of its `Merge` nodes, and the tensor that lets it go on."""
+    """A while loop: the names of its `Merge` nodes, and the tensor that keeps it running."""
 
     variables: list[str]
     condition: Tensor
@@ -98,7 +98,7 @@ class Graph:
                 if name in self.consumers:
                     self.consumers[name].append((node.name, index))
 
-    # How it is made
+    # Construction
 
     def _add(self, proto: Any, name: str, inputs: list[Tensor], depth: int) -> None:
         if depth > 50:
@@ -166,7 +166,7 @@ class Graph:
             else:
                 index += len(proto.attr[arg.type_list_attr].list.type) if arg.type_list_attr else 1
         raise ValueError(
-            f"a function reads the output {output} of {op or 'nothing'}: there is none"
+            f"a function reads the output {output} of {op or 'nothing'}, which does not exist"
         )
 
     def _resolve(self, tensor: Tensor) -> Tensor:
@@ -191,10 +191,10 @@ class Graph:
             loop.variables.append(merge.name)
         self.loops += frames.values()
 
-    # How it is read
+    # Reading
 
     def op(self, tensor: Tensor) -> str:
-        """The op that makes a tensor; empty where there is none such."""
+        """The op that makes a tensor; empty if there is none."""
         return self.nodes[tensor[0]].op if tensor[0] in self.nodes else ""
 
     def resolve(self, name: str) -> Tensor:
@@ -202,7 +202,7 @@ class Graph:
         return self._resolve(parse(name))
 
     def source(self, tensor: Tensor, through: Iterable[str] = SAME_VALUE) -> Tensor:
-        """Where a tensor's values come from: back through ops that only hand on."""
+        """Where a tensor's values come from: back through ops that only pass them on."""
         seen = {tensor}
         while self.op(tensor) in through and self.nodes[tensor[0]].inputs:
             tensor = self.nodes[tensor[0]].inputs[0]
@@ -216,9 +216,9 @@ class Graph:
     ) -> list[str]:
         """Names of the nodes that tensors are computed from, nearest first.
 
-        Loop variables are among them, but not what they are computed from: one iteration is seen.
-        Neither is what lies before the nodes of `stop`, nor, with `values`, what only gives the
-        shape that values are brought into.
+        Loop variables are included, but not what they are computed from: only one iteration is
+        seen. What lies before the nodes of `stop` is excluded, and so is, with `values`, what only
+        determines the shape of values.
         """
         stop = set(stop)
         found = dict.fromkeys(name for name, _ in tensors if name in self.nodes)
@@ -234,7 +234,7 @@ class Graph:
         return queue
 
     def uses(self, name: str, through: Iterable[str] = SAME_VALUES) -> list[tuple[Node, int]]:
-        """Who reads a node's values, and as which input, past ops that only hand them on."""
+        """Which nodes read a node's values, and as which input, past ops that only pass them on."""
         through = {*through, "Switch"}  # in whichever branch
         found = []
         seen = {name}
@@ -251,7 +251,7 @@ class Graph:
         return found
 
     def variable(self, tensor: Tensor) -> str | None:
-        """The node of the variable that a tensor is the value of."""
+        """The node of the variable whose value a tensor is."""
         name = self.source(tensor, SAME_VALUES)[0]
         return name if name in self.nodes and self.nodes[name].op in _VARIABLES else None
 
@@ -267,7 +267,7 @@ class Graph:
     def constant(self, tensor: Tensor) -> np.ndarray | None:
         """The value of a tensor that is computed from constants alone; None for all others.
 
-        None also where TensorFlow cannot compute it outside of the module.
+        None also if TensorFlow cannot compute it outside the module.
         """
         if tensor not in self._constants:
             self._constants[tensor] = None
@@ -278,7 +278,7 @@ class Graph:
         return self._constants[tensor]
 
     def leaves(self, names: Iterable[str]) -> list[str]:
-        """Those of some nodes that bring values in from outside, and are no constants.
+        """Those of some nodes that bring in values from outside, and are not constants.
 
         The end of a TF1 conditional is among them: what it depends on is not only in its inputs.
         """
@@ -298,17 +298,17 @@ class Graph:
         elementwise: bool = False,
         without: Iterable[str] = (),
     ) -> np.ndarray:
-        """The value of a tensor where others have given values.
+        """The value of a tensor, given the values of others.
 
         Args:
             tensor: what to compute.
             feeds: tensor -> array of its dtype.
-            elementwise: changes of shape are left out, so that feeds may have any one shape.
-            without: further ops that are left out, in favour of their first input.
+            elementwise: leaves out changes of shape, so that feeds may all have any one shape.
+            without: further ops to leave out, in favour of their first input.
 
         Raises:
-            ValueError: it is also computed from something else than `feeds` and constants, which
-                the message names.
+            ValueError: it also depends on something other than `feeds` and constants, which the
+                message names.
         """
         through = {*SAME_VALUE, *(_SHAPES if elementwise else ()), *without}
         graph = tf.Graph()
@@ -359,7 +359,7 @@ class Graph:
                 raise ValueError(f"{tensor[0]} cannot be computed: {first_line(error)}") from error
 
     def first_element(self, tensor: Tensor) -> Any:
-        """The first element of a tensor that is put together from constants; None if it is not."""
+        """The first element of a tensor that is assembled from constants; None if it is not."""
         value = self.constant(tensor)
         if value is not None:
             return value.flat[0] if value.size else None
@@ -401,7 +401,7 @@ class Graph:
         return any(size is not None and (size == 0).any() for size in sizes)
 
     def after_loop(self, name: str) -> Tensor | None:
-        """The tensor outside of functions that is a loop variable's last value, if there is one."""
+        """The tensor outside functions that is a loop variable's last value, if there is one."""
         for node in self.nodes.values():
             if node.op in ("Exit", "RefExit") and self.source((node.name, 0))[0] == name:
                 return (node.name, 0) if node.name in self.main else None

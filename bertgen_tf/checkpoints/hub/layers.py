@@ -1,6 +1,6 @@
-"""What no variable tells of BERT's layers, read off the graph of a TF1 Hub module.
+"""BERT's layers in a TF1 Hub module: their variables' names, and what only the graph contains.
 
-The graph is followed from the variables on, so that neither names of scopes nor the loop that a
+The graph is followed from the variables on, so that neither scope names nor the loop that a
 decoder runs in matter: activation, epsilon and heads are read wherever a stack is used, and all
 uses must agree.
 """
@@ -16,11 +16,45 @@ import tensorflow as tf
 from bertgen_tf.checkpoints.hub.graph import SAME_VALUE, SAME_VALUES, Graph, Node, Tensor
 from bertgen_tf.config import HIDDEN_ACTS
 from bertgen_tf.network.layers import activation
+from bertgen_tf.network.weights import Rule
 
 MATMULS = ("MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum")
 ADDS = ("BiasAdd", "Add", "AddV2")
+SLICES = ("StridedSlice", "Slice", "GatherV2", "Gather", "GatherNd")
 _GATHERS = ("ResourceGather", "GatherV2", "Gather")
 _NORMS = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+
+
+def scope_of(names: Any) -> str | None:
+    """What precedes `bert/` in the names of a TF1 module; None if it has no such names."""
+    endings = re.compile(r"((?:.*/)?)bert/embeddings/word_embeddings")
+    return next((match[1] for name in names if (match := endings.fullmatch(name))), None)
+
+
+def depth(pattern: str, names: Any) -> int:
+    """How many layers there are, where the first group of `pattern` is their number."""
+    return 1 + max(int(match[1]) for name in names if (match := re.match(pattern, name)))
+
+
+def layer_rules(source: str) -> tuple[Rule, ...]:
+    """Rules for the layers below a scope, named as in `google-research/bert` `modeling.py`.
+
+    With the names of cross-attention in `google/bertseq2seq` modules: `encdec`, `encdec_output`.
+    """
+    layer = source + r"/layer_(\d+)/"
+    names = (
+        ("attention/self/(query|key|value)/(kernel|bias)", r"self_attention/\2/\3"),
+        ("attention/output/dense/(kernel|bias)", r"self_attention/output_dense/\2"),
+        ("attention/output/LayerNorm/(gamma|beta)", r"self_attention/layer_norm/\2"),
+        ("attention/encdec/(query|key|value)/(kernel|bias)", r"cross_attention/\2/\3"),
+        ("attention/encdec_output/dense/(kernel|bias)", r"cross_attention/output_dense/\2"),
+        ("attention/encdec_output/LayerNorm/(gamma|beta)", r"cross_attention/layer_norm/\2"),
+        ("intermediate/dense/(kernel|bias)", r"feed_forward/intermediate/\2"),
+        ("output/dense/(kernel|bias)", r"feed_forward/output_dense/\2"),
+        ("output/LayerNorm/(gamma|beta)", r"feed_forward/layer_norm/\2"),
+    )
+    # Our kernels have the layout [outputs, inputs]; vectors are unchanged.
+    return tuple(Rule(layer + name, r"layer_\1/" + target, np.transpose) for name, target in names)
 
 
 def read_layers(graph: Graph, source: str, norms: str, layers: str) -> dict[str, Any]:
@@ -33,7 +67,7 @@ def read_layers(graph: Graph, source: str, norms: str, layers: str) -> dict[str,
         layers: regular expression for the names of its layers, such as `bert/encoder/layer_0/`.
 
     Raises:
-        ValueError: one of the three cannot be read, is none that our layers have, or is not the
+        ValueError: one of the three cannot be read, is not one that our layers have, or is not the
             same everywhere; the message says what the graph does instead.
     """
     variables = graph.variables()
@@ -96,7 +130,9 @@ def _epsilon(graph: Graph, node: Node, at: int) -> float:
         values = [value for value in values if value is not None and value.size == 1]
         if sum_.op in ("Add", "AddV2") and len(values) == 1:
             return shortest(values[0].item())
-    raise ValueError(f"{node.name} multiplies by gamma what no Rsqrt(variance + epsilon) gives")
+    raise ValueError(
+        f"{node.name} multiplies gamma by something other than Rsqrt(variance + epsilon)"
+    )
 
 
 def _activation(graph: Graph, node: Node, at: int, biases: set[str]) -> str:
@@ -117,13 +153,13 @@ def _activation(graph: Graph, node: Node, at: int, biases: set[str]) -> str:
             if output.shape == values.shape and np.abs(output - expected).max() < 1e-5:
                 return name
     raise ValueError(
-        f"{node.name} reads another function of the intermediate layer than "
+        f"{node.name} reads a function of the intermediate layer other than "
         f"{', '.join(HIDDEN_ACTS)}, made of {graph.ops_of(between) or 'nothing'}"
     )
 
 
 def _heads(graph: Graph, node: Node, at: int, hidden: int) -> int:
-    """From the shape that queries get, [batch, length, heads, size of a head], or their bias."""
+    """From the shape given to queries, [batch, length, heads, size of a head], or to their bias."""
     bias = graph.nodes[graph.source(node.inputs[at])[0]]
     shape = _shape(graph, bias.inputs[1]) if bias.op == "Reshape" else []
     if len(shape) == 2 and shape[0] and shape[0] * (shape[1] or 0) == hidden:
@@ -148,7 +184,7 @@ def _heads(graph: Graph, node: Node, at: int, hidden: int) -> int:
 
 
 def _shape(graph: Graph, tensor: Tensor) -> list[int | None]:
-    """The dimensions of a shape, None for those that are no constants."""
+    """The dimensions of a shape, None for those that are not constants."""
     value = graph.constant(tensor)
     if value is not None:
         return [int(v) for v in np.ravel(value)]
@@ -163,7 +199,7 @@ def _shape(graph: Graph, tensor: Tensor) -> list[int | None]:
 def gathers(graph: Graph, variable: str) -> list[tuple[Node, Tensor]]:
     """The look-ups in a matrix of embeddings: (node, tensor of the ids).
 
-    Among them products with one-hot rows, as google-research/bert's `embedding_lookup` makes them
+    They include products with one-hot rows, as google-research/bert's `embedding_lookup` makes them
     with `use_one_hot_embeddings`.
     """
     found = []
@@ -190,4 +226,20 @@ def normalized(graph: Graph, beta: str) -> list[str]:
             found.append(node.name)
         elif node.op == "Sub":  # batch_normalization: beta - mean * scale, then the rest is added
             found += [n for n, _ in graph.consumers[node.name] if graph.op((n, 0)) in ADDS]
+    return found
+
+
+def after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
+    """Which nodes read the last value of a loop variable, past slices."""
+    found, queue = [], [name]
+    for current in queue:  # grows
+        for consumer, index in graph.consumers[current]:
+            node = graph.nodes[consumer]
+            if consumer in during and node.op != "LoopSwitch":
+                continue
+            if node.op in SAME_VALUES or node.op in SLICES:
+                if index == 0 and consumer not in queue:
+                    queue.append(consumer)
+            elif node not in found:
+                found.append(node)
     return found

@@ -1,164 +1,31 @@
 """TF Hub modules: BERT as encoder and decoder, and the originals as whole models.
 
-A module's own graph has no causal mask, no cross-attention and no cache, so its weights move into
-our layers; the module then checks them: it runs on a probe batch beside our model (`verify`).
+A module's own graph has no causal mask, no cross-attention and no cache, so its weights are loaded
+into our layers. The module then checks them: it is run on a probe batch beside our model
+(`verify`).
 
-Read are BERT encoders in TF2 SavedModel format (`tensorflow/bert_*`, `tensorflow/small_bert/*` and
-alike, as Model Garden's `export_tfhub` writes them) and in TF1 Hub format (`google/bert_*`), and
-encoder-decoders in TF1 Hub format (`google/bertseq2seq/*`).
+Supported are BERT encoders in TF2 SavedModel format (`tensorflow/bert_*`, `tensorflow/small_bert/*`
+and similar, as Model Garden's `export_tfhub` writes them) and in TF1 Hub format (`google/bert_*`),
+and encoder-decoders in TF1 Hub format (`google/bertseq2seq/*`).
 
 A handle is a folder; a URL in the TF Hub protocol, which is unpacked under `TFHUB_CACHE_DIR`, or
 else under `bertgen_tf/hub` in the user's cache folder; or a .tar.gz file as Kaggle serves them,
 unpacked there too. Loading a module runs its graph, which can read and write files.
 """
 
-import dataclasses
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from bertgen_tf.checkpoints.hub import encoders, modules, originals
+from bertgen_tf.checkpoints.hub import encoders, fetch, modules, originals
+from bertgen_tf.checkpoints.hub.known import known_original
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertTokenizer
 
-
-@dataclasses.dataclass(frozen=True)
-class Original:
-    """What is known of a module `google/bertseq2seq/*`, besides what it holds itself.
-
-    Sources: the paper (Rothe, Narayan, Severyn 2020, arXiv 1907.12461) for task and lengths; the
-    model cards of HuggingFace's copies for the example and the tokenizer's kind; the size of those
-    copies for the sharing. Fields marked "inferred" were never printed anywhere: they follow from
-    the defaults of HuggingFace's classes and the sizes of its files.
-
-    Attributes:
-        task: what it was fine-tuned for.
-        max_source_length, max_target_length: of the paper, in tokens.
-        tokenizer: "sentencepiece" or "wordpiece".
-        shared: whether encoder and decoder are one stack (for bert24_* inferred).
-        card_input, card_output: the example of the model card, made with HuggingFace's copy and its
-            settings, not with the module; None where the text is not known here, see `note`.
-        pad_token_id, bos_token_id, eos_token_id: inferred for all but roberta24_cnndm.
-        num_beams: inferred, but the paper's for translation.
-        gnmt_alpha: the paper's for translation; None for the rest, of which no source tells it
-            (the sizes of the files of HuggingFace's copies speak against 0.6).
-        note: what else the sources say of the module and its example.
-    """
-
-    task: str
-    max_source_length: int
-    max_target_length: int
-    tokenizer: str
-    shared: bool
-    card_input: str | None
-    card_output: str | None
-    pad_token_id: int = 0
-    bos_token_id: int = 2
-    eos_token_id: int = 1
-    num_beams: int = 4
-    gnmt_alpha: float | None = None
-    note: str = ""
-
-
-_TRANSLATION = (
-    "Most likely the paper's BERT2RND with a vocabulary of its own (inferred). The card's input is "
-    "encoded without special tokens (add_special_tokens=False)."
-)
-
-# What fills a gap that the graph of one of these leaves; see `load_original`.
-ORIGINALS: Mapping[str, Original] = {
-    "google/bertseq2seq/bert24_en_de/1": Original(
-        "translation, English to German (WMT14)",
-        128,
-        128,
-        "wordpiece",
-        False,
-        "Would you like to grab a coffee with me this week?",
-        "Möchten Sie diese Woche einen Kaffee mit mir schnappen?",
-        gnmt_alpha=0.6,
-        note=_TRANSLATION,
-    ),
-    "google/bertseq2seq/bert24_de_en/1": Original(
-        "translation, German to English (WMT14)",
-        128,
-        128,
-        "wordpiece",
-        False,
-        "Willst du einen Kaffee trinken gehen mit mir?",
-        "Want to drink a kaffee go with me? .",
-        gnmt_alpha=0.6,
-        note=_TRANSLATION,
-    ),
-    "google/bertseq2seq/roberta24_bbc/1": Original(
-        "extreme summarisation (BBC XSum)",
-        512,
-        64,
-        "sentencepiece",
-        True,
-        None,
-        "Some Sony PlayStation gamers are being advised to stay away from the network because of "
-        "a problem with the PlayStation 3 network.",
-        note="The card's input is a whole article about the PlayStation 3, with line breaks, whose "
-        "text is not in the sources of this table. With the same article as one line the copy says "
-        "something else.",
-    ),
-    "google/bertseq2seq/roberta24_cnndm/1": Original(
-        "summarisation (CNN/DailyMail)",
-        512,
-        128,
-        "sentencepiece",
-        True,
-        None,
-        "Fox is developing a two-hour remake of the 1975 cult classic. The special will be "
-        "directed, executive-produced and choreographed by Kenneth Ortega. \n The special is "
-        "timed to celebrate the 40th anniversary of the film, which has grossed more than "
-        "$112 million.",
-        note="The card's input is a whole article about the Rocky Horror Picture Show, whose text "
-        "is not in the sources of this table.",
-    ),
-    "google/bertseq2seq/roberta24_discofuse/1": Original(
-        "sentence fusion (DiscoFuse)",
-        128,
-        128,
-        "sentencepiece",
-        True,
-        "As a run-blocker, Zeitler moves relatively well. Zeitler often struggles at the point of "
-        "contact in space.",
-        "As a run-blocker, Zeitler moves relatively well. However, Zeitler often struggles at the "
-        "point of contact in space.",
-        note='It was not trained on the character ": the card asks for a back tick in its place. '
-        "The card's output ends with two more spaces.",
-    ),
-    "google/bertseq2seq/roberta24_gigaword/1": Original(
-        "headlines (Gigaword)",
-        128,
-        32,
-        "sentencepiece",
-        True,
-        "australian shares closed down #.# percent monday\nfollowing a weak lead from the united "
-        "states and\nlower commodity prices , dealers said .",
-        "australian shares close down #.# percent.",
-    ),
-    "google/bertseq2seq/roberta24_wikisplit/1": Original(
-        "sentence splitting (WikiSplit)",
-        128,
-        128,
-        "sentencepiece",
-        True,
-        "Due to the hurricane, Lobsterfest has been canceled, making Bob very happy about it and "
-        "he decides to open Bob 's Burgers for customers who were planning on going to "
-        "Lobsterfest.",
-        "Due to the hurricane, Lobsterfest has been canceled, making Bob very happy about it. He "
-        "decides to open Bob's Burgers for customers who were planning on going to Lobsterfest.",
-        note="It was not trained on the character \". The card's input is encoded between bos and "
-        "eos, though HuggingFace's documentation says that none is needed.",
-    ),
-}
-# Keywords of `load_original` that say nothing to a warm start.
+# Keywords of `load_original` that do not apply to a warm start.
 ORIGINAL_OPTIONS = (
     "original",
     *(f for f in originals.SETTINGS if f not in ("max_source_length", "hidden_token_ids")),
@@ -166,10 +33,10 @@ ORIGINAL_OPTIONS = (
 
 
 def load(
-    handle: str | None = None,
+    handle: str | os.PathLike | None = None,
     *,
-    encoder: str | None = None,
-    decoder: str | None = None,
+    encoder: str | os.PathLike | None = None,
+    decoder: str | os.PathLike | None = None,
     share: bool = False,
     cross_attention: str = "random",
     num_layers: int | list[int] | None = None,
@@ -177,7 +44,7 @@ def load(
     model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
 ) -> Model:
-    """What `EncoderDecoderModel.from_hub` gives: an original, or a warm start.
+    """What `EncoderDecoderModel.from_hub` returns: an original, or a warm start.
 
     Args:
         handle, verify: as for `load_original`, which also takes `kwargs` then.
@@ -186,7 +53,7 @@ def load(
         model_class: what to build.
 
     Raises:
-        ValueError: not one of `handle` and `encoder`, or an option of the other.
+        ValueError: not exactly one of `handle` and `encoder`, or an option of the other.
     """
     if (handle is None) == (encoder is None):
         raise ValueError(
@@ -216,7 +83,7 @@ def load(
 
 
 def load_encoder(
-    handle: str,
+    handle: str | os.PathLike,
     *,
     num_layers: int | list[int] | None = None,
     verify: bool = True,
@@ -226,8 +93,8 @@ def load_encoder(
 
     Args:
         handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`); or a .tar.gz
-            file; the last two are unpacked as this module's first lines tell. In TF2 SavedModel or
-            TF1 Hub format.
+            file; the last two are unpacked as described at the top of this module. In TF2
+            SavedModel or TF1 Hub format.
         num_layers: keeps the first n layers, or the layers of a list, counted from 0.
         verify: runs the module on a probe batch and raises if the encoder differs from it.
         model_class: what to build.
@@ -241,7 +108,7 @@ def load_encoder(
 
 
 def load_decoder(
-    handle: str,
+    handle: str | os.PathLike,
     *,
     cross_attention: str = "random",
     num_layers: int | list[int] | None = None,
@@ -252,9 +119,9 @@ def load_decoder(
 
     Args:
         handle, num_layers, verify, model_class: as for `load_encoder`.
-        cross_attention: how the weights that BERT does not have begin: "random" (the paper's rule)
-            or "self_attention" (a copy of each layer's self-attention, which learns to copy from
-            the source much sooner).
+        cross_attention: how the weights that BERT lacks are initialised: "random" (the paper's
+            rule) or "self_attention" (a copy of each layer's self-attention, which learns to copy
+            from the source much sooner).
     """
     pretrained.check_cross_attention(cross_attention)
     encoder, _ = load_encoder_with_tokenizer(handle, num_layers, verify)
@@ -262,8 +129,8 @@ def load_decoder(
 
 
 def load_encoder_decoder(
-    encoder: str,
-    decoder: str | None = None,
+    encoder: str | os.PathLike,
+    decoder: str | os.PathLike | None = None,
     *,
     share: bool = False,
     cross_attention: str = "random",
@@ -277,9 +144,9 @@ def load_encoder_decoder(
     Args:
         encoder, decoder: handles as for `load_encoder`; without `decoder`, the same module for
             both sides.
-        share: True is the paper's BERTSHARE: one set of variables for both sides, besides
+        share: True is the paper's BERTSHARE: one set of variables for both sides, except
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
-            decoder and softmax where both are of the same module.
+            decoder and softmax if both come from the same module.
         cross_attention, num_layers, verify: as for `load_decoder`.
         model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
@@ -297,7 +164,7 @@ def load_encoder_decoder(
 
 
 def load_original(
-    handle: str,
+    handle: str | os.PathLike,
     *,
     original: str | None = None,
     max_source_length: int | None = None,
@@ -315,45 +182,41 @@ def load_original(
 ) -> Model:
     """One of the originals, `google/bertseq2seq/*`, or a module like them, as a model of ours.
 
-    It says what the module says: weights, tokenizer and all settings of the search are read from
-    the module. A module could hide some of the settings from the graph, by taking them or computing
-    them from its input, or in an op of its own: ids of start and end, lengths, beams and alpha. A
-    keyword then gives them; for the seven of `ORIGINALS` its table does, as far as it tells them. A
-    keyword goes before the graph, the graph before the table. What the graph does in another way
-    than our search is an error that names it. Whether the score of an unfinished answer is
-    normalised has no part in what a module says; where the graph does not tell, it is False, as in
-    tensor2tensor.
+    The model gives the module's answers. Settings come from keywords first, then the module's
+    graph, then the table `ORIGINALS`. A search that ours cannot reproduce raises an error that
+    names the difference. Whether the score of an unfinished answer is normalised does not affect
+    the answers; if the graph does not specify it, it is False, as in tensor2tensor.
 
-    The model shares as the module does: everything (roberta24_*), or only the word embeddings of
-    two stacks (bert24_*), of which position embeddings are then held twice, or nothing if there
-    are two matrices. It has an output bias, of zeros. No special tokens are added to the source
-    unless the module adds them.
+    The model shares what the module shares: everything (roberta24_*), only the word embeddings of
+    two stacks (bert24_*; position embeddings are then held twice), or nothing if there are two
+    matrices. Its output bias is zero. No special tokens are added to the source unless the module
+    adds them.
 
-    An empty text: the module masks padding with a large negative number, so that of an empty text
-    beside longer ones only padding is seen, all of it alike, and what it says depends on its
-    neighbours. Alone, its answer is well defined; ours is that one in any batch.
+    An empty text: the module masks padding with a large negative number, so that an empty text
+    beside longer ones attends to padding only, uniformly, and its answer depends on its neighbours.
+    Alone, its answer is well defined; ours is that one in any batch.
 
-    Text of WordPiece modules is put together with single spaces between words (`prose=False` of
-    `Seq2SeqPreprocessor`), as the modules do.
+    Text of WordPiece modules is joined with single spaces between words (`prose=False` of
+    `Seq2SeqPreprocessor`), as in the modules.
 
     Args:
         handle: as for `load_encoder`.
-        original: which of `ORIGINALS` the module is, such as "roberta24_bbc", where the handle is
-            no URL of tfhub.dev that says so.
+        original: which of `ORIGINALS` the module is, such as "roberta24_bbc", if the handle is not
+            a URL of tfhub.dev that says so.
         max_source_length, max_new_tokens, num_beams, gnmt_alpha, normalize_unfinished,
             hidden_token_ids, pad_token_id, bos_token_id (the start token), eos_token_id: in place
-            of what the module says.
+            of the module's.
         verify: runs the module on a few texts and raises if the encoder's output, or the scores of
-            answers where the graph tells them, differ by more than 1e-4, or what the two say
-            differs at all. This alone tells of what is not read: how the candidates of a step
-            become answers and go on.
+            answers if the graph exposes them, differ by more than 1e-4, or if the answers differ at
+            all. Only this checks what is not read: how the candidates of a step become answers or
+            continue.
         name: of the model.
         model_class: what to build.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: what is there is no such module, or another than `original`, or a setting
-            cannot be read, or the two differ.
+        ValueError: what is there is not such a module, or not `original`, or a setting cannot be
+            read, or the two differ.
     """
     given = {
         "pad_token_id": pad_token_id,
@@ -376,30 +239,13 @@ def load_original(
     return originals.read_original(os.fspath(handle), given, table, verify, name, model_class)
 
 
-def known_original(handle: str, original: str | None = None) -> Original | None:
-    """The entry of `ORIGINALS` that a URL names, or `original` in short ("roberta24_bbc")."""
-    if original is None:
-        match = re.match(
-            r"https?://(?:www\.)?tfhub\.dev/(google/bertseq2seq/\w+/\d+)(?:$|[/?])",
-            os.fspath(handle),
-        )
-        return ORIGINALS.get(match[1]) if match else None
-    names = {key: key for key in ORIGINALS} | {key.split("/")[2]: key for key in ORIGINALS}
-    if original not in names:
-        raise ValueError(
-            f"original must be one of {', '.join(key.split('/')[2] for key in ORIGINALS)}, "
-            f"received {original!r}."
-        )
-    return ORIGINALS[names[original]]
-
-
-def is_original(handle: str) -> bool:
+def is_original(handle: str | os.PathLike) -> bool:
     """Whether a module is an encoder-decoder, which `load_original` reads, by its variables.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_encoder`, where there is no module.
+        FileNotFoundError, ValueError: as `load_encoder`, if there is no module.
     """
-    path = modules.resolve(os.fspath(handle))
+    path = fetch.resolve(os.fspath(handle))
     return originals.is_original(modules.read_meta_graphs(os.fspath(handle), path))
 
 
@@ -412,18 +258,18 @@ def _check_options(form: str, options: Iterable[str], others: Iterable[str]) -> 
             + (
                 "these are settings of originals, from_hub(handle). Pass generation_config=."
                 if form == "encoder="
-                else "an original comes whole. from_hub(encoder=...) warm-starts."
+                else "an original is loaded whole. from_hub(encoder=...) warm-starts."
             )
         )
 
 
 def load_encoder_with_tokenizer(
-    handle: str,
+    handle: str | os.PathLike,
     num_layers: int | list[int] | None = None,
     verify: bool = True,
     model_class: type[Encoder] = BertGenerationEncoder,
 ) -> tuple[Encoder, BertTokenizer]:
-    """What `load_encoder` gives, and the tokenizer of the module."""
-    encoder, tokenizer = encoders.read_encoder(handle, verify)
+    """What `load_encoder` returns, and the tokenizer of the module."""
+    encoder, tokenizer = encoders.read_encoder(os.fspath(handle), verify)
     kept = pretrained.kept_layers(num_layers, encoder.config.num_hidden_layers)
     return pretrained.finish_encoder(encoder, kept, model_class), tokenizer

@@ -1,24 +1,18 @@
-"""Fetching and opening TF Hub modules: folders, URLs and archives in, variables and graphs out.
+"""Opens TF Hub modules: folders, URLs and archives in, variables and graphs out.
 
-The only file that knows tensorflow_hub. Archives are not trusted: only plain files and folders are
-unpacked, inside their own folder, up to a size. Modules are: running one runs its graph, which can
-read and write files, so load only those whose maker you trust.
+Running a module runs its graph, which can read and write files, so load only those whose author you
+trust.
 """
 
 import collections
 import contextlib
 import dataclasses
 import gc
-import gzip
-import hashlib
 import os
 import pathlib
 import re
-import tarfile
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -26,22 +20,10 @@ import tensorflow_hub
 import tensorflow_text  # noqa: F401  registers the ops that modules may hold
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
-from tensorflow_hub import resolver
 
+from bertgen_tf.checkpoints.hub.fetch import resolve, where
 from bertgen_tf.checkpoints.hub.graph import Graph
 from bertgen_tf.checks import first_line
-from bertgen_tf.data import folders
-
-# The largest original is 3.1 GB; an archive that unpacks to more is no module of these kinds.
-MAX_UNPACKED_BYTES = 8 * 2**30
-MAX_MEMBERS = 10_000
-# Long names and extended attributes are read whole into memory; real ones have a few hundred bytes.
-MAX_HEADER_BYTES = 2**20
-# No path on Linux is longer.
-MAX_NAME_LENGTH = 4096
-CACHE_VARIABLE = "TFHUB_CACHE_DIR"
-_ARCHIVES = (".tar.gz", ".tgz")
-_TIMEOUT_SECONDS = 60
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -50,7 +32,7 @@ class Tensors(Mapping[str, np.ndarray]):
     Args:
         handle: of the module, for messages.
         shapes: of all variables, which need no reading.
-        read: gives the array of a name.
+        read: returns the array of a name.
     """
 
     def __init__(
@@ -64,7 +46,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self._read = read
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """The array; a ValueError if its file is damaged."""
+        """The array; raises a ValueError if its file is damaged."""
         if name not in self.shapes:
             raise KeyError(name)
         return self._read(name)
@@ -79,7 +61,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self.shapes)
 
     def without(self, prefix: str) -> "Tensors":
-        """The same variables, with a prefix taken off the names that have it.
+        """The same variables, with a prefix removed from the names that have it.
 
         Raises:
             ValueError: two variables then have one name.
@@ -100,7 +82,7 @@ class Module:
     """A module as it was opened.
 
     Attributes:
-        handle: as it was asked for.
+        handle: as it was given.
         path: its folder.
         names: of all variables, some perhaps twice.
         tensors: name -> array, read on access.
@@ -116,7 +98,7 @@ class Module:
 
     @property
     def loaded(self) -> Any:
-        """What tensorflow_hub gives: runs the module, and holds all its variables once more.
+        """What tensorflow_hub loads: runs the module, and holds all its variables once more.
 
         Raises:
             ValueError: it cannot be loaded.
@@ -127,15 +109,15 @@ class Module:
         return self._loaded
 
     def unload(self) -> None:
-        """Gives the memory of `loaded` back, of a module in TF1 Hub format.
+        """Frees the memory of `loaded`, for a module in TF1 Hub format.
 
-        Functions that came from it must not be in use any more. Asked for again, it is loaded anew.
+        Functions that came from it must no longer be in use. The next access loads it again.
         """
         self._loaded = None
-        gc.collect()  # it is full of circles
+        gc.collect()  # it is full of reference cycles
 
     def graph(self) -> Graph:
-        """The graph for inference of a TF1 Hub module: the one without tags."""
+        """The inference graph of a TF1 Hub module: the one without tags."""
         chosen = [m for m in self.meta_graphs if not m.meta_info_def.tags]
         if len(chosen) != 1:
             raise ValueError(
@@ -150,14 +132,14 @@ class Module:
             ) from error
 
     def signature(self, name: str) -> Any:
-        """The `SignatureDef` of the graph for inference, or None."""
+        """The `SignatureDef` of the inference graph, or None."""
         for meta_graph in self.meta_graphs:
             if not meta_graph.meta_info_def.tags and name in meta_graph.signature_def:
                 return meta_graph.signature_def[name]
         return None
 
     def asset(self, tensor: str) -> str | None:
-        """The path of the file whose name the tensor `node:0` of the graph holds, if there is."""
+        """The path of the file whose name the tensor `node:0` of the graph holds, if any."""
         for meta_graph in self.meta_graphs:
             assets = list(meta_graph.asset_file_def)
             # Where TF1 wrote them.
@@ -170,7 +152,7 @@ class Module:
 
 
 def open_module(handle: str | os.PathLike) -> Module:
-    """Fetches a module and opens it. Of modules in TF1 Hub format no variable is read yet.
+    """Fetches a module and opens it. In TF1 Hub format, no variable is read yet.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -182,7 +164,7 @@ def open_module(handle: str | os.PathLike) -> Module:
         tensors = _checkpoint(handle, path)
         with _loading(handle, path):
             meta_graphs = read_meta_graphs(handle, path)
-        _check_variables(_where(handle, path), meta_graphs, tensors)
+        _check_variables(where(handle, path), meta_graphs, tensors)
         return Module(handle, path, list(tensors), tensors, meta_graphs)
     with _loading(handle, path):
         loaded = tensorflow_hub.load(path)
@@ -201,9 +183,9 @@ def open_module(handle: str | os.PathLike) -> Module:
 def _loading(handle: str, path: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # TensorFlow raises a dozen kinds for files that are cut or mixed up
+    except Exception as error:  # TensorFlow raises a dozen kinds for truncated or mixed-up files
         raise ValueError(
-            f"{_where(handle, path)} should be a TF Hub module with a SavedModel and its "
+            f"{where(handle, path)} should be a TF Hub module with a SavedModel and its "
             f"variables, but loading it failed: {first_line(error)}"
         ) from error
 
@@ -211,8 +193,8 @@ def _loading(handle: str, path: str) -> Iterator[None]:
 def _checkpoint(handle: str, path: str) -> Tensors:
     """The variables of a module in TF1 Hub format, in one data file or several.
 
-    Its checkpoint has their names, and also those that are no resources, which
-    `tensorflow_hub.load` does not tell.
+    Its checkpoint has their names, and also those that are not resources, which
+    `tensorflow_hub.load` does not list.
     """
     with _loading(handle, path):
         reader = tf.train.load_checkpoint(os.path.join(path, "variables", "variables"))
@@ -226,13 +208,13 @@ def _checkpoint(handle: str, path: str) -> Tensors:
 
 
 def _check_variables(where: str, meta_graphs: list[Any], tensors: Tensors) -> None:
-    """Raises if BERT's variables in the graph for inference are not those of the checkpoint."""
+    """Raises if BERT's variables in the inference graph are not those of the checkpoint."""
     problems = []
     for meta_graph in meta_graphs:
         for node in () if meta_graph.meta_info_def.tags else meta_graph.graph_def.node:
             if node.op not in ("VarHandleOp", "VariableV2") or "bert/" not in node.name:
                 continue
-            # A variable in parts is one in the checkpoint.
+            # A partitioned variable is a single one in the checkpoint.
             if re.sub(r"/part_\d+$", "", node.name) not in tensors:
                 problems.append(f"no {node.name}")
             elif node.name in tensors:
@@ -276,167 +258,3 @@ def found_variables(module: Module) -> str:
     names = module.names
     listed = f": {', '.join(names[:6])}{', ...' if names[6:] else ''}" if names else ""
     return f"{len(names)} variables{listed}"
-
-
-def resolve(handle: str) -> str:
-    """The local folder of a handle: downloaded and unpacked, if need be.
-
-    It is unpacked under `TFHUB_CACHE_DIR`, or, where that is unset, under `bertgen_tf/hub` in the
-    user's folder for caches: `XDG_CACHE_HOME`, or `~/.cache`. That one is made for the user alone
-    (mode 0700), and must be writable for nobody else. What is there stays, 3 GB for the largest,
-    until it is deleted.
-
-    Args:
-        handle: a folder; a URL in the TF Hub protocol (`?tf-hub-format=compressed`), kept under
-            the name that tensorflow_hub gives it; or a .tar.gz file, such as Kaggle serves, kept
-            under its SHA-256.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or others can write to
-            the user's folder, or nobody.
-    """
-    is_url = "://" in handle
-    is_archive = os.path.isfile(handle) and handle.endswith(_ARCHIVES)
-    if not is_url and not is_archive and not os.path.isdir(handle):
-        raise FileNotFoundError(
-            f"{handle} should be the folder of a TF Hub module or a URL, or a .tar.gz file of one, "
-            "but there is no such folder."
-        )
-    if is_url or is_archive:
-        _check_cache(handle)
-    try:
-        if is_url:
-            path = _fetch(handle)
-        else:
-            path = _unpack_file(handle) if is_archive else handle
-    except Exception as error:  # of urllib, tarfile, zlib, tensorflow_hub and TensorFlow's files
-        action = "answer with" if is_url else "be"
-        raise ValueError(
-            f"{handle} should {action} a .tar.gz of a TF Hub module, but fetching or unpacking "
-            f"it failed: {first_line(error)}"
-        ) from error
-    if not os.path.exists(os.path.join(path, "saved_model.pb")):
-        found = ", ".join(sorted(os.listdir(path))[:6]) or "nothing"
-        raise ValueError(
-            f"{_where(handle, path)} should hold a TF Hub module, with a file saved_model.pb, but "
-            f"holds {found}."
-        )
-    return path
-
-
-def _where(handle: str, path: str) -> str:
-    # What was unpacked once is never fetched again, however broken.
-    return handle if path == handle else f"{handle} (kept in {path}: delete it to fetch it again)"
-
-
-def _fetch(handle: str) -> str:
-    compressed = resolver.model_load_format() in (
-        resolver.ModelLoadFormat.COMPRESSED.value,
-        resolver.ModelLoadFormat.AUTO.value,
-    )
-    if not handle.startswith(("http://", "https://")) or not compressed:
-        with _same_cache():
-            return tensorflow_hub.resolve(handle)
-
-    # Not left to tensorflow_hub: it refuses links and `..`, but unpacks without a bound on size.
-    def download(url: str, folder: str) -> None:
-        parts = urllib.parse.urlsplit(url)
-        query = [*urllib.parse.parse_qsl(parts.query), ("tf-hub-format", "compressed")]
-        url = urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
-            unpack(response, folder)
-
-    name = hashlib.sha1(handle.encode()).hexdigest()
-    return resolver.atomic_download(handle, download, _cache_folder(name))
-
-
-def _unpack_file(path: str) -> str:
-    def extract(path: str, folder: str) -> None:
-        with open(path, "rb") as file:
-            unpack(file, folder)
-
-    with open(path, "rb") as file:
-        name = hashlib.file_digest(file, "sha256").hexdigest()
-    return resolver.atomic_download(path, extract, _cache_folder(name))
-
-
-def _check_cache(handle: str) -> None:
-    try:
-        _cache_folder("")
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        raise ValueError(
-            f"{handle} should be unpacked, but there is no folder for that: {first_line(error)}. "
-            f"Mend that, or set {CACHE_VARIABLE} to a folder."
-        ) from error
-
-
-def _cache_folder(name: str) -> str:
-    folder = resolver.tfhub_cache_dir()
-    if folder is None:
-        folder = folders.users_cache("hub")
-    else:
-        tf.io.gfile.makedirs(folder)
-    return os.path.join(folder, name)
-
-
-@contextlib.contextmanager
-def _same_cache() -> Iterator[None]:
-    """Lets tensorflow_hub unpack where we do; it takes the folder from the environment."""
-    if resolver.tfhub_cache_dir() is not None:
-        yield
-        return
-    os.environ[CACHE_VARIABLE] = folders.users_cache("hub")
-    try:
-        yield
-    finally:
-        del os.environ[CACHE_VARIABLE]
-
-
-class _Bounded:
-    """A stream of which only so many bytes may be read before `left` is set anew."""
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self.left = MAX_HEADER_BYTES
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self.left -= len(data)
-        if self.left < 0:
-            raise ValueError(f"a header in the archive has more than {MAX_HEADER_BYTES} bytes")
-        return data
-
-
-def unpack(file: BinaryIO, folder: str) -> None:
-    """Unpacks a .tar.gz stream into a folder.
-
-    Raises:
-        ValueError: a member is no plain file or folder, would lie outside, or all together are too
-            large or too many, or a header is too large.
-    """
-    size = 0
-    with gzip.open(file) as plain:
-        stream = _Bounded(plain)
-        with tarfile.open(fileobj=stream, mode="r|") as archive:
-            for count, member in enumerate(archive, 1):
-                name = member.name
-                if len(name) > MAX_NAME_LENGTH:
-                    raise ValueError(
-                        f"a member of the archive has a name of {len(name)} characters, more than "
-                        f"{MAX_NAME_LENGTH}"
-                    )
-                size += member.size
-                # A folder's size would count as read, though nothing of it is.
-                plain_folder = member.isdir() and member.size == 0
-                if not (member.isreg() or plain_folder) or member.issparse():
-                    raise ValueError(f"member {name!r} of the archive is no plain file or folder")
-                if os.path.isabs(name) or ".." in pathlib.PurePath(name).parts:
-                    raise ValueError(f"member {name!r} of the archive would lie outside its folder")
-                if size > MAX_UNPACKED_BYTES or count > MAX_MEMBERS:
-                    raise ValueError(
-                        f"the archive unpacks to more than {MAX_UNPACKED_BYTES} bytes or "
-                        f"{MAX_MEMBERS} files"
-                    )
-                stream.left = member.size + MAX_HEADER_BYTES
-                archive.extract(member, folder, filter="data")

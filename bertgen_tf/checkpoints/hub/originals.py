@@ -1,11 +1,12 @@
 """Reading the originals, `google/bertseq2seq/*`: TF1 Hub modules from strings to strings.
 
 Everything comes from the module itself: sizes and sharing from its variables (named as
-HuggingFace's converter of these modules reads them), activation, epsilon and heads from its layers'
-graph, the search from its loop, the tokenizer from its ops, and the treatment of the source from
-running that part of it on texts.
+Hugging Face's converter of these modules reads them), activation, epsilon and heads from the graph
+of its layers, the search from its loop, the tokenizer from its ops, and the treatment of the source
+from running that part of it on texts.
 """
 
+import dataclasses
 import re
 from typing import Any
 
@@ -14,15 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checkpoints.hub import modules
-from bertgen_tf.checkpoints.hub.encoders import (
-    VERIFY_TOLERANCE,
-    depth,
-    exact,
-    layer_rules,
-    scope_of,
-)
+from bertgen_tf.checkpoints.hub.encoders import VERIFY_TOLERANCE
 from bertgen_tf.checkpoints.hub.graph import Graph, Tensor
-from bertgen_tf.checkpoints.hub.layers import normalized, read_layers
+from bertgen_tf.checkpoints.hub.known import check_known
+from bertgen_tf.checkpoints.hub.layers import depth, layer_rules, normalized, read_layers, scope_of
 from bertgen_tf.checkpoints.hub.modules import Module, Tensors
 from bertgen_tf.checkpoints.hub.search import Found, read_search
 from bertgen_tf.checkpoints.hub.text import (
@@ -36,15 +32,16 @@ from bertgen_tf.checkpoints.hub.text import (
     run_part,
 )
 from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig, GenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.models.pretrained import Model
+from bertgen_tf.models.pretrained import Model, Tokenizer
 from bertgen_tf.network import weights
+from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import Rule
 from bertgen_tf.tokenizers import BertTokenizer
 
-# What must be known; only the last has a value that is right for most modules.
+# What must be known; only the last has a default that is right for most modules.
 SETTINGS = (
     "pad_token_id",
     "bos_token_id",
@@ -56,13 +53,13 @@ SETTINGS = (
     "hidden_token_ids",
     "normalize_unfinished",
 )
-# What the two are compared on: the last is cut.
+# The texts on which the two are compared: the last is truncated.
 _VERIFIED = (
     *PROBES,
     '"Caf\u00e9"  in K\u00f6ln; who\'s there?\tNobody.',
     " ".join(PROBES * 30),
 )
-# Of a hypothesis that does not exist, at least; scores are sums of log-probabilities.
+# Hypotheses that do not exist score no more than this; scores are sums of log-probabilities.
 _NO_SCORE = -1e6
 _EMBEDDINGS = (
     Rule("bert/embeddings/word_embeddings", "embeddings/word_embeddings/embeddings"),
@@ -83,7 +80,7 @@ def read_original(
     """Builds the model of an original.
 
     Args:
-        handle: as `hub_modules.resolve` takes it.
+        handle: as `fetch.resolve` takes it.
         given: field of `SETTINGS` -> value, for what need not be read.
         known: the same, for what cannot be found in the graph.
         verify: compares the model with the module.
@@ -91,34 +88,155 @@ def read_original(
         model_class: what to build.
     """
     module = modules.open_module(handle)
-    scope = _check_original(module)
+    layout = _layout_of(module)
     modules.check_names(module)
     graph = module.graph()
-    tensors = module.tensors.without(scope)
-    shared = not any(n.startswith("bert/decoder/layer_") for n in tensors)
-    own = "bert/decoder/embeddings/word_embeddings" in tensors
-    _check_variables(module, graph, scope, shared, own)
+    _check_variables(module, graph, layout)
     nodes = graph.variables()
-    stack = "bert/encoder" if shared else "bert/decoder"
-    layers = depth(stack + r"/layer_(\d+)/", tensors)
-    text = read_text(module, graph, nodes[scope + "bert/embeddings/word_embeddings"])
-    vocab_size = tensors.shapes["bert/embeddings/word_embeddings"][0]
+    text = read_text(module, graph, nodes[layout.scope + "bert/embeddings/word_embeddings"])
     found = read_search(
         graph,
-        nodes[scope + ("bert/decoder" if own else "bert") + "/embeddings/word_embeddings"],
-        nodes[f"{scope}{stack}/layer_{layers - 1}/output/LayerNorm/beta"],
-        vocab_size,
+        nodes[f"{layout.scope}{layout.decoder_embeddings}/word_embeddings"],
+        nodes[layout.scope + layout.last_norm],
+        layout.tensors.shapes["bert/embeddings/word_embeddings"][0],
         text.output,
     )
+    settings = _Settings(module.handle, found, given, known)
+    parts = _read_parts(module, graph, layout, text, found, settings)
+    options = {"source_checkpoint": {"model": handle}, "name": name}
+    # In float32 whatever the dtype policy, to be compared with the module.
+    encoder, decoder = parts.build_stacks(dtype="float32")
+    model = parts.build(model_class, encoder, decoder, **options)
+    if found.ids is not None and "hidden_token_ids" not in settings.given:
+        check_answers(module, graph, text, found.ids, model.preprocessor)
+    _assign(model, layout, module.handle)
+    if verify:
+        _verify(module, graph, layout.scope, text, found.scores, model)
+    if model.encoder.dtype_policy == keras.config.dtype_policy():
+        return model
+    module.unload()
+    encoder, decoder = parts.build_stacks()
+    encoder.set_weights(model.encoder.get_weights())
+    decoder.set_weights(model.decoder.get_weights())
+    return parts.build(model_class, encoder, decoder, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Which variables a module has.
+
+    Attributes:
+        scope: what precedes `bert/` in their names.
+        tensors: by their names without the scope.
+    """
+
+    scope: str
+    tensors: Tensors
+
+    @property
+    def one_stack(self) -> bool:
+        """Whether encoder and decoder are one stack, except cross-attention."""
+        return not any(name.startswith("bert/decoder/layer_") for name in self.tensors)
+
+    @property
+    def two_tables(self) -> bool:
+        """Whether the decoder has embeddings of its own."""
+        return "bert/decoder/embeddings/word_embeddings" in self.tensors
+
+    @property
+    def sharing(self) -> str:
+        """As for `BertGenerationDecoder`."""
+        return "all" if self.one_stack else ("none" if self.two_tables else "word_embeddings")
+
+    @property
+    def decoder(self) -> str:
+        """The scope of the decoder's layers."""
+        return "bert/encoder" if self.one_stack else "bert/decoder"
+
+    @property
+    def decoder_embeddings(self) -> str:
+        """The scope of the decoder's embeddings."""
+        return "bert/decoder/embeddings" if self.two_tables else "bert/embeddings"
+
+    @property
+    def last_norm(self) -> str:
+        """The last variable before the logits."""
+        layers = depth(self.decoder + r"/layer_(\d+)/", self.tensors)
+        return f"{self.decoder}/layer_{layers - 1}/output/LayerNorm/beta"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a model is built from, except the weights.
+
+    Attributes:
+        encoder, decoder: the sizes of the stacks.
+        sharing: as for `BertGenerationDecoder`.
+        tokenizer: the module's.
+        values: field of `SETTINGS` -> value.
+        special_tokens: `add_bos` and `add_eos`.
+    """
+
+    encoder: BertGenerationConfig
+    decoder: BertGenerationConfig
+    sharing: str
+    tokenizer: Tokenizer
+    values: dict[str, Any]
+    special_tokens: dict[str, bool]
+
+    def build_stacks(self, **dtype: Any) -> tuple[BertGenerationEncoder, BertGenerationDecoder]:
+        """Encoder and decoder, with random weights."""
+        encoder = BertGenerationEncoder(self.encoder, **dtype)
+        shared = None if self.sharing == "none" else encoder
+        return encoder, BertGenerationDecoder(self.decoder, shared, self.sharing, **dtype)
+
+    def build(
+        self,
+        model_class: type[Model],
+        encoder: BertGenerationEncoder,
+        decoder: BertGenerationDecoder,
+        **options: Any,
+    ) -> Model:
+        """The model of the two stacks."""
+        values = self.values
+        limit = min(values["max_new_tokens"] + 1, self.decoder.max_position_embeddings)
+        return model_class(
+            encoder,
+            decoder,
+            self.tokenizer,
+            max_source_length=values["max_source_length"],
+            max_target_length=limit,
+            hidden_token_ids=values["hidden_token_ids"],
+            prose=not isinstance(self.tokenizer, BertTokenizer),
+            **self.special_tokens,
+            generation_config=GenerationConfig(
+                max_new_tokens=values["max_new_tokens"],
+                num_beams=values["num_beams"],
+                beam_scorer="gnmt",
+                gnmt_alpha=values["gnmt_alpha"],
+                normalize_unfinished=values["normalize_unfinished"],
+            ),
+            **options,
+        )
+
+
+def _read_parts(
+    module: Module,
+    graph: Graph,
+    layout: _Layout,
+    text: Text,
+    found: Found,
+    settings: "_Settings",
+) -> _Parts:
+    """Tokenizer, sizes and settings; `found` gets what the ids of a few texts show."""
     read = read_ids(module, graph, text)
     found.read("pad_token_id", lambda: int(read(["", PROBES[0]])[0, -1]))
-    settings = _Settings(module.handle, found, given, known)
-    ids = {n: settings.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids = {n: settings.get(n) for n in TOKEN_IDS}
     settings.check()  # the tokenizer needs them
     tokenizer = read_tokenizer(module, graph, text, ids)
-    _check_known(module.handle, known, shared, tokenizer)
-    positions = tensors.shapes["bert/embeddings/position_embeddings"][0]
-    found.values["max_source_length"], added = read_source(
+    check_known(module.handle, settings.known, layout.one_stack, tokenizer)
+    positions = layout.tensors.shapes["bert/embeddings/position_embeddings"][0]
+    found.values["max_source_length"], special_tokens = read_source(
         module.handle, read, tokenizer, positions
     )
     for problems in (found.unread, found.hidden):
@@ -131,51 +249,8 @@ def read_original(
         found.values.setdefault("normalize_unfinished", False)
     values = {field: settings.get(field) for field in SETTINGS}
     settings.check()
-
-    configs = _read_configs(module, graph, scope, tensors, shared, ids)
-    sharing = "all" if shared else ("none" if own else "word_embeddings")
-
-    def build(encoder_weights: Any = None, decoder_weights: Any = None, **dtype: Any):
-        encoder = BertGenerationEncoder(configs[0], **dtype)
-        decoder = BertGenerationDecoder(
-            configs[1], None if sharing == "none" else encoder, sharing, **dtype
-        )
-        if encoder_weights is not None:
-            encoder.set_weights(encoder_weights)
-            decoder.set_weights(decoder_weights)
-        limit = min(values["max_new_tokens"] + 1, configs[1].max_position_embeddings)
-        return model_class(
-            encoder,
-            decoder,
-            tokenizer,
-            max_source_length=values["max_source_length"],
-            max_target_length=limit,
-            hidden_token_ids=values["hidden_token_ids"],
-            prose=not isinstance(tokenizer, BertTokenizer),
-            **added,
-            generation_config=GenerationConfig(
-                max_new_tokens=values["max_new_tokens"],
-                num_beams=values["num_beams"],
-                beam_scorer="gnmt",
-                gnmt_alpha=values["gnmt_alpha"],
-                normalize_unfinished=values["normalize_unfinished"],
-            ),
-            source_checkpoint={"model": handle},
-            name=name,
-        )
-
-    # In float32 whatever the dtype policy, to be compared with the module.
-    model = build(dtype="float32")
-    if found.ids is not None and "hidden_token_ids" not in settings.given:
-        check_answers(module, graph, text, found.ids, model.preprocessor)
-    _assign(model, tensors, shared, own, module.handle)
-    if verify:
-        _verify(module, graph, scope, text, found.scores, model)
-    if model.encoder.dtype_policy == keras.config.dtype_policy():
-        return model
-    read = None  # it keeps the module's variables alive
-    module.unload()
-    return build(model.encoder.get_weights(), model.decoder.get_weights())
+    encoder, decoder = _read_configs(module, graph, layout, ids)
+    return _Parts(encoder, decoder, layout.sharing, tokenizer, values, special_tokens)
 
 
 def is_original(meta_graphs: list[Any]) -> bool:
@@ -202,7 +277,7 @@ class _Settings:
             return self.given[field]
         if field in self.found.values:
             return self.found.values[field]
-        # What the graph does in another way is no gap, that a table could fill.
+        # What the graph does differently is not a gap that a table could fill.
         if field in self.known and field not in self.found.unread:
             return self.known[field]
         reason = self.found.unread.get(field) or self.found.hidden.get(field)
@@ -217,19 +292,19 @@ class _Settings:
             )
         if self.missing:
             reasons = "; ".join(f"{name} ({why})" for name, why in self.missing.items())
-            remedy = f"Give {', '.join(f'{name}=' for name in self.missing)} to from_hub"
+            remedy = f"Pass {', '.join(f'{name}=' for name in self.missing)} to from_hub"
             if not self.known and not set(self.missing) & set(self.found.unread):
                 remedy += (
-                    ', or original="roberta24_bbc" or such if it is one of bertgen_tf.hub.ORIGINALS'
+                    ', or original="roberta24_bbc" etc. if it is one of bertgen_tf.hub.ORIGINALS'
                 )
             raise ValueError(
-                f"{self.handle} should tell its settings, but could not be read for {reasons}. "
+                f"{self.handle} should specify its settings, but could not be read for {reasons}. "
                 f"{remedy}."
             )
 
 
-def _check_original(module: Module) -> str:
-    """The scope of the variables, after a check that they are an original's."""
+def _layout_of(module: Module) -> _Layout:
+    """The variables of a module, after a check that they are an original's."""
     scope = scope_of(module.tensors)
     missing = []
     if scope is None:
@@ -240,23 +315,22 @@ def _check_original(module: Module) -> str:
         missing.append("signature default")
     if missing:
         raise ValueError(
-            f"{module.handle} should be an encoder-decoder as google/bertseq2seq/*, with the "
+            f"{module.handle} should be an encoder-decoder like google/bertseq2seq/*, with the "
             f"variables of google-research/bert, but it has no {', '.join(missing)}. "
             f"Found {modules.found_variables(module)}. "
             "from_hub(encoder=...) warm-starts from BERT encoders."
         )
-    return scope or ""
+    return _Layout(scope or "", module.tensors.without(scope or ""))
 
 
-def _check_variables(module: Module, graph: Graph, scope: str, shared: bool, own: bool) -> None:
-    """Raises unless what sizes and the graph's parts are read from is in checkpoint and graph."""
-    sides = ("encoder",) if shared else ("encoder", "decoder")
-    embeddings = ("bert/embeddings", "bert/decoder/embeddings") if own else ("bert/embeddings",)
+def _check_variables(module: Module, graph: Graph, layout: _Layout) -> None:
+    """Raises unless checkpoint and graph have what sizes and the graph's parts are read from."""
+    scope = layout.scope
+    sides = ("encoder",) if layout.one_stack else ("encoder", "decoder")
+    embeddings = sorted({"bert/embeddings", layout.decoder_embeddings})
     needed = [f"{e}/{part}_embeddings" for e in embeddings for part in ("word", "position")]
     for side in sides:
-        layers = depth(
-            rf"bert/{side}/layer_(\d+)/", [n.removeprefix(scope) for n in module.tensors]
-        )
+        layers = depth(rf"bert/{side}/layer_(\d+)/", layout.tensors)
         needed += [f"bert/{side}/layer_{i}/output/LayerNorm/beta" for i in range(max(layers, 1))]
         needed += [
             f"bert/{side}/layer_0/attention/self/query/kernel",
@@ -273,32 +347,20 @@ def _check_variables(module: Module, graph: Graph, scope: str, shared: bool, own
             )
 
 
-def _check_known(handle: str, known: dict[str, Any], shared: bool, tokenizer: Any) -> None:
-    """Raises if the module is another than the entry of `ORIGINALS` that it should be."""
-    found = {
-        "shared": shared,
-        "tokenizer": "wordpiece" if isinstance(tokenizer, BertTokenizer) else "sentencepiece",
-    }
-    for field, value in found.items():
-        if known.get(field, value) != value:
-            raise ValueError(
-                f"{handle} should be what bertgen_tf.hub.ORIGINALS tells, with {field}="
-                f"{known[field]!r}, but has {value!r}. Leave original= out, or name another."
-            )
-
-
 def _hidden_ids(shown: np.ndarray, ids: dict[str, int]) -> tuple[int, ...]:
     for name in ("pad_token_id", "bos_token_id"):
         if shown[ids[name]] and ids[name] != ids["eos_token_id"]:
-            raise ValueError(f"it shows {ids[name]}, its {name}, which our text never has")
+            raise ValueError(f"it shows {ids[name]}, its {name}, which our text never contains")
     return tuple(sorted(set(np.flatnonzero(~shown).tolist()) - set(ids.values())))
 
 
 def _read_configs(
-    module: Module, graph: Graph, scope: str, tensors: Tensors, shared: bool, ids: dict[str, int]
+    module: Module, graph: Graph, layout: _Layout, ids: dict[str, int]
 ) -> tuple[BertGenerationConfig, BertGenerationConfig]:
+    tensors = layout.tensors
+
     def config(side: str, embeddings: str, cross: bool) -> BertGenerationConfig:
-        bert = re.escape(scope) + "bert/"
+        bert = re.escape(layout.scope) + "bert/"
         layer = f"bert/{side}/layer_"
         vocab_size, hidden_size = tensors.shapes[f"{embeddings}/word_embeddings"]
         return BertGenerationConfig(
@@ -318,29 +380,27 @@ def _read_configs(
         )
 
     encoder = config("encoder", "bert/embeddings", False)
-    if shared:
+    if layout.one_stack:
         return encoder, encoder.replace(add_cross_attention=True)
-    own = "bert/decoder/embeddings"
-    own = own if f"{own}/word_embeddings" in tensors else "bert/embeddings"
-    return encoder, config("decoder", own, True)
+    return encoder, config("decoder", layout.decoder_embeddings, True)
 
 
-def _assign(
-    model: EncoderDecoderModel, tensors: Tensors, shared: bool, own: bool, source: str
-) -> None:
-    decoder = weights.named_variables(model.decoder)
-    if shared:
+def _assign(model: EncoderDecoderModel, layout: _Layout, source: str) -> None:
+    decoder, tensors = weights.named_variables(model.decoder), layout.tensors
+    if layout.one_stack:
         rules = (*_EMBEDDINGS, *layer_rules("bert/encoder"), _STEP)
         weights.assign(decoder, tensors, rules, source=source, new="output_bias")
         return
     ignored = Rule("bert/decoder/.*", None)
     rules = (*_EMBEDDINGS, *layer_rules("bert/encoder"), ignored, _STEP)
     weights.assign(weights.named_variables(model.encoder), tensors, rules, source=source)
-    of_encoder = [Rule("bert/encoder/.*", None), Rule("bert/embeddings/.*", None)] if own else [
-        Rule("bert/encoder/.*", None)]  # fmt: skip
     embeddings = [
-        Rule(r.source.replace("bert/", "bert/decoder/"), r.target) for r in _EMBEDDINGS
-    ] if own else list(_EMBEDDINGS)  # fmt: skip
+        Rule(rule.source.replace("bert/embeddings", layout.decoder_embeddings), rule.target)
+        for rule in _EMBEDDINGS
+    ]
+    of_encoder = [Rule("bert/encoder/.*", None)]
+    if layout.two_tables:
+        of_encoder.append(Rule("bert/embeddings/.*", None))
     rules = (*embeddings, *layer_rules("bert/decoder"), *of_encoder, _STEP)
     weights.assign(decoder, tensors, rules, source=source, new="output_bias")
 
@@ -353,9 +413,9 @@ def _verify(
     scores: tuple[str, str] | None,
     model: EncoderDecoderModel,
 ) -> None:
-    """Compares the encoder's output, and what module and model say, with its scores."""
+    """Compares the encoder's output, and the answers of both with their scores."""
     texts = list(_VERIFIED)
-    remedy = "verify=False takes up the weights all the same."
+    remedy = "verify=False loads the weights anyway."
     output = _encoder_output(module, graph, scope, model.encoder.config.num_hidden_layers)
     with exact():
         batch = model.preprocessor.generate_preprocess(texts)
@@ -408,7 +468,7 @@ def _module_scores(
     model: EncoderDecoderModel,
     texts: list[str],
 ) -> np.ndarray | None:
-    """The scores of the module's best hypotheses; None where its graph does not tell them."""
+    """The scores of the module's best hypotheses; None if its graph does not expose them."""
     ends = [graph.after_loop(name) for name in scores or ()]
     if not ends or None in ends:
         return None

@@ -1,13 +1,13 @@
-"""Reading the search of an original off its graph: start, end, lengths, beams, penalty.
+"""Reading the search of an original from its graph: start, end, lengths, beams, penalty.
 
 The graph is followed, not its names: the loop is the one that takes the best candidates (TopKV2).
 Functions of its counter (how long it runs, the length penalty), of logits (their log-probabilities)
 and of ids (which of them are shown) are computed and compared with ours. Every op between the last
 layer and the first choice of candidates must be known; the condition is run on a few states.
 
-Not read: what becomes of the candidates after that choice (which of them go on, which are kept as
-answers, which answer is the best), and what the loop variables hold at first, besides ids. The
-comparison of answers and scores (`verify`) is what tells of these.
+Not read: what becomes of the candidates after that choice (which of them continue, which are kept
+as answers, which answer is the best), and the first values of the loop variables, except ids. Only
+the comparison of answers and scores (`verify`) checks these.
 """
 
 import dataclasses
@@ -18,15 +18,21 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.checkpoints.hub.graph import SAME_VALUES, Graph, Loop, Node, Tensor
-from bertgen_tf.checkpoints.hub.layers import MATMULS, gathers, normalized, shortest
+from bertgen_tf.checkpoints.hub.layers import (
+    MATMULS,
+    SLICES,
+    after_loop,
+    gathers,
+    normalized,
+    shortest,
+)
 from bertgen_tf.checkpoints.hub.text import COMPARISONS, shown_ids
 
 _TOP = ("TopKV2", "TopK")
-_SLICES = ("StridedSlice", "Slice", "GatherV2", "Gather", "GatherNd")
 _DIVISIONS = ("RealDiv", "Div")
-# What may become of scores after they were chosen; other ops could hide a penalty.
+# What may be done to scores after they were chosen; other ops could hide a penalty.
 _HARMLESS = frozenset(
-    (*COMPARISONS, *_SLICES, *_DIVISIONS, *_TOP)
+    (*COMPARISONS, *SLICES, *_DIVISIONS, *_TOP)
     + tuple("Add AddV2 Mul Sub ConcatV2 Shape Select SelectV2 Max Min IsFinite Merge".split())
     + ("ZerosLike", "OnesLike")
 )
@@ -41,12 +47,12 @@ class Hidden(ValueError):
 
 @dataclasses.dataclass
 class Found:
-    """What was read, by field of `hub_originals.SETTINGS`, and why the rest was not.
+    """What was read, by field of `originals.SETTINGS`, and why the rest was not.
 
     Attributes:
-        values: field -> value, of what the graph tells.
-        hidden: field -> why the graph does not tell: it depends on what is given to the module, or
-            is in an op of its own.
+        values: field -> value, where the graph contains it.
+        hidden: field -> why the graph does not contain it: it depends on what is given to the
+            module, or is in an op of its own.
         unread: field -> what the graph does instead of what our search can do.
         scores: the loop variables that hold sums of log-probabilities, and scores of answers.
         ids: the ids that become text.
@@ -59,7 +65,7 @@ class Found:
     ids: Tensor | None = None
 
     def read(self, field: str, function: Callable[[], Any]) -> None:
-        """Keeps what `function` gives (None: not in the graph) or the message of its error."""
+        """Keeps what `function` returns (None: not in the graph) or the message of its error."""
         try:
             value = function()
         except Hidden as error:
@@ -84,7 +90,7 @@ def read_search(graph: Graph, embeddings: str, norm: str, vocab_size: int, outpu
     Returns:
         `bos_token_id` (the start token), `eos_token_id`, `max_new_tokens`, `num_beams`,
         `gnmt_alpha`, `normalize_unfinished` and `shown`, a bool [vocab_size]: which ids become
-        text. If unread, under `search` stands what is done to the scores, or to stop.
+        text. An unread `search` says what else is done to the scores, or to stop.
     """
     found = Found()
     loops = [loop for loop in graph.loops if _tops(graph, loop)]
@@ -200,15 +206,15 @@ class _Search:
                 f"search, and {len(self.first)} TopKV2 choose among them"
             )
         (product,) = products
-        through = {*SAME_VALUES, *_SLICES}
+        through = {*SAME_VALUES, *SLICES}
         tensor = graph.source(self.first[0].inputs[0], through)
-        while graph.op(tensor) in (*_DIVISIONS, "Mul"):  # of which `alpha` is read
+        while graph.op(tensor) in (*_DIVISIONS, "Mul"):  # from which `alpha` is read
             node = graph.nodes[tensor[0]]
             of = [t for t in node.inputs if product.name in graph.before([t])]
             tensor = graph.source(of[0], through) if len(of) == 1 else ("", 0)
         if graph.op(tensor) not in ("Add", "AddV2"):
             raise ValueError(
-                f"{self._describe(tensor)} gives what candidates are chosen by, instead of a sum "
+                f"{self._describe(tensor)} is what candidates are chosen by, instead of a sum "
                 "of log-probabilities"
             )
         parts = [graph.source(t, through) for t in graph.nodes[tensor[0]].inputs]
@@ -236,7 +242,7 @@ class _Search:
         for feed in (values, values[np.newaxis]):  # axes are numbers in the graph
             feeds = {logits: feed}
             try:
-                given = graph.evaluate(log_probs, feeds, elementwise=True, without=_SLICES)
+                given = graph.evaluate(log_probs, feeds, elementwise=True, without=SLICES)
             except ValueError as error:
                 problem = str(error)
             else:
@@ -257,7 +263,7 @@ class _Search:
         return f"{self.graph.op(tensor) or 'nothing known'} {tensor[0]}".strip()
 
     def start(self) -> int | None:
-        """The first element of what the loop looks up in the embeddings at first."""
+        """The first element of the ids that the loop first looks up in the embeddings."""
         graph = self.graph
         looked_up = [
             ids for node, ids in gathers(graph, self.embeddings) if node.name in self.inside
@@ -285,11 +291,13 @@ class _Search:
                 if self.first and self.first[0].name in chosen:
                     found.add(int(value.item()))
         if len(found) > 1:
-            raise ValueError(f"the chosen tokens are compared with {sorted(found)}: one end token")
+            raise ValueError(
+                f"the chosen tokens are compared with {sorted(found)}, not one end token"
+            )
         return found.pop() if found else None
 
     def _conditions(self) -> list[tuple[Tensor, bool]]:
-        """The parts of the loop's condition, all of which must be this (False: negated)."""
+        """The parts of the loop's condition, and what each must be (False: negated)."""
         found, queue = [], [(self.loop.condition, True)]
         for tensor, wanted in queue:  # grows
             source = self.graph.source(tensor, SAME_VALUES)
@@ -304,7 +312,7 @@ class _Search:
         return found
 
     def steps(self) -> int:
-        """How often the loop runs at most, from the parts of its condition that count."""
+        """How often the loop runs at most, from the parts of its condition that count steps."""
         graph, found = self.graph, []
         for part, wanted in self._conditions():
             used = set(graph.before([part])) & set(self.loop.variables)
@@ -321,9 +329,9 @@ class _Search:
         return min(found)
 
     def check_stop(self, beams: int) -> None:
-        """Raises if the search would stop where our search goes on.
+        """Raises if the search would stop where our search continues.
 
-        It may stop by itself only where no hypothesis can win any more. So its condition is run on
+        It may stop by itself only when no hypothesis can still win. So its condition is run on
         states with a hypothesis that is better than all answers.
         """
         graph = self.graph
@@ -334,14 +342,14 @@ class _Search:
                 continue
             integers = {graph.nodes[name].attr["T"].type for name in self.counters}
             integer = np.int64 if 9 in integers else np.int32
-            # Limit and exponent, if they are hidden: any number serves.
+            # Limit and exponent, if they are hidden: any number will do.
             hidden: dict[Tensor, Any] = {t: integer(9) for t in self._limits() if t[0] in names}
             for leaf in graph.leaves(names):
                 node = graph.nodes[leaf]
                 if node.op == "PlaceholderWithDefault" and node.attr["dtype"].type == 1:
                     hidden[leaf, 0] = np.float32(0.7)
             for answers, order in itertools.product((0, 1, beams), (1, -1)):
-                # Beside a text whose search is over: all answers are there, and none is better.
+                # Beside a text whose search is over: all answers exist; no hypothesis is better.
                 exist = np.stack([np.arange(beams) < answers, np.ones(beams, bool)])[::order]
                 sums = np.stack([-0.1 - np.arange(beams), -1e6 - np.arange(beams)])[::order]
                 scores = np.where(exist, np.array([[-5.0], [-0.01]])[::order], -1e9)
@@ -351,7 +359,9 @@ class _Search:
                     if kind == 10:  # DT_BOOL
                         feeds[name, 0] = exist
                     elif kind != 1:
-                        raise ValueError(f"{self._describe(part)}, which is no score, may stop it")
+                        raise ValueError(
+                            f"{self._describe(part)}, which is not a score, may stop it"
+                        )
                     else:
                         feeds[name, 0] = np.float32(sums if name == self.sums else scores)
                 for name in set(names) & set(self.counters):
@@ -359,14 +369,14 @@ class _Search:
                 try:
                     goes_on = graph.evaluate(part, feeds) == wanted
                 except ValueError as error:
-                    raise ValueError(f"when it stops cannot be told: {error}") from error
+                    raise ValueError(f"its stopping condition cannot be run: {error}") from error
                 if not np.all(goes_on):
                     raise ValueError(
                         f"{self._describe(part)} stops it while a hypothesis could still win"
                     )
 
     def _limits(self) -> list[Tensor]:
-        """What counters are compared with, where that is no constant."""
+        """What counters are compared with, if that is not a constant."""
         graph, found = self.graph, []
         for part, _ in self._conditions():
             node = graph.nodes.get(part[0])
@@ -412,7 +422,7 @@ class _Search:
                         found[consumer] = alpha
                 elif node.op not in _HARMLESS and node.op not in SAME_VALUES:
                     others.append(consumer)
-                hands_on = {*SAME_VALUES, *_SLICES, *_DIVISIONS, "TopK", "TopKV2"}
+                hands_on = {*SAME_VALUES, *SLICES, *_DIVISIONS, "TopK", "TopKV2"}
                 if consumer not in queue and consumer not in self.loop.variables:
                     if node.op not in (*COMPARISONS, "Shape") and (
                         index == 0 or node.op not in hands_on
@@ -430,7 +440,7 @@ class _Search:
         if self._counts([penalty]):
             values = self._of_counter(penalty, 64)
             if node.op == "Mul" and values[-1] < 1:
-                values = 1 / values  # else it makes the sum of a score again
+                values = 1 / values  # else it turns a score back into a sum
             return self._exponent(node.name, values, penalty)
         used = {n for n in names if n in self.loop.variables}
         if node.op == "Mul" and not used & set(self.counters):
@@ -461,15 +471,15 @@ class _Search:
         return alpha
 
     def normalizes(self, steps: int, alpha: float) -> bool | None:
-        """Whether a score that did not finish is divided, after the loop, by the penalty."""
+        """Whether scores of unfinished hypotheses are divided by the penalty after the loop."""
         graph = self.graph
         during = self.inside | set(graph.before([self.loop.condition]))
-        users = _after_loop(graph, self.sums, during) if self.sums else []
+        users = after_loop(graph, self.sums, during) if self.sums else []
         divisions = [n for n in users if n.op in _DIVISIONS]
         for node in divisions:
             value = graph.constant(node.inputs[1])
             if value is None or not np.allclose(value, ((5 + steps) / 6) ** alpha, rtol=1e-4):
-                raise ValueError(f"{node.name} divides scores that did not finish by {value}")
+                raise ValueError(f"{node.name} divides scores of unfinished hypotheses by {value}")
         if divisions:
             return True
         return False if any(node.op.startswith("Select") for node in users) else None
@@ -493,26 +503,10 @@ class _Search:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) or "what is no constant"
+    return ", ".join(names[:4]) or "something that is not a constant"
 
 
 def _size(top: Node) -> Tensor:
     if len(top.inputs) < 2:
         raise ValueError(f"{top.name} has its size as an attribute")
     return top.inputs[1]
-
-
-def _after_loop(graph: Graph, name: str, during: set[str]) -> list[Node]:
-    """Who reads the last value of a loop variable, past slices."""
-    found, queue = [], [name]
-    for current in queue:  # grows
-        for consumer, index in graph.consumers[current]:
-            node = graph.nodes[consumer]
-            if consumer in during and node.op != "LoopSwitch":
-                continue
-            if node.op in SAME_VALUES or node.op in _SLICES:
-                if index == 0 and consumer not in queue:
-                    queue.append(consumer)
-            elif node not in found:
-                found.append(node)
-    return found

@@ -1,8 +1,8 @@
 """Where text goes into an original and comes out: its tokenizer, its source, what it shows.
 
-Ops on strings beside the tokenizer must be known; then these parts of the module are run, and must
-give our ids for odd texts and our text for all ids. Bytes that are no UTF-8 are not compared: our
-tokenizers may read them in another way.
+Ops on strings other than the tokenizer must be known; then these parts of the module are run, and
+must give our ids for odd texts and our text for all ids. Bytes that are not UTF-8 are not compared:
+our tokenizers may read them differently.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ PROBES = (
     "A young woman found the letter that her father had hidden in the garden behind the house "
     "many years ago; she never told anyone what it said.",
 )
-# Where tokenizers and what may be done to text before them differ.
+# Texts on which tokenizers, or what may be done to text before them, differ.
 ODD_TEXTS = (
     *PROBES,
     "\"Quotes\", 'single', `back` and ``LaTeX''; \u201ccurly\u201d \u2018ones\u2019",
@@ -114,7 +114,7 @@ def run_part(module: Module, graph: Graph, text: Text, tensor: Tensor) -> Callab
 
 
 def read_ids(module: Module, graph: Graph, text: Text) -> Callable:
-    """Texts -> the ids that the encoder looks up, [batch, length], also if it does so flat."""
+    """Texts -> the ids that the encoder looks up, [batch, length], even if it does so flat."""
     run = run_part(module, graph, text, text.source_ids)
 
     def read(texts: list[Any]) -> np.ndarray:
@@ -123,8 +123,8 @@ def read_ids(module: Module, graph: Graph, text: Text) -> Callable:
             return ids
         if not ids.size or ids.size % len(texts):
             raise ValueError(
-                f"{module.handle} should look up as many ids for each text of a batch, but looks "
-                f"up {ids.size} for {len(texts)}."
+                f"{module.handle} should look up equally many ids for each text of a batch, but "
+                f"looks up {ids.size} for {len(texts)}."
             )
         return ids.reshape(len(texts), -1)
 
@@ -135,7 +135,7 @@ def read_tokenizer(module: Module, graph: Graph, text: Text, ids: dict[str, int]
     """The tokenizer of the module; `ids` are those of its special tokens, by name.
 
     Raises:
-        ValueError: it has none of ours, or does something else to text.
+        ValueError: it is not one of ours, or something else is done to text.
     """
     names = graph.before([text.source_ids])
     by_op = {graph.nodes[name].op: graph.nodes[name] for name in names}
@@ -143,7 +143,7 @@ def read_tokenizer(module: Module, graph: Graph, text: Text, ids: dict[str, int]
         _check_strings(graph, text, by_op)
     except ValueError as error:
         raise ValueError(
-            f"{module.handle} should do nothing to strings but what our tokenizers do, but {error}."
+            f"{module.handle} should do only what our tokenizers do to strings, but {error}."
         ) from error
     try:
         if "SentencepieceOp" in by_op:
@@ -186,7 +186,7 @@ def read_tokenizer(module: Module, graph: Graph, text: Text, ids: dict[str, int]
 
 
 def _check_strings(graph: Graph, text: Text, by_op: dict[str, Node]) -> None:
-    """Raises for what is done to strings before the tokenizer or after the answer, besides ours."""
+    """Raises if strings are changed before the tokenizer or after the answer, unlike ours."""
     start = graph.resolve(text.input)
     if "SentencepieceTokenizeOp" in by_op:
         source = graph.source(by_op["SentencepieceTokenizeOp"].inputs[1], SAME_VALUES)
@@ -226,7 +226,7 @@ def _read_table(module: Module, graph: Graph, table: Tensor) -> list[str]:
             path = module.asset(f"{source[0]}:{source[1]}")
             columns = (node.attr["key_index"].i, node.attr["value_index"].i)
             if path and columns == (-2, -1):  # whole lines, and their numbers
-                # As TensorFlow reads it: lines end at \n alone, and \r is dropped anywhere.
+                # As TensorFlow reads it: lines end at \n alone, and \r is dropped everywhere.
                 lines = pathlib.Path(path).read_bytes().decode().replace("\r", "").split("\n")
                 return lines if lines[-1] else lines[:-1]
         elif index == 0 and node.op in ("InitializeTableV2", "LookupTableImportV2"):
@@ -258,7 +258,7 @@ def read_source(
     short = PROBES[0]
     long = " ".join([short] * (2 * positions // max(len(ours(short)), 1) + 2))
     limit = len(cut := read([long])[0].tolist())
-    # A text that is not cut tells of special tokens; one word, if the limit is that small.
+    # A text that is not cut shows the special tokens; one word, if the limit is that small.
     texts = [text for text in (short, "Yes", "a") if len(ours(text)) + 2 <= limit] or ["a"]
     theirs, mine = _unpadded(read([texts[0]])[0], tokenizer), ours(texts[0])
     for bos, eos in itertools.product((False, True), repeat=2):
@@ -274,7 +274,7 @@ def read_source(
     if cut != expected(long):
         if cut == [*before, *ours(long), *after][:limit]:
             raise ValueError(
-                f"{handle} should add its special tokens to a source that is cut already, but "
+                f"{handle} should add its special tokens to a source that is already cut, but "
                 "adds them first and then cuts them off."
             )
         raise differ(long, cut[-9:], expected(long)[-9:])
@@ -308,7 +308,7 @@ def check_answers(
     if ids[0] not in graph.main:
         raise ValueError(f"{module.handle} should show ids outside of functions, to be compared.")
     function = module.loaded.prune(f"{ids[0]}:{ids[1]}", f"{text.output[0]}:{text.output[1]}")
-    # Every id, in an order that no text has; rows that end early. Unknown pieces besides.
+    # Every id, in an order that no text has; rows that end early. Unknown pieces too.
     order = np.random.default_rng(0).permutation(tokenizer.vocab_size)
     order = order[order != tokenizer.eos_token_id]
     rows = np.resize(order, (-(-len(order) // 12), 12))
@@ -340,7 +340,7 @@ def shown_ids(
         if graph.nodes[name].op == "Where":
             try:
                 found.append(_masked_ids(graph, graph.nodes[name], vocab_size, end))
-            except ValueError as error:  # of another mask, by which text is put together
+            except ValueError as error:  # of another mask, by which text is assembled
                 problems.append(str(error))
     if not found and problems:
         raise ValueError(problems[0])

@@ -1,4 +1,4 @@
-"""HuggingFace checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts."""
+"""Hugging Face checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts."""
 
 from bertgen_tf.checkpoints.huggingface.loading import (
     kind_of,
@@ -8,10 +8,11 @@ from bertgen_tf.checkpoints.huggingface.loading import (
     load_encoder_with_tokenizer,
     load_gpt2,
     read_config,
-    save,
 )
+from bertgen_tf.checkpoints.huggingface.saving import is_ours, save
 
 __all__ = [
+    "is_ours",
     "kind_of",
     "load_decoder",
     "load_encoder",

@@ -1,4 +1,4 @@
-"""Runs a HuggingFace checkpoint in transformers and here, and tells how far apart they are.
+"""Runs a Hugging Face checkpoint in transformers and here, and reports how far apart they are.
 
 Needs transformers and torch: the extra `compare`.
 """
@@ -7,11 +7,11 @@ import re
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow as tf
 
 from bertgen_tf.checkpoints.huggingface.generation_settings import write_generation
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.network.precision import exact
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 
 Model = EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder
@@ -41,10 +41,10 @@ def compare_with_huggingface(
     """Runs both sides on the same random ids, with padding.
 
     Args:
-        model: what `from_huggingface(folder)` gave, with all its layers, in float32.
+        model: what `from_huggingface(folder)` returned, with all its layers, in float32.
         folder: the checkpoint, or `org/name` of one.
-        tolerance: the greatest difference of hidden states and logits, relative to their greatest
-            absolute value where that is above 1.
+        tolerance: the greatest allowed difference of hidden states and logits, relative to their
+            greatest absolute value if that is above 1.
         seed: of the ids.
 
     Returns:
@@ -64,25 +64,19 @@ def compare_with_huggingface(
         ) from error
     rng = np.random.default_rng(seed)
     other = _load(transformers, model, folder)
-    tensor_float_32 = tf.config.experimental.tensor_float_32_execution_enabled()
-    # On GPUs it is less exact than what is compared here.
-    tf.config.experimental.enable_tensor_float_32_execution(False)
-    try:
-        with torch.no_grad():
-            if isinstance(model, EncoderDecoderModel):
-                return _compare_encoder_decoder(model, other, rng, tolerance)
-            ids, mask = _random_ids(rng, model.config, LENGTHS[0])
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            if isinstance(model, BertGenerationEncoder):
-                theirs = other(**_tensors(inputs)).last_hidden_state
-                return [_compare("hidden states", model(ids, mask), theirs, mask, tolerance)]
-            if model.config.add_cross_attention:
-                shape = (*ids.shape, model.config.hidden_size)
-                inputs["encoder_hidden_states"] = rng.normal(size=shape).astype(np.float32)
-            theirs = other(**_tensors(inputs)).logits
-            return [_compare("logits", model(**inputs), theirs, mask, tolerance)]
-    finally:
-        tf.config.experimental.enable_tensor_float_32_execution(tensor_float_32)
+    with exact(), torch.no_grad():
+        if isinstance(model, EncoderDecoderModel):
+            return _compare_encoder_decoder(model, other, rng, tolerance)
+        ids, mask = _random_ids(rng, model.config, LENGTHS[0])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if isinstance(model, BertGenerationEncoder):
+            theirs = other(**_tensors(inputs)).last_hidden_state
+            return [_compare("hidden states", model(ids, mask), theirs, mask, tolerance)]
+        if model.config.add_cross_attention:
+            shape = (*ids.shape, model.config.hidden_size)
+            inputs["encoder_hidden_states"] = rng.normal(size=shape).astype(np.float32)
+        theirs = other(**_tensors(inputs)).logits
+        return [_compare("logits", model(**inputs), theirs, mask, tolerance)]
 
 
 def _load(transformers: Any, model: Model, folder: str) -> Any:
@@ -124,7 +118,7 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
 def _random_ids(
     rng: np.random.Generator, config: Any, longest: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask, int32 [ROWS, length], the rows ever shorter."""
+    """Ids and mask, int32 [ROWS, length], each row shorter than the last."""
     length = min(longest, config.max_position_embeddings)
     mask = (np.arange(length) < length - 3 * np.arange(ROWS)[:, None].clip(max=length - 1)).astype(
         np.int32

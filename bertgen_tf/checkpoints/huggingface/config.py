@@ -1,7 +1,7 @@
-"""HuggingFace's `config.json` and `generation_config.json`, in and out.
+"""Hugging Face's `config.json` and `generation_config.json`, in and out.
 
-Every field is used, or known to change nothing, or refused: all that is refused comes in one error.
-Versions 4 and 5 of transformers are meant; version 4 also writes its settings of generation, and
+Every field is used, or known to change nothing, or refused: one error lists all that is refused.
+Versions 4 and 5 of transformers are supported; version 4 also writes its generation settings, and
 dozens of defaults, into `config.json`.
 """
 
@@ -12,16 +12,17 @@ from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
 from bertgen_tf.checkpoints.huggingface import gpt2
-from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig, GenerationConfig
+from bertgen_tf.config import OWN_FIELDS, TOKEN_IDS, BertGenerationConfig, GenerationConfig
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
-# The key in config.json for what HuggingFace has no place for.
+# The key in config.json for what Hugging Face has no place for.
 OWN = "bertgen_tf"
 ENCODER_DECODER = "encoder-decoder"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 BERT_GENERATION = "bert-generation"
 
-# Fields of one name and meaning there and here.
+# Fields with the same name and meaning there and here.
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -34,7 +35,6 @@ _SIZES = (
     "initializer_range",
     "layer_norm_eps",
 )
-_IDS = generations.IDS
 _SHARING = ("none", "word_embeddings", "all")
 _BERT_BASE = {
     "vocab_size": 30522,
@@ -46,7 +46,7 @@ _BERT_BASE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# What a field that is not written means, where it is not what it means here.
+# Defaults of fields that are not written, where they differ from ours.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     BERT_GENERATION: {},
     "bert": _BERT_BASE,
@@ -60,7 +60,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     gpt2.GPT2: gpt2.DEFAULTS,
 }
 STACKS = tuple(_DEFAULTS)
-# Those that an encoder-decoder may have for its encoder.
+# Those that an encoder-decoder may have as its encoder.
 _ENCODERS = (BERT_GENERATION, "bert", "roberta")
 HIDDEN_ACTS = {
     "gelu": "gelu",
@@ -70,7 +70,7 @@ HIDDEN_ACTS = {
     "relu": "relu",
 }
 
-# Fields that change neither the numbers nor the ids, whatever they say.
+# Fields that change neither the numbers nor the ids, whatever their values.
 _HARMLESS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
     *("architectures", "chunk_size_feed_forward", "classifier_dropout", "cls_token_id"),
@@ -95,7 +95,7 @@ _NEUTRAL: dict[str, tuple] = {
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """What `config.json` says of one stack.
+    """What `config.json` says about one stack.
 
     Attributes:
         kind: its model_type.
@@ -103,7 +103,7 @@ class Stack:
         first_position: rows of the position embeddings before that of the first token: RoBERTa
             begins after its padding id.
         is_decoder: whether it is causal there; GPT-2 always is.
-        has_ids: whether the three ids are all told.
+        has_ids: whether all three ids are given.
     """
 
     kind: str
@@ -115,14 +115,14 @@ class Stack:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """What the two files say of an encoder-decoder.
+    """What the two files say about an encoder-decoder.
 
     Attributes:
         encoder, decoder: its stacks; the ids of the decoder are those that generation uses, with
             the start token as bos.
         sharing: what both stacks share, as for `BertGenerationDecoder`.
-        generation: settings of generation, unless others replace them.
-        preprocessor: arguments of ours for `EncoderDecoderModel`.
+        generation: generation settings, unless others replace them.
+        preprocessor: our own arguments for `EncoderDecoderModel`.
     """
 
     encoder: Stack
@@ -133,16 +133,16 @@ class Pair:
 
 
 def model_type(values: dict[str, Any], where: str) -> str:
-    """The kind of model that a `config.json` tells.
+    """The kind of model that a `config.json` specifies.
 
     Raises:
-        ValueError: it tells none, or one that we do not know.
+        ValueError: it specifies none, or one that we do not know.
     """
     kind = values.get("model_type")
     known = (ENCODER_DECODER, *STACKS)
     if kind not in known:
         raise ValueError(
-            f"{where} should tell a model_type, one of {', '.join(known)}, but tells {kind!r}."
+            f"{where} should have a model_type, one of {', '.join(known)}, but has {kind!r}."
         )
     return kind
 
@@ -159,7 +159,7 @@ def read_stack(values: dict[str, Any], where: str) -> Stack:
     _check_fields(values, "", problems)
     if values["model_type"] not in (BERT_GENERATION, gpt2.GPT2) and values.get("is_decoder"):
         problems.append(
-            "is_decoder=True (BERT's decoder has a head of its own, and is no warm start)"
+            "is_decoder=True (BERT's decoder has a head of its own, and cannot warm-start)"
         )
     stack = _stack(values, "", problems)
     errors = _refusal(where, problems)
@@ -212,7 +212,9 @@ def read_pair(
             if decoder.get(field) is not True:
                 ours.append(f"decoder.{field}={decoder.get(field)!r} (only True)")
         ids = generation
-        if ends is not None and generation is not None:  # not the decoder's, by our own word
+        if (
+            ends is not None and generation is not None
+        ):  # not the decoder's, according to our own settings
             ids = {**generation, "eos_token_id": None}
         decoder.update(_generation_ids(values, ids, decoder, problems))
         stacks["decoder"] = _stack(decoder, "decoder.", ours)
@@ -257,14 +259,14 @@ def write_stack(config: BertGenerationConfig, architecture: str) -> dict[str, An
     return {**values, "architectures": [architecture], "dtype": "float32", OWN: {}}
 
 
-def write_pair(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def write_pair(model: EncoderDecoderModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `config.json` and `generation_config.json` of an `EncoderDecoderModel`."""
     encoder, decoder = (
         write_stack(stack.config, type(stack).__name__) for stack in (model.encoder, model.decoder)
     )
     for values in (encoder, decoder):
         del values[OWN]
-    ids = {field: decoder[field] for field in _IDS}
+    ids = {field: decoder[field] for field in TOKEN_IDS}
     ids["decoder_start_token_id"] = ids["bos_token_id"]
     own: dict[str, Any] = {"sharing": model.decoder.sharing}
     if model.preprocessor is not None:
@@ -309,15 +311,15 @@ def _check_fields(
 def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | None:
     kind = values["model_type"]
     defaults = {**BertGenerationConfig().to_dict(), **_DEFAULTS[kind]}
-    fields = {field: values.get(field, defaults[field]) for field in (*_SIZES, *_IDS)}
-    has_ids = all(fields[field] is not None for field in _IDS)
+    fields = {field: values.get(field, defaults[field]) for field in (*_SIZES, *TOKEN_IDS)}
+    has_ids = all(fields[field] is not None for field in TOKEN_IDS)
     if isinstance(fields["eos_token_id"], list) and len(fields["eos_token_id"]) == 1:
         fields["eos_token_id"] = fields["eos_token_id"][0]
     act = values.get("hidden_act", defaults["hidden_act"])
     if not isinstance(act, str) or act not in HIDDEN_ACTS:
         problems.append(f"{prefix}hidden_act={act!r} (only {', '.join(HIDDEN_ACTS)})")
         act = "gelu"
-    for field in _IDS:
+    for field in TOKEN_IDS:
         if fields[field] is None:  # an encoder never reads them
             fields[field] = 0
     is_decoder = bool(values.get("is_decoder"))
@@ -342,10 +344,10 @@ def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | 
 
 def _field_errors(fields: dict[str, Any]) -> list[str]:
     """What is wrong with each field, alone or with the one that limits it."""
-    limits = {"num_attention_heads": "hidden_size", **dict.fromkeys(_IDS, "vocab_size")}
+    limits = {"num_attention_heads": "hidden_size", **dict.fromkeys(TOKEN_IDS, "vocab_size")}
     errors = {}  # in order, each once
     for field, value in fields.items():
-        few = {**dict.fromkeys(_IDS, 0), "num_attention_heads": 1, field: value}
+        few = {**dict.fromkeys(TOKEN_IDS, 0), "num_attention_heads": 1, field: value}
         if field in limits:
             few[limits[field]] = fields[limits[field]]
         try:
@@ -358,7 +360,7 @@ def _field_errors(fields: dict[str, Any]) -> list[str]:
 def _side(
     values: dict[str, Any], side: str, kinds: tuple[str, ...], problems: list[str]
 ) -> dict[str, Any] | None:
-    """A copy of what is told of one stack; None, and a problem, if it is not of these kinds."""
+    """A copy of what is said about one stack; None, and a problem, if it is not of these kinds."""
     stack = values.get(side)
     kind = stack.get("model_type") if isinstance(stack, dict) else None
     if kind in kinds:
@@ -375,9 +377,9 @@ def _side(
 
 
 def _fill_ids(encoder: dict[str, Any], decoder: dict[str, Any]) -> None:
-    """Ids that an encoder does not tell: its kind's, which place RoBERTa's positions, or others."""
+    """Ids that an encoder lacks: its kind's, which place RoBERTa's positions, or the decoder's."""
     size = encoder.get("vocab_size", math.inf)
-    for field in _IDS:
+    for field in TOKEN_IDS:
         if encoder.get(field) is None:
             encoder[field] = _DEFAULTS[encoder["model_type"]].get(field)
         if (
@@ -424,7 +426,7 @@ def _generation_ids(
                     return 0
                 if len(tokens) == 1:
                     return tokens[0]
-                # Several ends are settings of generation; the decoder's own is one alone.
+                # Several end tokens are a generation setting; the decoder has only one.
                 several = tokens[0] if several is None else several
         return getattr(defaults, fields[-1]) if several is None else several
 
@@ -446,7 +448,7 @@ def _generation_ids(
 
 
 def _settings_in_config(values: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """The settings of generation that transformers 4 wrote into `config.json`."""
+    """The generation settings that transformers 4 wrote into `config.json`."""
     settings = {
         field: value
         for field, value in decoder.items()

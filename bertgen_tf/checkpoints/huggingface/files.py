@@ -1,7 +1,7 @@
-"""The files of HuggingFace checkpoints: folders and hub names, JSON, tensors in and out.
+"""The files of Hugging Face checkpoints: folders and hub names, JSON, tensors in and out.
 
 Tensors are read from `model.safetensors`, or from shards with an index. `pytorch_model.bin` is a
-pickle: it is read by torch alone, with `weights_only=True`, and only where torch is installed.
+pickle: only torch reads it, with `weights_only=True`, and only if torch is installed.
 """
 
 import importlib.util
@@ -18,13 +18,15 @@ from safetensors.numpy import save_file
 
 from bertgen_tf.checks import first_line
 
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 INDEX = ".index.json"
-# What is fetched of a repository on the hub: what we read, nothing else.
+# What is fetched from a repository on the hub: only what we read.
 PATTERNS = (
-    "config.json",
-    "generation_config.json",
+    CONFIG_FILE,
+    GENERATION_FILE,
     "spiece.model",
     "vocab.txt",
     "vocab.json",
@@ -43,7 +45,7 @@ _BUFFERS = r"(.*\.)?embeddings\.(position_ids|token_type_ids)"
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it is `org/name` of a repository on the hub, and no path on this machine."""
+    """Whether it is `org/name` of a repository on the hub, and not a path on this machine."""
     return (
         re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
         and not os.path.exists(name)
@@ -53,18 +55,18 @@ def is_hub_name(name: str) -> bool:
 
 
 def is_huggingface(source: str | os.PathLike) -> bool:
-    """Whether a source is a HuggingFace folder, or a name on its hub such as org/name."""
+    """Whether a source is a Hugging Face folder, or a name on its hub such as org/name."""
     if not os.path.exists(source):
         return is_hub_name(os.fspath(source))
     try:
-        content = json.loads(pathlib.Path(source, "config.json").read_text(encoding="utf-8"))
+        content = json.loads(pathlib.Path(source, CONFIG_FILE).read_text(encoding="utf-8"))
         return isinstance(content, dict) and "model_type" in content
     except (OSError, ValueError, RecursionError):
         return False
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:
-    """The folder of a checkpoint: a local one, or `org/name` of the hub, downloaded if need be.
+    """The folder of a checkpoint: a local one, or `org/name` of the hub, downloaded if needed.
 
     Raises:
         FileNotFoundError: there is neither.
@@ -76,33 +78,33 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
         return pathlib.Path(name)
     if not is_hub_name(name):
         raise FileNotFoundError(
-            f"{name} should be the folder of a HuggingFace checkpoint, or org/name of one on its "
+            f"{name} should be the folder of a Hugging Face checkpoint, or org/name of one on its "
             "hub, but there is no such folder."
         )
     try:
         import huggingface_hub
     except ImportError as error:
         raise ImportError(
-            f"{name} is no folder here, and to look for it on the HuggingFace hub, huggingface_hub "
-            'is needed: pip install "bertgen_tf[huggingface]".'
+            f"{name} is not a local folder, and looking for it on the Hugging Face hub needs "
+            'huggingface_hub: pip install "bertgen_tf[huggingface]".'
         ) from error
     try:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS))
         )
         found = _weights_file(folder)
-        # Only where there is nothing else; they are twice the size of all.
+        # Only if there is nothing else; they would double the download.
         if not found and _has_torch():
             huggingface_hub.snapshot_download(name, allow_patterns=[*PATTERNS, *TORCH_PATTERNS])
     except Exception as error:  # huggingface_hub raises its own, those of httpx and of the system
         raise FileNotFoundError(
-            f"{name} is no folder here and could not be fetched from the HuggingFace hub: "
+            f"{name} is not a local folder and could not be fetched from the Hugging Face hub: "
             f"{first_line(error)}"
         ) from error
     if not found and not _has_torch():
         raise ImportError(
-            f"{name} has no {SAFETENSORS} on the HuggingFace hub, and a {TORCH} is read by torch, "
-            'which is not installed: pip install "bertgen_tf[torch]".'
+            f"{name} has no {SAFETENSORS} on the Hugging Face hub, and reading a {TORCH} needs "
+            'torch, which is not installed: pip install "bertgen_tf[torch]".'
         )
     return folder
 
@@ -117,7 +119,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{path.parent} should be a HuggingFace checkpoint with a file {path.name}, but has "
+            f"{path.parent} should be a Hugging Face checkpoint with a file {path.name}, but has "
             "none."
         ) from error
     except (OSError, ValueError, RecursionError) as error:
@@ -161,7 +163,7 @@ def read_tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
             _check_shard(folder / shard, listed, set(own))
         tensors.update(own)
     tensors = {name: tensor for name, tensor in tensors.items() if not re.fullmatch(_BUFFERS, name)}
-    # bfloat16 is a type of its own to numpy, of kind "V".
+    # bfloat16 is a custom type in numpy, of kind "V".
     other = {
         name: tensor.dtype.name
         for name, tensor in tensors.items()
@@ -189,7 +191,7 @@ def write_tensors(
 
     Args:
         folder: an existing folder.
-        tensors: functions that give a float32 array each, by name: only one shard is in memory.
+        tensors: functions that return a float32 array each, by name: only one shard is in memory.
         sizes: bytes of each tensor.
         max_shard_size: a tensor that is larger has a shard of its own.
     """
@@ -288,7 +290,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not _has_torch():
         raise ImportError(
-            f"{path} is read by torch, which is not installed: pip install "
+            f"Reading {path} needs torch, which is not installed: pip install "
             '"bertgen_tf[torch]", or save the checkpoint as model.safetensors.'
         )
     import torch

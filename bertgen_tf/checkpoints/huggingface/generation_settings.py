@@ -1,11 +1,10 @@
-"""HuggingFace's settings of generation, in and out: `generation_config.json`, or `config.json`."""
+"""Hugging Face's generation settings, in and out: `generation_config.json`, or `config.json`."""
 
 from typing import Any
 
-from bertgen_tf.config import DEFAULT_MAX_NEW_TOKENS, GenerationConfig
+from bertgen_tf.config import DEFAULT_MAX_NEW_TOKENS, TOKEN_IDS, GenerationConfig
 
-IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# Fields of one name and meaning there and here.
+# Fields with the same name and meaning there and here.
 GENERATION_FIELDS = (
     "max_new_tokens",
     "max_length",
@@ -33,14 +32,14 @@ GENERATION_FIELDS = (
     "forced_eos_token_id",
     "exponential_decay_length_penalty",
 )
-# Only read with do_sample: whatever they say without it, transformers does not look.
+# Only read with do_sample: without it, transformers ignores them.
 _SAMPLING = {
     *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff"),
     "eta_cutoff",
 }
 _HARMLESS = {
     *(
-        *IDS,
+        *TOKEN_IDS,
         "decoder_start_token_id",
         "_from_model_config",
         "transformers_version",
@@ -54,7 +53,7 @@ _HARMLESS = {
     *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind"),
     *("target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size"),
 }
-# None is everywhere the default.
+# None is always the default.
 _NEUTRAL: dict[str, tuple] = {
     "assistant_early_exit": (),
     "assistant_ensemble_weight": (),
@@ -78,10 +77,10 @@ _NEUTRAL: dict[str, tuple] = {
     "watermarking_config": (),
 }
 GENERATION = {*GENERATION_FIELDS, *_HARMLESS, *_NEUTRAL}
-# transformers 4 writes it into the dictionary of the decoder, whether anybody chose it or not.
+# transformers 4 writes it into the dictionary of the decoder, whether or not anybody set it.
 DEFAULT_MAX_LENGTH = 20
 _GNMT = ("beam_scorer", "gnmt_alpha", "normalize_unfinished")
-# Settings of ours that HuggingFace has no place for: all of the scorer "gnmt", the seed, a
+# Our settings that Hugging Face has no place for: all of the scorer "gnmt", the seed, a
 # min_length beside min_new_tokens, and an end token that is not the decoder's own.
 OWN_GENERATION = (*_GNMT, "seed", "min_length", "eos_token_id")
 
@@ -89,7 +88,7 @@ OWN_GENERATION = (*_GNMT, "seed", "min_length", "eos_token_id")
 def read_generation(
     values: dict[str, Any], own: dict[str, Any], positions: float, where: str
 ) -> GenerationConfig:
-    """Our settings of generation from HuggingFace's.
+    """Our generation settings from Hugging Face's.
 
     Args:
         values: theirs.
@@ -98,7 +97,7 @@ def read_generation(
         where: the file, for errors.
 
     Raises:
-        ValueError: settings that we cannot follow.
+        ValueError: settings that we do not support.
     """
     values = {field: value for field, value in values.items() if value is not None}
     if not values.get("do_sample"):
@@ -106,11 +105,11 @@ def read_generation(
     if values.get("num_beams", 1) == 1:  # transformers does not read it then
         values.pop("early_stopping", None)
     for kind in ("max", "min"):
-        if f"{kind}_new_tokens" in values:  # comes first in transformers
+        if f"{kind}_new_tokens" in values:  # takes precedence in transformers
             values.pop(f"{kind}_length", None)
     ours: dict[str, Any] = {}
     if not {"max_new_tokens", "max_length"} & values.keys():
-        # transformers stops after 20 tokens where nothing is said, which fits few models.
+        # transformers stops after 20 tokens by default, which suits few models.
         ours["max_new_tokens"] = min(DEFAULT_MAX_NEW_TOKENS, positions)
     problems = []
     for field, value in values.items():
@@ -122,7 +121,7 @@ def read_generation(
         elif field not in GENERATION:
             problems.append(f"{field}={value!r}")
     ends = values.get("eos_token_id")
-    if isinstance(ends, list) and len(ends) > 1:  # one alone is the decoder's
+    if isinstance(ends, list) and len(ends) > 1:  # a single one is the decoder's
         ours["eos_token_id"] = ends
     override = (
         "Other settings can replace them, in Python: "
@@ -130,7 +129,7 @@ def read_generation(
     )
     if problems:
         raise ValueError(
-            f"{where} has settings of generation that are not supported here: "
+            f"{where} has generation settings that are not supported here: "
             f"{', '.join(problems)}. {override}"
         )
     ours.update(own.get("generation", {}))
@@ -149,7 +148,7 @@ def read_generation(
 
 
 def write_generation(settings: GenerationConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """HuggingFace's settings from ours, and what HuggingFace has no place for."""
+    """Hugging Face's settings from ours, and what Hugging Face has no place for."""
     values, defaults = settings.to_dict(), GenerationConfig().to_dict()
     changed = {
         field: value

@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints of HuggingFace: fields and tensors, in the terms of BERT and of ours."""
+"""Hugging Face's GPT-2 checkpoints: fields and tensors, in BERT's terms and in ours."""
 
 import dataclasses
 import os
@@ -10,10 +10,16 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.checkpoints.huggingface import files, tokenizers
-from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.network.weights import NEW_IN_DECODER, Rule, assign, named_variables
+from bertgen_tf.network.weights import (
+    NEW_IN_DECODER,
+    Rule,
+    assign,
+    keep_layers,
+    named_variables,
+)
 
 GPT2 = "gpt2"
 DEFAULTS = {
@@ -40,7 +46,7 @@ _FIELDS = {
     "attn_pdrop": "attention_probs_dropout_prob",
     "layer_norm_epsilon": "layer_norm_eps",
 }
-# Fields of heads that are not read, or that change nothing; and those that must have a value.
+# Fields of heads that are not read, or that change nothing; and those that must have one value.
 _HARMLESS = r"summary_.*|n_ctx|reorder_and_upcast_attn|keys_to_ignore_at_inference"
 _NEUTRAL = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
@@ -76,7 +82,7 @@ _BUFFERS = r"h\.\d+\.(attn|crossattention)\.(masked_)?bias"
 
 
 def bert_fields(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """A `config.json` of GPT-2 with BERT's names; what cannot be followed becomes a problem."""
+    """A `config.json` of GPT-2 with BERT's names; what is not supported becomes a problem."""
     fields: dict[str, Any] = {}
     for field, value in values.items():
         if field in _NEUTRAL:
@@ -84,7 +90,7 @@ def bert_fields(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any
                 problems.append(f"{field}={value!r} (only {_NEUTRAL[field]!r})")
         elif field == "embd_pdrop":
             if value != values.get("resid_pdrop", 0.1):
-                problems.append(f"embd_pdrop={value!r} (only that of resid_pdrop)")
+                problems.append(f"embd_pdrop={value!r} (only the value of resid_pdrop)")
         elif not re.fullmatch(_HARMLESS, field):
             fields[_FIELDS.get(field, field)] = value
     hidden = fields.get("hidden_size", DEFAULTS["hidden_size"])
@@ -103,7 +109,7 @@ class Checkpoint:
         source: where it came from.
         config: its stack; the special ids are those of the tokenizer, if there is one.
         tensors: its weights by the names of a decoder of this config.
-        tokenizer: with different tokens for pad, bos, eos and unk.
+        tokenizer: with distinct tokens for pad, bos, eos and unk.
     """
 
     source: str
@@ -117,7 +123,7 @@ class Checkpoint:
         *,
         new_cross_attention: bool = False,
     ) -> None:
-        """Assigns the weights to a stack of these sizes; GPT-2 has no output bias."""
+        """Assigns the weights to a stack of the same sizes; GPT-2 has no output bias."""
         new = NEW_IN_DECODER if new_cross_attention else "output_bias"
         rule = [Rule("(.*)", r"\1")]
         assign(named_variables(stack), self.tensors, rule, source=self.source, new=new)
@@ -140,10 +146,10 @@ def read_checkpoint(
         num_layers: keeps the first n layers, or those of a list.
         tokenizer: replaces the checkpoint's, with `need_ids`, as for
             `huggingface.load_encoder_decoder`.
-        max_positions: keeps so many positions at most.
+        max_positions: keeps at most this many positions.
         need_ids: read the tokenizer as well. GPT-2 has one special token, which ends a text; those
-            that it lacks get rows behind the vocabulary: that of the start token is a copy of the
-            end token's, which stood before each text, the others are the mean of all.
+            that it lacks get rows after the vocabulary: the start token's is a copy of the end
+            token's, which preceded each text, the others are the mean of all.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `huggingface.load_encoder_decoder`.
@@ -153,7 +159,7 @@ def read_checkpoint(
     chosen = tokenizer or own
     if need_ids and chosen is None:
         raise ValueError(
-            f"{source} has no vocabulary that would tell its special tokens. Add its tokenizer "
+            f"{source} has no vocabulary to take its special tokens from. Add its tokenizer "
             "files, or pass a tokenizer."
         )
     if tokenizer is not None and own is None:
@@ -178,17 +184,8 @@ def read_checkpoint(
             rows = np.where(places >= 0, rows[places], -1)
         tensors[WORDS] = tokenizers.permuted_rows(matrix, rows)
         changes["vocab_size"] = len(rows)
-        changes |= {
-            field: getattr(chosen, field)
-            for field in ("pad_token_id", "bos_token_id", "eos_token_id")
-        }
-    new_numbers = {str(old): str(new) for new, old in enumerate(kept)}
-    tensors = {
-        re.sub(r"^layer_(\d+)", lambda match: f"layer_{new_numbers[match[1]]}", name): tensor
-        for name, tensor in tensors.items()
-        if (layer := re.match(r"layer_(\d+)/", name)) is None or layer[1] in new_numbers
-    }
-    return Checkpoint(source, config.replace(**changes), tensors, chosen)
+        changes |= {field: getattr(chosen, field) for field in TOKEN_IDS}
+    return Checkpoint(source, config.replace(**changes), keep_layers(tensors, kept), chosen)
 
 
 def read_tensors(
@@ -197,7 +194,7 @@ def read_tensors(
     """The tensors of a checkpoint under our names, of the sizes of its configuration.
 
     Raises:
-        ValueError: tensors of other sizes, a head that is not tied, or names that nobody knows.
+        ValueError: tensors of other sizes, a head that is not tied, or unknown names.
     """
     tensors = {
         name.removeprefix("transformer."): tensor
@@ -235,7 +232,7 @@ def read_tensors(
 
 
 def _wrong_sizes(tensors: dict[str, np.ndarray], config: BertGenerationConfig) -> Iterable[str]:
-    """What makes a model of this configuration larger than the tensors, or another one."""
+    """What would make a model of this configuration larger than the tensors, or different."""
     hidden = config.hidden_size
     expected = {
         _WORDS: (config.vocab_size, hidden),

@@ -1,40 +1,29 @@
-"""HuggingFace checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts.
+"""Hugging Face checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts.
 
 A checkpoint is a folder as transformers 4 and 5 write it, or `org/name` of one on the hub. What is
 read: `config.json`, `generation_config.json`, weights in safetensors (whole or in shards) or, with
 torch, in `pytorch_model.bin`, and the tokenizer's files.
 
-Everything is checked before anything is taken up: an option, a setting or a tensor that we cannot
-follow is an error, and one error lists all of a kind.
+Everything is checked before anything is used: an option, a setting or a tensor that we do not
+support is an error, and one error lists all of a kind.
 """
 
 import os
 import pathlib
-import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import config as configs
 from bertgen_tf.checkpoints.huggingface import files, gpt2, tokenizers
 from bertgen_tf.checkpoints.huggingface import weights as names
+from bertgen_tf.checkpoints.huggingface.files import CONFIG_FILE, GENERATION_FILE
 from bertgen_tf.checks import first_line
-from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.data import folders
+from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig
 from bertgen_tf.models import pretrained
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
-from bertgen_tf.network.weights import assign, named_variables
-from bertgen_tf.training import lora
-
-_CONFIG = "config.json"
-_GENERATION = "generation_config.json"
-# What `save` writes.
-_OURS = (
-    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
-    r"|model\.safetensors\.index\.json|spiece\.model|vocab\.txt|tokenizer_config\.json"
-)
+from bertgen_tf.network.weights import CROSS_ATTENTION, assign, named_variables
 
 
 def kind_of(folder: str | os.PathLike) -> str:
@@ -44,8 +33,8 @@ def kind_of(folder: str | os.PathLike) -> str:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
     """
     path = files.resolve(folder)
-    values = files.read_json(path / _CONFIG)
-    kind = configs.model_type(values, os.fspath(path / _CONFIG))
+    values = files.read_json(path / CONFIG_FILE)
+    kind = configs.model_type(values, os.fspath(path / CONFIG_FILE))
     if kind == configs.ENCODER_DECODER:
         return "encoder-decoder"
     return "decoder" if values.get("is_decoder") or kind == gpt2.GPT2 else "encoder"
@@ -63,35 +52,35 @@ def load_encoder_decoder(
     model_class: type[Model] = EncoderDecoderModel,
     **kwargs: Any,
 ) -> Model:
-    """An encoder-decoder from one checkpoint of a whole one, or warm-started from encoders.
+    """An encoder-decoder read whole from one checkpoint, or warm-started from encoders.
 
     Args:
         folder: a BertGeneration encoder-decoder. Its start token (`decoder_start_token_id`) is
-            what we call bos. Its settings of generation are taken over; where they tell no length,
-            it is that of a new model (at most 64 tokens) and not transformers' 20. Texts are read
-            up to the positions, unless `save` stored other lengths; special tokens that they spell
-            out are special tokens, as in transformers, unless `split_special_tokens` is stored.
+            what we call bos. Its generation settings are kept; if they specify no length, it is
+            that of a new model (at most 64 tokens), not transformers' 20. Texts are read up to the
+            number of positions, unless `save` stored other lengths; special tokens spelled out in
+            them are special tokens, as in transformers, unless `split_special_tokens` is stored.
         encoder, decoder: instead of `folder`, checkpoints of encoders (bert-generation, bert,
             roberta); without `decoder`, the same one for both sides.
-        share: one set of variables for both sides, besides cross-attention. Of `folder`, None does
-            what it says (`tie_encoder_decoder`), or makes two stacks if both are stored and differ,
-            as transformers 5 trains them; True needs equal stacks, False makes two. Of `encoder`,
+        share: one set of variables for both sides, except cross-attention. With `folder`, None
+            follows its `tie_encoder_decoder`, or makes two stacks if both are stored and differ, as
+            transformers 5 trains them; True needs equal stacks, False makes two. With `encoder`,
             None is False.
-        cross_attention: of `encoder` only: "random" (the default) or "self_attention", as for
+        cross_attention: with `encoder` only: "random" (the default) or "self_attention", as for
             `pretrained.build_decoder`.
-        num_layers: of `encoder` only: keeps the first n layers, or those of a list.
-        tokenizer: replaces the checkpoint's. For `encoder`, if its vocabulary is not the
-            checkpoint's, the embeddings follow its pieces: a RoBERTa can so start a model with the
-            SentencePiece vocabulary of the BertGeneration originals. Special tokens go by their
-            roles; a piece that the checkpoint lacks gets the mean of all rows.
+        num_layers: with `encoder` only: keeps the first n layers, or those of a list.
+        tokenizer: replaces the checkpoint's. With `encoder`, if its vocabulary is not the
+            checkpoint's, the embeddings follow its pieces: this way a RoBERTa can start a model
+            with the SentencePiece vocabulary of the BertGeneration originals. Special tokens are
+            matched by role; a piece that the checkpoint lacks gets the mean of all rows.
         model_class: what to build.
         **kwargs: passed on to `EncoderDecoderModel`. `generation_config` replaces the settings of
-            `folder`, also those that are not supported.
+            `folder`, including those that are not supported.
 
     Raises:
         FileNotFoundError: there is no such folder or file, or it cannot be fetched.
         ImportError: a hub name without huggingface_hub, or `pytorch_model.bin` without torch.
-        ValueError: a file is damaged, or something in it cannot be followed.
+        ValueError: a file is damaged, or something in it is not supported.
     """
     if (folder is None) == (encoder is None):
         raise ValueError(
@@ -154,12 +143,12 @@ def load_decoder(
     """A decoder from a bert-generation, bert, roberta or gpt2 checkpoint.
 
     Args:
-        folder: the checkpoint. A GPT-2, or one that says `is_decoder`, comes as it is, with its
-            head and with or without cross-attention; any other is a warm start: its heads are left
-            out, and it becomes causal.
-        cross_attention: how cross-attention begins where the checkpoint has none: "random" or
+        folder: the checkpoint. A GPT-2, or one that says `is_decoder`, is loaded unchanged, with
+            its head and with or without cross-attention; any other is a warm start: its heads are
+            left out, and it becomes causal.
+        cross_attention: how cross-attention is initialised if the checkpoint has none: "random" or
             "self_attention", as for `pretrained.build_decoder`. None is "random" for a warm start,
-            and leaves a decoder without cross-attention as it is.
+            and leaves a decoder without cross-attention unchanged.
         num_layers: keeps the first n layers, or those of a list, counted from 0.
         model_class: what to build.
 
@@ -198,20 +187,15 @@ def load_decoder(
             add_cross_attention=crossed or cross_attention is not None,
         )
     )
-    decoder.embeddings.set_weights(whole.embeddings.get_weights())
-    decoder.output_bias.assign(whole.output_bias)
-    parts = ("self_attention", "feed_forward", *(["cross_attention"] if crossed else []))
-    for block, index in zip(decoder.blocks, kept, strict=True):
-        for part in parts:
-            stored = getattr(whole.blocks[index], part)
-            getattr(block, part).set_weights(stored.get_weights())
+    missing = {} if crossed else {"new": CROSS_ATTENTION}
+    pretrained.copy_layers(whole, decoder, kept, **missing)
     if cross_attention == "self_attention" and not crossed:
         pretrained.copy_self_attention(decoder)
     return decoder
 
 
 def load_gpt2(name: str | os.PathLike, **options: Any) -> gpt2.Checkpoint:
-    """Reads a GPT-2 checkpoint; see `huggingface_gpt2.read_checkpoint` for the options.
+    """Reads a GPT-2 checkpoint; see `gpt2.read_checkpoint` for the options.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: see `load_encoder_decoder`.
@@ -233,89 +217,6 @@ def read_config(folder: str | os.PathLike) -> tuple[str, BertGenerationConfig]:
     return stack.kind, stack.config
 
 
-def save(
-    model: EncoderDecoderModel | BertGenerationEncoder | BertGenerationDecoder,
-    folder: str | os.PathLike,
-    max_shard_size: int | str = "1GB",
-    check: Callable[[pathlib.Path], None] | None = None,
-) -> None:
-    """Writes a checkpoint that transformers 5 loads with `from_pretrained`, and that we read back.
-
-    The folder appears, or is replaced, only when everything is written. Shared variables are
-    written once for each name that transformers has for them. What HuggingFace has no place for is
-    under the key "bertgen_tf" of `config.json`, which transformers keeps and does not read: what
-    the stacks share, the arguments of `Seq2SeqPreprocessor`, and the scorer "gnmt" with its
-    settings. transformers searches with its own scorer then, and a length penalty of its default.
-
-    Args:
-        model: whatever its dtype policy, its weights are written in float32.
-        folder: must not exist, be empty, or hold what this function wrote only.
-        max_shard_size: bytes, or a string such as "5GB"; more than that becomes several files. One
-            of them at a time is in memory.
-        check: gets the folder before it takes its name; what it raises keeps an older one.
-
-    Raises:
-        OSError: the folder holds other files, or cannot be written.
-        ValueError: `max_shard_size` is no size, or the model is quantized or has adapters.
-    """
-    size = files.parse_size(max_shard_size)
-    lora.check_merged(model, "a HuggingFace checkpoint")
-    stacks = [model.encoder, model.decoder] if isinstance(model, EncoderDecoderModel) else [model]
-    if any(stack.config.quantization for stack in stacks):
-        raise ValueError(
-            "model must have float32 matrices to become a HuggingFace checkpoint, and those of "
-            "this one are int8. Save the model that was quantized."
-        )
-    if any(stack.config.norm_first or stack.config.decoder_only for stack in stacks):
-        raise ValueError(
-            "model must have BERT's blocks to become a HuggingFace checkpoint: bert-generation has "
-            "no place for GPT-2's (norm_first=True). Save a preset."
-        )
-    if getattr(model, "decoder_tokenizer", None) is not None:
-        raise ValueError(
-            "model must have one tokenizer to become a HuggingFace checkpoint, which has no place "
-            "for a decoder_tokenizer. Save a preset."
-        )
-    generation = tokenizer = None
-    if isinstance(model, EncoderDecoderModel):
-        config, generation = configs.write_pair(model)
-        tensors, sizes = names.tensors_of(model.encoder, "encoder.")
-        for one, more in zip(
-            (tensors, sizes), names.tensors_of(model.decoder, "decoder."), strict=True
-        ):
-            one.update(more)
-        tokenizer = model.tokenizer
-    else:
-        config = configs.write_stack(model.config, type(model).__name__)
-        tensors, sizes = names.tensors_of(model)
-
-    def write(path: pathlib.Path) -> None:
-        files.write_json(path / _CONFIG, config)
-        if generation is not None:
-            files.write_json(path / _GENERATION, generation)
-        if tokenizer is not None:
-            tokenizers.write_tokenizer(path, tokenizer)
-        files.write_tensors(path, tensors, sizes, size)
-
-    folders.write_folder(folder, write, is_ours, "a HuggingFace checkpoint", check)
-
-
-def is_ours(folder: pathlib.Path) -> bool:
-    """Whether a folder holds what `save` wrote, and nothing else, which would be lost.
-
-    transformers keeps our key when it saves a model that it trained, and tells its version.
-    """
-    try:
-        config = files.read_json(folder / _CONFIG)
-    except (FileNotFoundError, ValueError):
-        return False
-    return (
-        configs.OWN in config
-        and "transformers_version" not in config
-        and all(re.fullmatch(_OURS, name) for name in os.listdir(folder))
-    )
-
-
 def _load_pair(
     path: pathlib.Path,
     share: bool | None,
@@ -324,16 +225,16 @@ def _load_pair(
     kwargs: dict[str, Any],
 ) -> Model:
     source = os.fspath(path)
-    values = files.read_json(path / _CONFIG)
-    kind = configs.model_type(values, os.fspath(path / _CONFIG))
+    values = files.read_json(path / CONFIG_FILE)
+    kind = configs.model_type(values, os.fspath(path / CONFIG_FILE))
     if kind != configs.ENCODER_DECODER:
         raise ValueError(
             f"{path} should hold an encoder-decoder, but holds a model of type {kind}. Pass it as "
             f"encoder= to start an encoder-decoder from it."
         )
     generation = None
-    if (path / _GENERATION).is_file():
-        generation = files.read_json(path / _GENERATION)
+    if (path / GENERATION_FILE).is_file():
+        generation = files.read_json(path / GENERATION_FILE)
     pair = configs.read_pair(
         values, generation, source, read_generation=kwargs.get("generation_config") is None
     )
@@ -394,7 +295,7 @@ def load_encoder_with_tokenizer(
     need_ids: bool = True,
     model_class: type[Encoder] = BertGenerationEncoder,
 ) -> tuple[Encoder, tokenizers.Tokenizer | None]:
-    """An encoder with its tokenizer; `need_ids` for what will be a decoder, too."""
+    """An encoder with its tokenizer; `need_ids` if it will also be a decoder."""
     path = files.resolve(name)
     source = os.fspath(name)
     stack = _read_stack(path)
@@ -410,7 +311,7 @@ def load_encoder_with_tokenizer(
         )
     own, changes = None, {}
     if need_ids:
-        # A BERT's configuration tells no bos and eos, or ids that nobody ever used.
+        # A BERT's configuration has no bos and eos, or ids that were never used.
         ids = _ids(stack) if stack.has_ids and stack.kind != "bert" else None
         try:
             own = tokenizers.read_tokenizer(path, ids)
@@ -420,11 +321,11 @@ def load_encoder_with_tokenizer(
                 raise
         chosen = tokenizer or own
         if chosen is not None:
-            changes = {field: getattr(chosen, field) for field in _ID_FIELDS}
+            changes = {field: getattr(chosen, field) for field in TOKEN_IDS}
         elif not stack.has_ids:
             raise ValueError(
-                f"{source} tells no bos_token_id and eos_token_id and has no vocabulary that would "
-                "tell them. In Python: from_huggingface(..., tokenizer=...)."
+                f"{source} has no bos_token_id and eos_token_id, and no vocabulary to take them "
+                "from. In Python: from_huggingface(..., tokenizer=...)."
             )
     tensors = files.read_tensors(path)
     prefix = "roberta." if stack.kind == "roberta" else "bert."
@@ -449,16 +350,13 @@ def load_encoder_with_tokenizer(
     return pretrained.finish_encoder(whole, kept, model_class), tokenizer or own
 
 
-_ID_FIELDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-
-
 def _ids(stack: configs.Stack) -> dict[str, int]:
-    return {field: getattr(stack.config, field) for field in _ID_FIELDS}
+    return {field: getattr(stack.config, field) for field in TOKEN_IDS}
 
 
 def _read_stack(path: pathlib.Path) -> configs.Stack:
-    values = files.read_json(path / _CONFIG)
-    where = os.fspath(path / _CONFIG)
+    values = files.read_json(path / CONFIG_FILE)
+    where = os.fspath(path / CONFIG_FILE)
     if configs.model_type(values, where) == configs.ENCODER_DECODER:
         raise ValueError(
             f"{path} should hold a lone encoder or decoder, but holds an encoder-decoder: "

@@ -1,4 +1,4 @@
-"""The tokenizer files of HuggingFace checkpoints, in and out."""
+"""The tokenizer files of Hugging Face checkpoints, in and out."""
 
 import pathlib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _BERT_OPTIONS = {
 def read_tokenizer(
     folder: pathlib.Path, ids: dict[str, int] | None, *, append_missing: bool = False
 ) -> Tokenizer | None:
-    """The tokenizer of a checkpoint, or None where it has no file for one.
+    """The tokenizer of a checkpoint, or None if it has no file for one.
 
     `spiece.model` is read first, then `vocab.txt`, `vocab.json` with `merges.txt`, and
     `tokenizer.json` (WordPiece, or byte-level BPE). As in transformers, special tokens that a text
@@ -36,15 +36,15 @@ def read_tokenizer(
 
     Args:
         folder: the checkpoint.
-        ids: `pad_token_id`, `bos_token_id` and `eos_token_id` of the model, which tell what pieces
-            have these roles; None takes the names in `tokenizer_config.json`: a BERT has no start
-            and end of a target, its [CLS] and [SEP] serve.
-        append_missing: for byte-level BPE: special tokens that the vocabulary lacks get ids behind
+        ids: `pad_token_id`, `bos_token_id` and `eos_token_id` of the model, which determine the
+            pieces with these roles; None takes the names in `tokenizer_config.json`: BERT has no
+            start and end tokens of a target, so its [CLS] and [SEP] serve.
+        append_missing: for byte-level BPE: special tokens that the vocabulary lacks get ids after
             it. GPT-2 has a single one, for the end.
 
     Raises:
         ValueError: a file is damaged, or asks for what is not supported, such as tokens that were
-            added to the vocabulary (but for a separator that it lacks: there is none then).
+            added to the vocabulary (except a separator that it lacks: there is none then).
     """
     options = _options(folder)
     try:
@@ -103,8 +103,8 @@ def rows_by_piece(old: Tokenizer, new: Tokenizer) -> np.ndarray:
     """
     if type(old) is not type(new):
         raise ValueError(
-            f"tokenizer must be of the kind of the checkpoint's, a {type(old).__name__}, to find "
-            f"its pieces there, received a {type(new).__name__}."
+            f"tokenizer must be of the same kind as the checkpoint's, a {type(old).__name__}, to "
+            f"find its pieces there, received a {type(new).__name__}."
         )
     ids = {piece: i for piece, i in old.get_vocab().items() if not piece.startswith("<unused ")}
     rows = np.full(new.vocab_size, -1)
@@ -164,7 +164,7 @@ def _read_sentencepiece(
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     except Exception as error:  # protobuf and sentencepiece raise classes of their own
-        raise ValueError(f"{source} is no SentencePiece model.") from error
+        raise ValueError(f"{source} is not a SentencePiece model.") from error
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     names = {"unk_token": processor.id_to_piece(processor.unk_id())}
     names |= _names(options, ids, pieces)
@@ -225,9 +225,9 @@ def _read_byte_pair(
 
 
 def _distinct_names(vocab: dict[str, int], options: dict[str, Any]) -> dict[str, str]:
-    """Different tokens for pad, bos, eos and unk, of the vocabulary where it has them.
+    """Distinct tokens for pad, bos, eos and unk, from the vocabulary where it has them.
 
-    GPT-2 has "<|endoftext|>" for all: it stays the end, and the others become new ones.
+    GPT-2 has "<|endoftext|>" for all: it stays the end token, and the others are new.
     """
     names = {"eos_token": options.get("eos_token") or "<|endoftext|>"}
     if names["eos_token"] not in vocab:
@@ -246,7 +246,7 @@ def _specials_of(vocab: dict[str, int], options: dict[str, Any]) -> set[str]:
 
 
 def _added_tokens(folder: pathlib.Path, options: dict[str, Any], size: int) -> dict[str, int]:
-    """The tokens that stand behind a vocabulary of `size`, with their ids."""
+    """The tokens that come after a vocabulary of `size`, with their ids."""
     added = {
         token["content"]: int(i) for i, token in (options.get("added_tokens_decoder") or {}).items()
     }

@@ -1,4 +1,4 @@
-"""Names and layouts of the weights in HuggingFace checkpoints, in and out."""
+"""Names and layouts of the weights in Hugging Face checkpoints, in and out."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -39,12 +39,12 @@ def _stack_names() -> list[tuple[str, str]]:
     return names + _norm(f"{_LAYER}output.LayerNorm", f"{ours}/layer_norm")
 
 
-# HuggingFace's names of a stack -> ours; N is the number of a layer.
+# Hugging Face's names of a stack -> ours; N is the number of a layer.
 STACK_NAMES = tuple(_stack_names())
 HEAD_NAME = ("lm_head.bias", "output_bias")
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embeddings.position_embeddings.weight"
-# What checkpoints of encoders hold besides: heads, poolers, and cross-attention where they were
+# What checkpoints of encoders also hold: heads, poolers, and cross-attention where they were
 # converted from a stack that is encoder and decoder in one.
 NOT_IN_ENCODER = Rule(
     r"(pooler|cls|lm_head|classifier|qa_outputs)\..*|encoder\.layer\.\d+\.crossattention\..*", None
@@ -56,7 +56,7 @@ def rules(theirs: str = "", ours: str = "") -> list[Rule]:
     table = []
     for source, target in STACK_NAMES:
         pattern = re.escape(theirs + source).replace(r"\.N\.", r"\.(\d+)\.")
-        # The names of TensorFlow, which old checkpoints have.
+        # TensorFlow's names, which old checkpoints have.
         pattern = pattern.replace(r"LayerNorm\.weight", r"LayerNorm\.(?:weight|gamma)")
         pattern = pattern.replace(r"LayerNorm\.bias", r"LayerNorm\.(?:bias|beta)")
         table.append(Rule(pattern, ours + target.replace("_N/", r"_\1/")))
@@ -79,10 +79,10 @@ def decoder_rules() -> list[Rule]:
 
 
 def without_prefix(tensors: dict[str, np.ndarray], prefix: str, source: str) -> dict:
-    """The tensors with names that lost a prefix, if they had it.
+    """The tensors, with a prefix removed from the names that have it.
 
     Raises:
-        ValueError: a tensor is there with and without it.
+        ValueError: a tensor exists both with and without it.
     """
     twice = sorted(name for name in tensors if prefix + name in tensors)
     if twice:
@@ -94,7 +94,7 @@ def without_prefix(tensors: dict[str, np.ndarray], prefix: str, source: str) -> 
 
 
 def untie_head(tensors: dict[str, np.ndarray], source: str, decoder: str = "") -> None:
-    """Replaces the names of the tied head by those of what they are tied to.
+    """Replaces the names of the tied head with those of what it is tied to.
 
     Raises:
         ValueError: both are stored, and differ.
@@ -122,9 +122,9 @@ def complete_stacks(tensors: dict[str, np.ndarray]) -> None:
 
 
 def unify_shared(tensors: dict[str, np.ndarray], sharing: str) -> list[str]:
-    """The names in the encoder of what differs between the stacks where they share.
+    """The encoder's names of tensors that should be shared but differ between the stacks.
 
-    What is equal is one array afterwards.
+    Those that are equal become one array.
     """
     differing = []
     for name, other in _counterparts(tensors):
@@ -149,7 +149,7 @@ def check_sizes(
         source: the folder, for errors.
 
     Raises:
-        ValueError: the model would be larger than the tensors, or other than the main ones.
+        ValueError: the model would be larger than the tensors, or would not match the main ones.
     """
     expected = {
         WORD_EMBEDDINGS: (config.vocab_size, config.hidden_size),
@@ -218,7 +218,7 @@ def fold_embeddings(
 def tensors_of(
     layer: keras.Layer, prefix: str = ""
 ) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, int]]:
-    """HuggingFace's tensors of an encoder or decoder: functions that give them, and their bytes.
+    """Hugging Face's tensors of an encoder or decoder: functions that return them, and their bytes.
 
     Args:
         layer: a `BertGenerationEncoder` or `BertGenerationDecoder`.

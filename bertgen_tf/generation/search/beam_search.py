@@ -7,7 +7,7 @@
   of the prompt, 0 where that is only the start token;
 - `state`: any nested structure of tensors (a decoder's cache). When beams change places, beam
   search gathers its rows, or leaves that to a function `reorder(state, parents) -> state`, where
-  `parents`, int32 `[batch, num_beams]`, is the beam of the example that each beam now goes on from.
+  `parents`, int32 `[batch, num_beams]`, is the beam of the example that each beam now continues.
   What never changes (the cross-attention memory) belongs in the closure of `step`;
 - `logits`: floating point `[rows, vocab]`.
 
@@ -32,6 +32,7 @@ from bertgen_tf.checks import check_integer
 from bertgen_tf.generation.search import noise
 from bertgen_tf.generation.search.logits import BANNED, Processor, check_token_ids, compose
 from bertgen_tf.generation.search.sequences import (
+    Prompt,
     SearchOutput,
     Step,
     check_scorer,
@@ -46,8 +47,8 @@ from bertgen_tf.generation.search.sequences import (
     write,
 )
 
-# Score of a hypothesis that does not exist, tensor2tensor's value. Whatever continues it, or went
-# over a banned token, stays below _ALIVE and no real hypothesis comes near that.
+# Score of a hypothesis that does not exist, tensor2tensor's value. Anything that continues it, or
+# contains a banned token, stays below _ALIVE, which no real hypothesis comes near.
 _NO_SCORE = BANNED
 _ALIVE = BANNED / 2
 # The same for final scores, which a negative length penalty multiplies: they may be far below.
@@ -58,11 +59,10 @@ _FINAL = _NO_FINAL_SCORE / 2
 class _Scorer(NamedTuple):
     """All that differs between beam searches. `length` counts generated tokens, EOS included.
 
-    `offer(log_probs [B, C], is_eos [B, C], length [], done [B]) -> [B, C]` gives the final score of
-    each candidate, in the order they were chosen, that is finished, and `_NO_FINAL_SCORE` to
-    the others. `is_done(best_running [B], finished [B, K], length [], done [B]) -> [B]` tells which
-    examples need no further search, from the sum of the best running beam and the sorted finished
-    scores.
+    `offer(log_probs [B, C], is_eos [B, C], length [], done [B]) -> [B, C]` gives each finished
+    candidate, in the order they were chosen, its final score, and the others `_NO_FINAL_SCORE`.
+    `is_done(best_running [B], finished [B, K], length [], done [B]) -> [B]` says which examples
+    need no further search, from the sum of the best running beam and the sorted finished scores.
     """
 
     offer: Callable[[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
@@ -96,7 +96,7 @@ def _huggingface_scorer(
 def _gnmt_scorer(longest: int | tf.Tensor, alpha: float) -> _Scorer:
     """The rules of tensor2tensor 1.15, `utils/beam_search.py` (length penalty of Wu et al. 2016).
 
-    Nothing is sticky: until all examples are done, each of them goes on filling its slots.
+    Nothing is sticky: until all examples are done, each of them keeps filling its slots.
     """
 
     def offer(log_probs, is_eos, length, done):
@@ -173,20 +173,20 @@ def beam_search(
     - "gnmt": every kept continuation may finish. Score: sum / ((5 + L) / 6)**gnmt_alpha. Done if no
       beam can beat the best finished hypothesis any more. An example without a finished hypothesis
       at the limit returns its beams, scored by their plain sums. As in tensor2tensor,
-      the search goes on for all examples until all are done: the best hypothesis of an example
+      the search continues for all examples until all are done: the best hypothesis of an example
       does not depend on the rest of the batch, but later ones may.
 
     Log-probabilities are those after `processors`, which therefore receive log-probabilities, and
     are not renormalised. A slot for which there is no hypothesis (few sequences are possible, or
     "gnmt" was done first) holds only padding, with a score of -1e7.
 
-    With `do_sample` (HuggingFace's beam sampling), the continuations kept are not the best ones but
-    drawn without replacement, with probabilities proportional to exp(sum) of the sequence they
+    With `do_sample` (Hugging Face's beam sampling), the continuations kept are not the best ones
+    but drawn without replacement, with probabilities proportional to exp(sum) of the sequence they
     make, and their order is that of the draws: "the best `num_beams` continuations", which may
-    finish, are the first drawn. Of those that do not end, still the best become the next beams.
+    finish, are the first drawn. Of those that do not end, the best still become the next beams.
     `filters` run after the processors and their effect stays in the sums: with a temperature,
-    scores are sums of scaled log-probabilities. Each step so has the distribution of transformers;
-    the random numbers, and with them the draws for a given seed, are others.
+    scores are sums of scaled log-probabilities. So each step has the distribution of transformers;
+    the random numbers, and with them the draws for a given seed, differ.
 
     Args:
         step: the step function, see the module.
@@ -197,8 +197,8 @@ def beam_search(
         num_beams: beams per example, >= 1.
         num_return_sequences: the best n hypotheses are returned, at most `num_beams`.
         max_new_tokens: the most tokens to generate, EOS included, >= 1.
-        max_length: int or int32 scalar, the most tokens of a sequence, prompt included; what comes
-            first ends the search. None: no such limit.
+        max_length: int or int32 scalar, the most tokens of a sequence, prompt included; whichever
+            limit is reached first ends the search. None: no such limit.
         eos_token_ids: each of them ends a sequence.
         pad_token_id: fills sequences after their end.
         processors: run in order on the scores of the next token, see
@@ -248,40 +248,70 @@ def beam_search(
         rules = _huggingface_scorer(num_beams, longest, length_penalty, early_stopping)
     else:
         rules = _gnmt_scorer(longest, gnmt_alpha)
-    batch, width = size(prompt.sequences, 0), size(prompt.sequences, 1)
-    num_candidates = max(2, 1 + len(eos_token_ids)) * num_beams
+    search = _Search(
+        step=step,
+        reorder=reorder,
+        prompt=prompt,
+        rules=rules,
+        num_beams=num_beams,
+        eos_token_ids=eos_token_ids,
+        processors=tuple(processors),
+        filters=tuple(filters),
+        do_sample=do_sample,
+        seeds=seeds,
+    )
+    (last,) = tf.while_loop(search.goes_on, search.advance, (search.start(state),))
+    penalty = gnmt_penalty(longest, gnmt_alpha) if normalize_unfinished else None
+    output = _output(last, penalty, pad_token_id)
+    return SearchOutput(*(tensor[:, :num_return_sequences] for tensor in output))
 
-    def unfinished(loop: _BeamState) -> tf.Tensor:
-        return (loop.index + 1 < prompt.limit) & ~tf.reduce_all(loop.done)
 
-    def generate(loop: _BeamState) -> tuple[_BeamState]:
-        flat = tf.reshape(loop.running.sequences, [batch * num_beams, width])  # [B*K, L]
-        last = tf.gather(flat, loop.index, axis=1)  # [B*K]
-        logits, state = step(last, loop.index, loop.state)
-        logits = tf.cast(logits, tf.float32)  # [B*K, V]
-        if do_sample:
-            log_probs = compose([*processors, *filters])(
-                tf.nn.log_softmax(logits), flat, loop.index
-            )
-            candidates = _drawn_continuations(
-                log_probs, loop.running.scores, num_candidates, seeds, loop.index
-            )
-        elif processors:
-            log_probs = compose(processors)(tf.nn.log_softmax(logits), flat, loop.index)
-            candidates = _best_continuations(log_probs, loop.running.scores, num_candidates)
-        else:
-            candidates = _best_continuations(
-                logits, loop.running.scores, num_candidates, tf.reduce_logsumexp(logits, axis=1)
-            )
+class _Search(NamedTuple):
+    """A search whose arguments are checked; see `beam_search` for them."""
+
+    step: Step
+    reorder: Callable[[Any, tf.Tensor], Any]
+    prompt: Prompt
+    rules: _Scorer
+    num_beams: int
+    eos_token_ids: tuple[int, ...]
+    processors: tuple[Processor, ...]
+    filters: tuple[Processor, ...]
+    do_sample: bool
+    seeds: tf.Tensor | None
+
+    def start(self, state: Any) -> _BeamState:
+        """The state before the first step."""
+        prompt, num_beams = self.prompt, self.num_beams
+        batch, width = size(prompt.sequences, 0), size(prompt.sequences, 1)
+        beams = tf.repeat(prompt.sequences[:, tf.newaxis], num_beams, axis=1)  # [B, K, L]
+        no_scores = tf.zeros([batch, num_beams, width - 1])
+        # Only the first beam exists at first, or all of them would find the same continuations.
+        only_first = tf.constant([[0.0] + [_NO_SCORE] * (num_beams - 1)])  # [1, K]
+        return _BeamState(
+            index=tf.convert_to_tensor(prompt.length - 1),
+            running=_Hypotheses(beams, no_scores, tf.tile(only_first, [batch, 1])),
+            finished=_Hypotheses(beams, no_scores, tf.fill([batch, num_beams], _NO_FINAL_SCORE)),
+            done=tf.zeros([batch], tf.bool),
+            state=state,
+        )
+
+    def goes_on(self, loop: _BeamState) -> tf.Tensor:
+        """Whether there is another step: bool []."""
+        return (loop.index + 1 < self.prompt.limit) & ~tf.reduce_all(loop.done)
+
+    def advance(self, loop: _BeamState) -> tuple[_BeamState]:
+        """One step."""
+        candidates, state = self._candidates(loop)
         sequences, token_scores = _extend(loop.running, candidates, loop.index)
-        is_eos = is_one_of(candidates.ids, eos_token_ids)  # [B, C]
-        length = loop.index + 2 - prompt.length
+        is_eos = is_one_of(candidates.ids, self.eos_token_ids)  # [B, C]
+        length = loop.index + 2 - self.prompt.length
 
         running, kept = _best(
             _Hypotheses(sequences, token_scores, tf.where(is_eos, _NO_SCORE, candidates.sums)),
-            num_beams,
+            self.num_beams,
         )
-        offered = rules.offer(candidates.sums, is_eos, length, loop.done)
+        offered = self.rules.offer(candidates.sums, is_eos, length, loop.done)
         offered = tf.where(candidates.sums > _ALIVE, offered, _NO_FINAL_SCORE)  # [B, C]
         # Finished hypotheses come first, and so win a tie: a slot stays empty until it is filled.
         finished, _ = _best(
@@ -290,31 +320,48 @@ def beam_search(
                 tf.concat([loop.finished.token_scores, token_scores], axis=1),
                 tf.concat([loop.finished.scores, offered], axis=1),  # [B, K + C]
             ),
-            num_beams,
+            self.num_beams,
         )
         best_running = running.scores[:, 0]
-        done = rules.is_done(best_running, finished.scores, length, loop.done)
+        done = self.rules.is_done(best_running, finished.scores, length, loop.done)
         new = _BeamState(
             index=loop.index + 1,
             running=running,
             finished=finished,
             done=done | (best_running < _ALIVE),
-            state=reorder(state, tf.gather(candidates.beams, kept, axis=1, batch_dims=1)),
+            state=self.reorder(state, tf.gather(candidates.beams, kept, axis=1, batch_dims=1)),
         )
         return (with_shapes_of(loop, new),)
 
-    beams = tf.repeat(prompt.sequences[:, tf.newaxis], num_beams, axis=1)  # [B, K, L]
-    no_scores = tf.zeros([batch, num_beams, width - 1])
-    # Only the first beam exists at first, or all of them would find the same continuations.
-    only_first = tf.constant([[0.0] + [_NO_SCORE] * (num_beams - 1)])  # [1, K]
-    first = _BeamState(
-        index=tf.convert_to_tensor(prompt.length - 1),
-        running=_Hypotheses(beams, no_scores, tf.tile(only_first, [batch, 1])),
-        finished=_Hypotheses(beams, no_scores, tf.fill([batch, num_beams], _NO_FINAL_SCORE)),
-        done=tf.zeros([batch], tf.bool),
-        state=state,
-    )
-    (last,) = tf.while_loop(unfinished, generate, (first,))
+    def _candidates(self, loop: _BeamState) -> tuple[_Continuations, Any]:
+        """The continuations of all beams that are kept, and the new state of the step function."""
+        sums = loop.running.scores
+        rows = size(self.prompt.sequences, 0) * self.num_beams
+        flat = tf.reshape(
+            loop.running.sequences, [rows, size(self.prompt.sequences, 1)]
+        )  # [B*K, L]
+        last = tf.gather(flat, loop.index, axis=1)  # [B*K]
+        logits, state = self.step(last, loop.index, loop.state)
+        logits = tf.cast(logits, tf.float32)  # [B*K, V]
+        count = max(2, 1 + len(self.eos_token_ids)) * self.num_beams
+        if not self.do_sample and not self.processors:
+            normalizer = tf.reduce_logsumexp(logits, axis=1)
+            return _best_continuations(logits, sums, count, normalizer), state
+        process = compose([*self.processors, *self.filters])
+        log_probs = process(tf.nn.log_softmax(logits), flat, loop.index)
+        if self.do_sample:
+            return _drawn_continuations(log_probs, sums, count, self.seeds, loop.index), state
+        return _best_continuations(log_probs, sums, count), state
+
+
+def _output(last: _BeamState, penalty: float | tf.Tensor | None, pad_token_id: int) -> SearchOutput:
+    """All hypotheses, best first.
+
+    Args:
+        last: the state after the last step.
+        penalty: divides the scores of unfinished hypotheses.
+        pad_token_id: fills missing hypotheses.
+    """
     # Only "gnmt" leaves an example without any finished hypothesis.
     any_finished = last.finished.scores[:, 0] > _FINAL  # [B]
 
@@ -323,17 +370,16 @@ def beam_search(
         return tf.where(condition, finished, running)
 
     scores = last.running.scores
-    if normalize_unfinished:
-        scores /= gnmt_penalty(longest, gnmt_alpha)
-    # Without the penalty, which could lift what does not exist above _ALIVE.
+    if penalty is not None:
+        scores /= penalty
+    # Without the penalty, which could lift missing hypotheses above _ALIVE.
     exists = of_finished(last.finished.scores > _FINAL, last.running.scores > _ALIVE)  # [B, K]
     found = tf.nest.map_structure(of_finished, last.finished, last.running._replace(scores=scores))
-    output = SearchOutput(
+    return SearchOutput(
         sequences=tf.where(exists[..., tf.newaxis], found.sequences, pad_token_id),
         scores=tf.where(exists, found.scores, _NO_SCORE),
         token_scores=tf.where(exists[..., tf.newaxis], found.token_scores, 0.0),
     )
-    return SearchOutput(*(tensor[:, :num_return_sequences] for tensor in output))
 
 
 def _best_continuations(
@@ -345,7 +391,7 @@ def _best_continuations(
         log_probs: float32 `[B*K, V]` of the next token.
         scores: float32 `[B, K]`, the sums so far.
         count: C.
-        subtract: float32 `[B*K]`, what makes log-probabilities of `log_probs` if these are logits.
+        subtract: float32 `[B*K]`, turns `log_probs` into log-probabilities if these are logits.
 
     Returns:
         The continuations, best first.
@@ -387,7 +433,7 @@ def _drawn_continuations(
         step: int32 scalar.
 
     Returns:
-        The continuations, as they were drawn.
+        The continuations, in the order in which they were drawn.
     """
     num_beams = scores.shape[1]
     vocabulary = size(log_probs, 1)
@@ -427,7 +473,7 @@ def _best(hypotheses: _Hypotheses, count: int) -> tuple[_Hypotheses, tf.Tensor]:
 
 
 def _gather_rows(state: Any, parents: tf.Tensor) -> Any:
-    """`state` of rows B*K, each row replaced by that of the beam `parents` `[B, K]` names."""
+    """`state` of rows B*K, each row replaced by that of the beam that `parents` `[B, K]` names."""
     batch, num_beams = size(parents, 0), size(parents, 1)
     rows = tf.reshape(parents + num_beams * tf.range(batch)[:, tf.newaxis], [-1])  # [B*K]
     return tf.nest.map_structure(lambda tensor: tf.gather(tensor, rows), state)

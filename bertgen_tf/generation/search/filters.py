@@ -1,13 +1,12 @@
 """Filters for sampling: processors that narrow or reshape what the next token is drawn from.
 
 They have the signature of `bertgen_tf.generation.search.logits` and run after all processors, in
-the order of
-HuggingFace: `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`. Each follows the class of the
-same name in transformers 5.23 ("warper"), but bans with the finite `BANNED`, and among tokens of
-equal score keeps all or none, where HuggingFace's top-p goes by the order of a sort.
+Hugging Face's order: `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`. Each follows the class
+of the same name in transformers 5.23 ("warper"), but bans with the finite `BANNED`, and among
+tokens of equal score keeps all or none, where Hugging Face's top-p depends on the sort order.
 
-`min_tokens_to_keep` tokens survive every filter. HuggingFace passes 1, and for beams one more than
-there are end tokens: at least one token then does not end the sequence.
+`min_tokens_to_keep` tokens survive every filter. Hugging Face passes 1 or, for beams, one more than
+there are end tokens, so that at least one token does not end the sequence.
 """
 
 import math
@@ -19,7 +18,7 @@ from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.search.token_scores import BANNED, keep_banned
 
 # Sorting a vocabulary costs ten times as much as finding its best few hundred tokens, and these
-# nearly always hold the mass that is asked for.
+# nearly always hold the requested mass.
 _FEW = 512
 
 # Scores divided by less may leave the range between real and banned ones.
@@ -36,7 +35,7 @@ def temperature(t: float) -> Processor:
     if not _LEAST_TEMPERATURE <= t < math.inf:
         raise ValueError(
             f"temperature must be a finite number of at least {_LEAST_TEMPERATURE}, received {t}: "
-            "for always the most likely token, do not sample."
+            "to always get the most likely token, do not sample."
         )
 
     def processor(logits: tf.Tensor, ids: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
@@ -46,7 +45,7 @@ def temperature(t: float) -> Processor:
 
 
 def top_k(k: int, min_tokens_to_keep: int = 1) -> Processor:
-    """Bans all but the `k` best tokens, and those that equal the last of them.
+    """Bans all but the `k` best tokens and those that tie with the last of them.
 
     Args:
         k: 0 keeps all.
@@ -65,11 +64,11 @@ def top_k(k: int, min_tokens_to_keep: int = 1) -> Processor:
 
 
 def top_p(p: float, min_tokens_to_keep: int = 1) -> Processor:
-    """Keeps the most likely tokens whose probabilities add up to `p`; the fewest that do.
+    """Keeps the most likely tokens, the fewest whose probabilities add up to `p`.
 
     Args:
         p: above 0, at most 1, which keeps all.
-        min_tokens_to_keep: so many are kept in any case.
+        min_tokens_to_keep: this many are kept in any case.
 
     Raises:
         TypeError, ValueError: if `p` is not a number above 0 and at most 1, or
@@ -90,7 +89,7 @@ def min_p(p: float, min_tokens_to_keep: int = 1) -> Processor:
 
     Args:
         p: between 0, which keeps all, and 1.
-        min_tokens_to_keep: so many are kept in any case.
+        min_tokens_to_keep: this many are kept in any case.
 
     Raises:
         TypeError, ValueError: if `p` is not a number between 0 and 1, or `min_tokens_to_keep` not
@@ -112,14 +111,15 @@ def min_p(p: float, min_tokens_to_keep: int = 1) -> Processor:
 
 
 def typical_p(p: float, min_tokens_to_keep: int = 1) -> Processor:
-    """Keeps the most typical tokens whose probabilities add up to `p`; the fewest that do.
+    """Keeps the most typical tokens, the fewest whose probabilities add up to `p`.
 
-    The more typical a token is, the closer its surprise (the negative log-probability) comes to
-    the entropy of all: the most likely token may well be banned (Meister et al. 2022).
+    The closer a token's surprise (its negative log-probability) is to the entropy of the
+    distribution, the more typical it is: the most likely token may well be banned (Meister et al.
+    2022).
 
     Args:
         p: above 0, at most 1, which keeps all.
-        min_tokens_to_keep: so many are kept in any case.
+        min_tokens_to_keep: this many are kept in any case.
 
     Raises:
         TypeError, ValueError: if `p` is not a number above 0 and at most 1, or
@@ -150,7 +150,7 @@ def _keep_from(threshold: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 def _last_of_top(values: tf.Tensor, count: int) -> tf.Tensor:
-    """The `count`-th largest value of every row, or the smallest of fewer: `[rows, 1]`."""
+    """The `count`-th largest value of every row, or the smallest if fewer: `[rows, 1]`."""
     best = tf.math.top_k(values, _at_most_vocabulary(values, count), sorted=False).values
     # A minimum, since XLA would sort the whole vocabulary for one element out of `best`.
     return tf.reduce_min(best, axis=-1, keepdims=True)
@@ -162,8 +162,8 @@ def _last_of_mass(values: tf.Tensor, probs: tf.Tensor, mass: float, least: int) 
     Args:
         values: float32 `[rows, vocab]`, the order.
         probs: float32 `[rows, vocab]`.
-        mass: > 0; where rounding keeps all probabilities below it, all values are needed.
-        least: so many values are needed in any case.
+        mass: > 0; if rounding keeps the sum of all probabilities below it, all values are needed.
+        least: this many values are needed in any case.
 
     Returns:
         float32 `[rows, 1]`.
@@ -199,7 +199,7 @@ def _bisect(values: tf.Tensor, probs: tf.Tensor, mass: float) -> tf.Tensor:
         return step + 1, tf.where(reached, middle, enough), tf.where(reached, too_little, middle)
 
     first = tf.reduce_min(ordered, axis=1, keepdims=True)
-    end = tf.reduce_max(ordered, axis=1, keepdims=True)  # too little, or no search were needed
+    end = tf.reduce_max(ordered, axis=1, keepdims=True)  # too little, or no search would be needed
     _, last, _ = tf.while_loop(lambda step, *_: step < 32, halve, (tf.constant(0), first, end))
     return tf.bitcast(_reorder(last), tf.float32)
 

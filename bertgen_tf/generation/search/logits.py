@@ -9,20 +9,20 @@ A processor is a function `(logits, ids, step) -> logits` of
   generated so far, 0 at the first call.
 
 Rows are the examples or, adjacent, their beams or samples. The factories below follow the classes
-of transformers 5.23 that have the same names; several compose by running in order, HuggingFace's
-being `sequence_bias`, `encoder_repetition_penalty`, `repetition_penalty`, `no_repeat_ngram`,
+of transformers 5.23 that have the same names; several compose by running in order, Hugging Face's
+order being `sequence_bias`, `encoder_repetition_penalty`, `repetition_penalty`, `no_repeat_ngram`,
 `encoder_no_repeat_ngram`, `bad_words`, `min_length`, `min_new_tokens`, `forced_bos`, `forced_eos`,
 `exponential_decay_length_penalty`, `suppress_tokens`, `begin_suppress_tokens`, the user's own, and
 last, for sampling, those of `bertgen_tf.generation.search.filters`.
 
-Where HuggingFace uses minus infinity, a token is banned with the finite `BANNED`. Scores at or
+Where Hugging Face uses minus infinity, a token is banned with the finite `BANNED`. Scores at or
 below `BANNED / 2` (a model's own minus infinity, too) count as banned, and stay so whatever a later
 penalty or bias does; only `forced_bos` and `forced_eos` replace all scores. The two ways to raise a
-score without bound, `sequence_bias` and `exponential_decay_length_penalty`, add at most 1e6, for
-more could revive what is banned.
+score without bound, `sequence_bias` and `exponential_decay_length_penalty`, add at most 1e6, since
+more could revive banned tokens.
 
 A processor of your own must keep shape and dtype, ban with `BANNED` and leave banned scores alone,
-read nothing behind `step`, treat rows independently, and consist of TensorFlow ops that run in a
+read nothing beyond `step`, treat rows independently, and consist of TensorFlow ops that run in a
 graph and under XLA, where the vocabulary may be unknown when traced.
 """
 
@@ -51,14 +51,14 @@ from bertgen_tf.generation.search.token_scores import (
 
 Processor = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
 
-# Decides between any two tokens, and leaves what is banned far below all others.
+# Decides between any two tokens, and leaves banned ones far below all others.
 _MOST = 1e6
-# Bans whatever other biases a token has.
+# Bans a token whatever its other biases.
 _LEAST = 100 * BANNED
 
 
 def compose(processors: Sequence[Processor]) -> Processor:
-    """Returns the one processor that runs `processors` in order; none of them is the identity."""
+    """Returns one processor that runs `processors` in order; the identity if there are none."""
 
     def processor(logits: tf.Tensor, ids: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         for process in processors:
@@ -89,15 +89,15 @@ def suppress_tokens(token_ids: Sequence[int]) -> Processor:
 def begin_suppress_tokens(token_ids: Sequence[int], begin_index: int | tf.Tensor) -> Processor:
     """Bans `token_ids` where a sequence has exactly `begin_index` tokens, prompt included.
 
-    HuggingFace passes the length of the prompt, or 2 without one where `forced_bos` takes the
-    first place.
+    Hugging Face passes the length of the prompt, or 2 without one if `forced_bos` takes the first
+    place.
 
     Args:
         token_ids: what is banned.
         begin_index: integer or int32 scalar.
 
     Raises:
-        TypeError, ValueError: as `suppress_tokens`, or if `begin_index` is no integer >= 1.
+        TypeError, ValueError: as `suppress_tokens`, or if `begin_index` is not an integer >= 1.
     """
     token_ids = check_token_ids("token_ids", token_ids)
     begin_index = _check_length("begin_index", begin_index)
@@ -128,7 +128,7 @@ def min_new_tokens(
     Args:
         n: how many, >= 0.
         eos_token_ids: all that end a sequence.
-        prompt_length: tokens of every sequence that were not generated, the start token among them:
+        prompt_length: tokens of every sequence that were not generated, the start token included:
             integer or int32 scalar.
 
     Raises:
@@ -148,7 +148,7 @@ def min_new_tokens(
 
 
 def forced_bos(token_id: int) -> Processor:
-    """Allows nothing but `token_id`, with score 0, after a start token alone.
+    """Allows nothing but `token_id`, with score 0, after a lone start token.
 
     Raises:
         TypeError, ValueError: if `token_id` is not an integer >= 0; when called, if it is not in a
@@ -171,7 +171,7 @@ def forced_eos(token_ids: Sequence[int], max_length: int | tf.Tensor) -> Process
 
     Raises:
         TypeError, ValueError: if `token_ids` is not a sequence of integers >= 0 or is empty, or
-            `max_length` no integer >= 1; when called, if an id is not in a statically known
+            `max_length` is not an integer >= 1; when called, if an id is not in a statically known
             vocabulary.
     """
     token_ids = check_token_ids("token_ids", token_ids)
@@ -194,7 +194,7 @@ def exponential_decay_length_penalty(
     never more than s + 1e6.
 
     Args:
-        start: generated tokens that are free, >= 0.
+        start: generated tokens without penalty, >= 0.
         factor: > 0; above 1 sequences become shorter, below 1 longer.
         eos_token_ids: all that end a sequence.
         prompt_length: as for `min_new_tokens`.
@@ -226,7 +226,7 @@ def repetition_penalty(penalty: float) -> Processor:
     """Makes every token of the sequence so far less likely, if `penalty` is above 1.
 
     A score below 0 is multiplied by `penalty`, one above 0 divided: once, however often the token
-    came. Start token and prompt count.
+    occurred. Start token and prompt count.
 
     Raises:
         TypeError, ValueError: if `penalty` is not a finite number > 0.
@@ -244,8 +244,8 @@ def encoder_repetition_penalty(
 ) -> Processor:
     """Makes every token of the source more likely, if `penalty` is above 1.
 
-    The inverse of `repetition_penalty`. Source padding does not count, which it does in
-    HuggingFace: an example is treated the same in every batch.
+    The inverse of `repetition_penalty`. Unlike in Hugging Face, source padding does not count: an
+    example is treated the same in every batch.
 
     Args:
         penalty: > 0.
@@ -272,7 +272,7 @@ def no_repeat_ngram(size: int) -> Processor:
     Start token and prompt count.
 
     Args:
-        size: n, >= 1; 1 bans every token that came.
+        size: n, >= 1; 1 bans every token that occurred.
 
     Raises:
         TypeError, ValueError: if `size` is not an integer >= 1.
@@ -280,7 +280,7 @@ def no_repeat_ngram(size: int) -> Processor:
     size = check_integer("size", size, 1, "leave the processor out to allow every n-gram")
 
     def processor(logits: tf.Tensor, ids: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        # Of every token so far: is it preceded by what the sequence now ends with?
+        # For every token so far: is it preceded by what the sequence now ends with?
         repeats = tf.range(tf.shape(ids)[1]) <= step  # [L]
         for back in range(1, size):
             repeats &= shift(ids, back) == recent(ids, step, back)[:, tf.newaxis]
@@ -294,8 +294,8 @@ def encoder_no_repeat_ngram(
 ) -> Processor:
     """Bans every token that would complete an n-gram of the source.
 
-    An n-gram with source padding is none, though it is one in HuggingFace: an example is treated
-    the same in every batch.
+    Unlike in Hugging Face, an n-gram with source padding does not count: an example is treated the
+    same in every batch.
 
     Args:
         size: n, >= 1; 1 bans every token of the source.
@@ -322,11 +322,10 @@ def encoder_no_repeat_ngram(
 
 
 def bad_words(bad_words_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[int]) -> Processor:
-    """Bans the last token of each sequence wherever the others have just been generated.
+    """Bans the last token of each sequence wherever its other tokens have just been generated.
 
     Args:
-        bad_words_ids: token sequences, each of at least one id. One of a single end token is
-            ignored.
+        bad_words_ids: token sequences, each of at least one id. A single end token is ignored.
         eos_token_ids: all that end a sequence.
 
     Raises:
@@ -340,18 +339,18 @@ def bad_words(bad_words_ids: Sequence[Sequence[int]], eos_token_ids: Sequence[in
 
 
 def sequence_bias(biases: Sequence[tuple[Sequence[int], float]]) -> Processor:
-    """Adds to the score of the last token of a sequence wherever the others precede it.
+    """Adds to the score of the last token of a sequence wherever its other tokens precede it.
 
     Prompt and start token count. A token that several sequences end with receives all their
     numbers; of equal sequences the last one counts.
 
     Args:
         biases: pairs of token ids, at least one, and a number: above 0 more likely, below 0 less.
-            More than 1e6 is as good as that, minus infinity bans.
+            More than 1e6 counts as 1e6, minus infinity bans.
 
     Raises:
         TypeError, ValueError: for ids that are not sequences of integers >= 0 or are empty, and for
-            other numbers; when called, if an id is not in a statically known vocabulary.
+            anything but numbers; when called, if an id is not in a statically known vocabulary.
     """
     found = {}
     for sequence, bias in biases:

@@ -1,7 +1,7 @@
 """Random draws that depend on nothing but their seeds: not on batch, order, padding or device.
 
 The bits are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) in
-integer operations, so that eager execution, a plain graph and XLA have the same. TensorFlow's own
+integer operations, so that eager execution, a plain graph and XLA agree. TensorFlow's own
 stateless operations take one seed for a whole tensor; here each row has its own.
 
 Letters in shape comments: R rows, N places to draw from, M blocks of them, C draws.
@@ -38,13 +38,13 @@ def philox(counter: Sequence[tf.Tensor], key: Sequence[tf.Tensor]) -> list[tf.Te
 
 
 def gumbel(places: tf.Tensor, seeds: tf.Tensor, step: tf.Tensor, stream: int) -> tf.Tensor:
-    """Standard Gumbel noise of four values for every place.
+    """Standard Gumbel noise, four values for every place.
 
     Args:
         places: integers `[R, ..., n]` or `[1, ..., n]`, what distinguishes the values of a row.
         seeds: int32 `[R, 3]`, what distinguishes rows.
         step: int32 scalar.
-        stream: another one gives independent values.
+        stream: a different one gives independent values.
 
     Returns:
         float32 `[R, ..., 4 * n]`, those of a place adjacent.
@@ -58,8 +58,8 @@ def gumbel(places: tf.Tensor, seeds: tf.Tensor, step: tf.Tensor, stream: int) ->
     words = tf.stack(philox(counter, [seed, tf.constant(stream, tf.uint64)]), axis=-1)
     shape = tf.shape(words)
     words = tf.reshape(words, tf.concat([shape[:-2], [shape[-2] * 4]], 0))
-    # An exponential variable is small where the noise is large: there it needs its resolution,
-    # and so is made from 1 - u with u, of 32 bits, close to 0. u must not round to 1.
+    # An exponential variable is small where the noise is large: there it needs its resolution, so
+    # it is made from 1 - u with u, of 32 bits, close to 0. u must not round to 1.
     uniform = (tf.cast(words, tf.float32) + 0.5) * 2.0**-32
     return -tf.math.log(-tf.math.log1p(-tf.minimum(uniform, 1 - 2.0**-24)))
 
@@ -68,14 +68,14 @@ def draw(log_weights: tf.Tensor, count: int, seeds: tf.Tensor, step: tf.Tensor) 
     """Draws places of every row without replacement, with probabilities `softmax(log_weights)`.
 
     These are the places of the `count` largest sums of a log-weight and Gumbel noise, found without
-    noise for each place: first drawn are the largest sums of whole blocks, whose log-weight is
-    that of all their places together. The `count` largest sums lie in that many blocks. Then
-    comes the noise within these, given what their largest sum is (Kool et al., "Stochastic beams
+    noise for each place. First the largest sums of whole blocks are drawn, where the log-weight of
+    a block is that of all its places together. The `count` largest sums lie in that many blocks.
+    Then the noise within these is drawn, given their largest sums (Kool et al., "Stochastic beams
     and where to find them", 2019, appendix B).
 
     Args:
         log_weights: float32 `[R, N]`, finite.
-        count: C, the number of draws. Above N, the last ones are no places: they are >= N.
+        count: C, the number of draws. Above N, the last ones are not places: they are >= N.
         seeds: int32 `[R, 3]`: what a row draws depends on these, its log-weights and `step` only.
         step: int32 scalar.
 
@@ -104,7 +104,7 @@ def draw(log_weights: tf.Tensor, count: int, seeds: tf.Tensor, step: tf.Tensor) 
 
 
 def _parts(size: int | tf.Tensor, of: int | tf.Tensor) -> int | tf.Tensor:
-    """How many parts of the size `of` hold `size`."""
+    """How many parts of size `of` it takes to hold `size`."""
     return -(-size // of)
 
 

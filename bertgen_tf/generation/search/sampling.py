@@ -29,7 +29,9 @@ from bertgen_tf.generation.search.sequences import (
 
 
 class SamplingLoop(NamedTuple):
-    """Where a `Sampling` is: all of it are tensors, so that it may cross a `tf.function`.
+    """The state of a `Sampling` loop.
+
+    All fields are tensors, so it can be passed through a `tf.function`.
 
     Attributes:
         index: int32 `[]`, the position of the last token.
@@ -56,7 +58,7 @@ class SamplingLoop(NamedTuple):
 class Sampling:
     """`sample` in pieces: `output(advance(step, start(...)))` is the same.
 
-    For streaming: a loop state is nothing but tensors, may be advanced by a few tokens at a time,
+    For streaming: a loop state consists of tensors, may be advanced by a few tokens at a time,
     and gives the output so far. The arguments are those of `sample`, and so are the errors;
     `processors` and `filters` are run by `advance` only.
     """
@@ -143,7 +145,7 @@ class Sampling:
             logits, state = step(last, loop.index, loop.state)
             logits = tf.cast(logits, tf.float32)  # [R, V]
             # A processor may treat logits and log-probabilities differently (a repetition penalty
-            # does): HuggingFace chooses from the former here and counts the latter in beam search.
+            # does): Hugging Face chooses from the former here and counts the latter in beam search.
             ids = self._choose(process(logits, loop.sequences, loop.index), loop)
             if self.processors:
                 log_probs = process(tf.nn.log_softmax(logits), loop.sequences, loop.index)
@@ -224,7 +226,7 @@ def sample(
     """Generates one token at a time: the best one (greedy search), or one drawn at random.
 
     With `do_sample`, a token is drawn with the probabilities that processors and filters leave;
-    without, it is the best one after the processors. Either way its score is what HuggingFace's
+    without, it is the best one after the processors. Either way its score is what Hugging Face's
     beam search would count: the log-probability after `processors`, which `filters` do not touch.
     So greedy search equals a beam of one, and a filter shapes the draw, not the score.
 
@@ -234,8 +236,8 @@ def sample(
         start_ids: integers `[batch]`, the first token of every sequence, or `[batch, P]`, the first
             tokens. `step` is first asked about the last of them: its state holds the earlier ones.
         max_new_tokens: the most tokens to generate, EOS included, >= 1.
-        max_length: int or int32 scalar, the most tokens of a sequence, prompt included; what comes
-            first ends the search. None: no such limit.
+        max_length: int or int32 scalar, the most tokens of a sequence, prompt included; whichever
+            limit is reached first ends the search. None: no such limit.
         eos_token_ids: each of them ends a sequence; none: all run to the limit.
         pad_token_id: fills sequences after their end; `step` still receives these rows.
         processors: run in order on the scores of the next token, see
@@ -245,15 +247,15 @@ def sample(
         seeds: integers `[batch, 2]`, with `do_sample` only: a seed and the number of the example.
             What is drawn depends on these, the number of the sequence among those of its example
             and the position, not on the rest of the batch.
-        num_return_sequences: independent sequences per example, in no order; above 1 with
-            `do_sample` only.
+        num_return_sequences: independent sequences per example, in no particular order; above 1
+            with `do_sample` only.
         prompt_length: int or int32 scalar, how many columns of `start_ids` count; the others are
             padding and overwritten. None: all.
         scorer: how a sum of log-probabilities becomes a score, L = generated tokens, EOS included:
             "huggingface" divides it by L**length_penalty, "gnmt" by ((5 + L) / 6)**gnmt_alpha.
         length_penalty: for "huggingface" only.
         gnmt_alpha: for "gnmt" only, >= 0.
-        normalize_unfinished: for "gnmt" only, divides also the sums of sequences without EOS.
+        normalize_unfinished: for "gnmt" only, also divides the sums of sequences without EOS.
 
     Returns:
         `SearchOutput` of `num_return_sequences` sequences per example.

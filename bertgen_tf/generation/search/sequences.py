@@ -1,4 +1,4 @@
-"""What `sampling` and `decoding` share: buffers, their bounds, penalties and checks."""
+"""What `sampling` and `beam_search` share: buffers, their bounds, penalties and checks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ def make_prompt(
     max_length: int | tf.Tensor | None,
     pad_token_id: int,
 ) -> Prompt:
-    """Allocates the sequences of a search, see `decoding.beam_search` for the arguments.
+    """Allocates the sequences of a search, see `beam_search` for the arguments.
 
     Raises:
         ValueError: for an argument outside the rules.
@@ -102,7 +102,7 @@ def is_one_of(ids: tf.Tensor, token_ids: tuple[int, ...]) -> tf.Tensor:
 
 
 def length_power(length: tf.Tensor | int, exponent: float) -> tf.Tensor:
-    """HuggingFace's length penalty."""
+    """Hugging Face's length penalty."""
     return tf.pow(tf.cast(length, tf.float32), exponent)
 
 

@@ -1,8 +1,8 @@
-"""Arithmetic on the scores of tokens: what is banned, and scores changed in few places.
+"""Arithmetic on the scores of tokens: bans, and scores changed in few places.
 
 What `bertgen_tf.generation.search.logits` and `bertgen_tf.generation.search.filters` are made of;
-shapes as there. All this runs for
-every token over a large vocabulary: nothing here is as large as a sequence times a vocabulary.
+shapes as there. All this runs for every token over a large vocabulary: nothing here is as large as
+a sequence times a vocabulary.
 """
 
 import math
@@ -27,7 +27,7 @@ def check_vocabulary(token_ids: tuple[int, ...], logits: tf.Tensor) -> None:
 
 
 def is_banned(logits: tf.Tensor) -> tf.Tensor:
-    """Which scores stand for no token at all: bool, of the shape of `logits`."""
+    """Which scores are those of banned tokens: bool, of the shape of `logits`."""
     return logits <= BANNED / 2
 
 
@@ -71,8 +71,8 @@ def penalize(
     scores = tf.gather(logits, _clip(tokens, logits), axis=1, batch_dims=1)  # [rows, n]
     where &= ~is_banned(scores)
     scores = tf.where(scores < 0, scores * penalty, scores / penalty)
-    # All penalties go one way. So minimum or maximum may meet a token several times, and tell those
-    # that count from the others, without an order of updates.
+    # All penalties go one way. So minimum or maximum may meet a token several times, and separate
+    # those that count from the others, whatever the order of updates.
     if penalty > 1:
         scatter, nothing = tf.tensor_scatter_nd_min, math.inf
     else:
@@ -106,7 +106,7 @@ def _clip(tokens: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
 
 
 def recent(ids: tf.Tensor, step: tf.Tensor, back: int) -> tf.Tensor:
-    """The token `back` places before the next one, `[rows]`: -2, equal to none, before the first.
+    """The token `back` places before the next one, `[rows]`: -2, no token, before the first.
 
     `back` = 1 is the last token.
     """

@@ -1,0 +1,288 @@
+"""Exports are found, loaded, replaced; what is broken costs nothing else."""
+
+import asyncio
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+from bertgen_tf.export import files as export_files
+from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
+from tests.helpers.serving_exports import VOCABULARY, write_export
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Exports to copy: `a` and `b`, which mark their texts."""
+    folder = tmp_path_factory.mktemp("exports")
+    for marker in "ab":
+        write_export(folder / marker, marker, {"batch_sizes": [1, 2, 8], "parameters": 5})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, exports):
+    shutil.copytree(exports / "a", tmp_path / "models/name/1")
+    return tmp_path / "models"
+
+
+def look(models, times=1):
+    async def main():
+        for _ in range(times):
+            await models.look()
+
+    asyncio.run(main())
+
+
+def answer(version, text=b"x"):
+    return version.signatures["serving_default"].run({"text": np.array([text], object)})["text"][0]
+
+
+def states(models, name="name"):
+    return [(v.number, v.state) for v in models.versions(name)]
+
+
+@pytest.mark.slow
+def test_loads_what_is_there(folder, exports):
+    shutil.copytree(exports / "b", folder / "other/12")
+    (folder / "other/notes").mkdir()
+    (folder / "other/.13-temporary").mkdir()
+    (folder / "empty").mkdir()
+    (folder / "README.md").write_text("")
+    models = Models(folder)
+    assert models.names == ["name", "other"] and not models.ready
+    with pytest.raises(NotLoadedYet, match=r"Servable not found for request: Latest\(name\)"):
+        models.find("name")
+    look(models)
+    assert models.ready
+    assert answer(models.find("name")) == b"ax"
+    assert answer(models.find("other", 12)) == b"bx"
+    version = models.find("name")
+    assert version.describe() == {
+        "version": "1",
+        "state": "AVAILABLE",
+        "status": {"error_code": "OK", "error_message": ""},
+    }
+    assert version.metadata["parameters"] == 5
+    assert version.signatures["ids"].max_batch_size == 8
+    assert [s.name for s in version.signatures.values() if not s.has_rows] == ["count"]
+    assert version.signature_defs["serving_default"]["inputs"]["text"] == {
+        "name": "serving_default_text:0",
+        "dtype": "DT_STRING",
+        "tensor_shape": {"dim": [{"size": "-1", "name": ""}], "unknown_rank": False},
+    }
+    assert version.signature_defs["serving_default"]["method_name"] == "tensorflow/serving/predict"
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "number"), [("models/name", "name", 1), ("models/name/1", "name", 1)]
+)
+def test_folder_of_a_model_or_a_version(folder, given, name, number):
+    models = Models(folder.parent / given)
+    look(models)
+    assert models.names == [name] and models.find(name).number == number
+
+
+def test_folder_of_a_version_without_a_number(tmp_path, exports):
+    models = Models(exports / "a")
+    look(models)
+    assert models.names == ["a"] and models.find("a").number == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file", "no versions"])
+def test_nothing_to_serve(tmp_path, kind):
+    folder = tmp_path / "models"
+    if kind == "file":
+        folder.write_text("")
+    elif kind != "missing":
+        (folder / "name/version" if kind == "no versions" else folder).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="expected NAME/VERSION/saved_model.pb"):
+        Models(folder)
+
+
+def test_unknown_names_and_versions(folder):
+    models = Models(folder)
+    look(models)
+    with pytest.raises(LookupError, match=r"request: Latest\(no\)\. The models are: name"):
+        models.find("no")
+    with pytest.raises(LookupError, match=r"request: Specific\(name, 2\)\. Version 1 is served"):
+        models.find("name", 2)
+    with pytest.raises(LookupError, match="Could not find any versions of model no"):
+        models.versions("no")
+    with pytest.raises(LookupError, match="Could not find version 2 of model name"):
+        models.versions("name", 2)
+
+
+def test_a_higher_version_takes_over_and_the_old_one_ends_with_its_requests(folder, exports):
+    models = Models(folder)
+    look(models)
+    old = models.find("name")
+    with old.in_use():
+        shutil.copytree(exports / "b", folder / "name/10")
+        shutil.copytree(exports / "b", folder / "name/9")
+        look(models)
+        assert answer(models.find("name")) == b"bx"
+        assert states(models) == [(10, "AVAILABLE"), (1, "UNLOADING")]
+        assert answer(old) == b"ax"
+        with pytest.raises(LookupError):
+            models.find("name", 1)
+    assert states(models) == [(10, "AVAILABLE"), (1, "END")]
+    assert not old.signatures
+    look(models)
+    assert len(models.versions("name")) == 2
+
+
+def test_the_old_version_answers_while_the_new_one_loads(folder, exports, monkeypatch):
+    models = Models(folder)
+    look(models)
+    loading, go_on = threading.Event(), threading.Event()
+    load = Version.load
+
+    def slow(version):
+        loading.set()
+        assert go_on.wait(60)
+        load(version)
+
+    monkeypatch.setattr(Version, "load", slow)
+    shutil.copytree(exports / "b", folder / "name/2")
+
+    async def main():
+        task = asyncio.create_task(models.look())
+        assert await asyncio.to_thread(loading.wait, 60)
+        assert states(models) == [(2, "LOADING"), (1, "AVAILABLE")]
+        assert answer(models.find("name")) == b"ax" and models.ready
+        go_on.set()
+        await task
+
+    asyncio.run(main())
+    assert answer(models.find("name")) == b"bx"
+
+
+@pytest.mark.slow
+def test_a_broken_version_costs_nothing_else(folder, exports, caplog):
+    models = Models(folder)
+    look(models)
+    broken = folder / "name/2"
+    broken.mkdir()
+    shutil.copytree(exports / "b", folder / "other/1")
+    look(models, times=3)
+    assert answer(models.find("name")) == b"ax" and answer(models.find("other")) == b"bx"
+    (status,) = [v.describe() for v in models.versions("name", 2)]  # tried once
+    assert status["state"] == "END"
+    assert status["status"]["error_code"] == "NOT_FOUND"
+    assert "has no saved_model.pb" in status["status"]["error_message"]
+    assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
+        f"cannot load: {status['status']['error_message']}"
+    ]
+    # Copied file by file it is broken for a while.
+    for file in sorted((exports / "b").iterdir(), reverse=True):
+        copy = shutil.copytree if file.is_dir() else shutil.copy2
+        copy(file, broken / file.name)
+        look(models)
+    assert answer(models.find("name")) == b"bx" and models.find("name").number == 2
+
+
+@pytest.mark.parametrize("damage", ["graph", "weights", "metadata"])
+def test_damaged_files(folder, damage):
+    path = {
+        "graph": folder / "name/1/saved_model.pb",
+        "weights": next((folder / "name/1/variables").glob("*.data*")),
+        "metadata": folder / "name/1/metadata.json",
+    }[damage]
+    whole = path.read_bytes()
+    path.write_bytes(b"\xff damaged")
+    models = Models(folder)
+    look(models)
+    if damage == "metadata":
+        assert models.find("name").metadata == {}
+        assert models.find("name").signatures["ids"].max_batch_size == 32
+    else:
+        assert not models.ready
+        assert models.versions("name")[0].error[1]
+        with pytest.raises(LookupError, match="Version 1 cannot be loaded: .+") as error:
+            models.find("name")
+        assert not isinstance(error.value, NotLoadedYet)
+        path.write_bytes(whole)
+        look(models)
+        assert answer(models.find("name")) == b"ax"
+
+
+@pytest.mark.parametrize("ids, works", [(5, True), (VOCABULARY, False)])
+def test_warmup_requests_run_before_it_answers(folder, monkeypatch, ids, works):
+    """One that fails keeps a version from loading, as in TensorFlow Serving."""
+    request = predict_pb2.PredictRequest()
+    request.model_spec.signature_name = "ids"
+    request.inputs["input_ids"].CopyFrom(tf.make_tensor_proto([[ids]]))
+    request.inputs["attention_mask"].CopyFrom(tf.make_tensor_proto([[1]]))
+    log = prediction_log_pb2.PredictionLog()
+    log.predict_log.request.CopyFrom(request)
+    path = folder / "name/1" / export_files.WARMUP_FILE
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        writer.write(log.SerializeToString())
+    ran = []
+    run = Signature.run
+    monkeypatch.setattr(Signature, "run", lambda *args: [ran.append(args[0].name), run(*args)][1])
+    models = Models(folder)
+    look(models)
+    assert ran == ["ids"]
+    assert models.ready == works
+    assert "ids must lie in" in models.versions("name")[0].error[1] or works
+
+
+def test_a_lower_version_where_the_highest_is_broken(folder):
+    (folder / "name/2").mkdir()
+    models = Models(folder)
+    look(models, times=2)
+    assert answer(models.find("name")) == b"ax" and models.ready
+
+
+def test_a_version_that_is_taken_away(folder, exports):
+    shutil.copytree(exports / "b", folder / "name/2")
+    models = Models(folder)
+    look(models)
+    assert answer(models.find("name")) == b"bx"
+    shutil.rmtree(folder / "name/2")
+    look(models)
+    assert answer(models.find("name")) == b"ax"
+    shutil.rmtree(folder)
+    look(models)
+    assert answer(models.find("name")) == b"ax" and models.ready
+
+
+def test_a_version_that_is_written_anew(folder, exports):
+    models = Models(folder)
+    look(models)
+    shutil.rmtree(folder / "name/1")
+    shutil.copytree(exports / "b", folder / "name/1")
+    look(models)
+    assert answer(models.find("name", 1)) == b"bx"
+
+
+def test_a_newcomer_that_is_broken_does_not_stop_the_others(folder):
+    models = Models(folder)
+    look(models)
+    assert models.ready
+    (folder / "other/1").mkdir(parents=True)
+    look(models)
+    assert models.names == ["name", "other"] and models.ready
+    models.stopping = True
+    assert not models.ready
+
+
+@pytest.mark.slow
+def test_status_tells_of_what_is_there(folder):
+    """And of nothing else, whatever came and went in weeks."""
+    models = Models(folder)
+    for number in (2, 3, 4):
+        (folder / f"name/{number}").mkdir()
+        look(models)
+    for content in "abc":
+        (folder / "name/4/file").write_text(content * 5)
+        look(models)
+    (folder / "name/2").rmdir()
+    look(models, times=3)
+    assert states(models) == [(4, "END"), (3, "END"), (1, "AVAILABLE")]
