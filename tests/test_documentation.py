@@ -22,10 +22,12 @@ import pytest
 import bertgen_tf
 from bertgen_tf.cli.main import make_parser
 from tests.helpers.documents import DOCUMENTS, ROOT, Block, all_blocks, read_blocks
+from tests.test_imports import FILES, FLOORS
 
 LANGUAGES = {"", "bash", "json", "python", "sh", "yaml"}
 # Programs of others in shell blocks.
 PROGRAMS = {"curl", "docker", "pip"}
+LINK = re.compile(r"\]\(([^()\s]+)\)")
 NAME = re.compile(r"(?<![\w.>/-])(?:bertgen_tf|bg)(?:\.[A-Za-z_]\w*)+")
 PATH = re.compile(r"(?<![\w/.-])(?:\./)?((?:tools|tests)/[\w/.*-]*[\w*])")
 EXTRAS = re.compile(r"(?:bertgen_tf|path/to/this/repository)\[([\w,]+)\]")
@@ -141,6 +143,29 @@ def wrong_paths(text: str) -> list[str]:
     return sorted({path for path in PATH.findall(text) if not any(ROOT.glob(path))})
 
 
+def anchor(heading: str) -> str:
+    """What GitHub calls a heading in links."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def wrong_links(text: str, document: Path) -> list[str]:
+    """Links of a document into the repository that lead nowhere; of headings, too."""
+    wrong = []
+    for link in LINK.findall(text):
+        if link.startswith(("http://", "https://")):
+            continue
+        name, _, heading = link.partition("#")
+        path = document.parent / name if name else document
+        if not path.exists():
+            wrong.append(link)
+        elif heading:
+            content = text if path == document else path.read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", content), re.M)
+            if heading not in map(anchor, headings):
+                wrong.append(link)
+    return wrong
+
+
 def wrong_command(variables: dict[str, str], words: list[str]) -> str | None:
     """What is wrong with a command."""
     program, *arguments = words
@@ -198,6 +223,36 @@ def test_names_exist(path):
     assert not wrong_names(text), "there is nothing of this name: correct it or what it stood for"
     assert not wrong_extras(text), "setup.cfg has no such extra"
     assert not wrong_paths(text), "there is no such file"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path):
+    assert not wrong_links(path.read_text(encoding="utf-8"), path)
+
+
+def test_every_document_is_reached_from_the_readme():
+    reached, found = set(), {ROOT / "README.md"}
+    while found:
+        document = found.pop()
+        reached.add(document)
+        links = LINK.findall(document.read_text(encoding="utf-8"))
+        linked = {(document.parent / link.partition("#")[0]).resolve() for link in links}
+        found |= (linked & set(DOCUMENTS)) - reached
+    assert reached == set(DOCUMENTS)
+
+
+def test_the_rooms_and_floors_are_those_that_the_tests_check():
+    blocks = {b.heading: b.text for b in all_blocks("") if b.document == "bertgen_tf/README.md"}
+    floors = [tuple(line.split()) for line in blocks["The floors"].splitlines()]
+    assert floors == list(FLOORS)
+    folders, rooms = [], set()
+    for line in blocks["The rooms of bertgen_tf"].splitlines()[1:]:
+        name = line.split()[0]
+        folders[(len(line) - len(line.lstrip())) // 2 - 1 :] = [name.removesuffix("/")]
+        path = ROOT / "bertgen_tf" / "/".join(folders)
+        assert path.is_dir() if name.endswith("/") else path.is_file(), name
+        rooms.add(FILES.get(path.stem, "/".join(folders)))
+    assert rooms == {room for floor in floors for room in floor}
 
 
 def test_blocks_are_in_languages_that_are_checked():
@@ -259,6 +314,18 @@ def test_wrong_paths_are_found():
     text = "./tools/test, tools/make_*.py. (tools/nothing.py) tests/golden/n*.zip"
     text += " a/tools/b, my_tests/c"
     assert wrong_paths(text) == ["tests/golden/n*.zip", "tools/nothing.py"]
+
+
+def test_wrong_links_are_found(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/README.md").write_text("# One `two`, three's\n```\n# Code\n```\n")
+    text = (
+        "# Here\n[1](b) [2](b/README.md#one-two-threes) [3](#here) [4](https://a.b/c) "
+        "[5](c) [6](b/README.md#code) [7](#there) [8](b/../c.md#one)"
+    )
+    wrong = ["c", "b/README.md#code", "#there", "b/../c.md#one"]
+    (tmp_path / "a.md").write_text(text)
+    assert wrong_links(text, tmp_path / "a.md") == wrong
 
 
 @pytest.mark.parametrize(
