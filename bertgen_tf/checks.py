@@ -30,7 +30,7 @@ def check_integer(name: str, value: Any, least: int = 1, remedy: str = "") -> in
     """
     try:  # arrays and tensors of one integer are integers, too
         number = None if isinstance(value, bool | np.bool_) else operator.index(value)
-    except TypeError:
+    except (AttributeError, TypeError):  # the former of TensorFlow
         number = None
     if number is None or number < least:
         _refuse(name, f"an integer of at least {least}", value, remedy)
