@@ -122,7 +122,7 @@ def addresses(request, served):
         yield {}
         return
     pytest.importorskip("grpc")
-    import serving_servers
+    from tests.helpers import serving_servers
 
     ((address, (kind, name)),) = found.items()
     with getattr(serving_servers, kind)(serving_servers.Served(served, name)) as server:
