@@ -169,7 +169,7 @@ def test_outputs_scores_and_curves(data, tmp_path, capsys):
     for arguments, message in (
         ({"metrics": ["x"]}, "metrics must be among exact"),
         ({"references": ["b", "c"]}, "references"),
-        ({"every": 0}, "every must be at least 1"),
+        ({"every": 0}, "every must be an integer of at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
             bg.GenerateCallback(**{"sources": ["a"], "references": ["b"], **arguments})

@@ -125,7 +125,7 @@ def test_long_and_empty_texts_are_told_by_line(preprocessor):
         TrainingData(pairs, preprocessor, 4, long_targets="error")
     with pytest.raises(ValueError, match="long_targets must be one of cut, skip, error"):
         TrainingData(pairs, preprocessor, 4, long_targets="x")
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
         TrainingData(pairs, preprocessor, 0)
     with pytest.raises(ValueError, match="pairs must hold at least one pair"):
         TrainingData([], preprocessor, 4)

@@ -241,7 +241,7 @@ def test_bucketed_dataset_loses_no_pair_and_has_few_shapes():
         np.testing.assert_array_equal(weight > 0, y > 0)
     again = list(bg.bucketed_dataset(data, model.preprocessor, 6, shuffle=50, seed=3))
     np.testing.assert_array_equal(again[0][1], batches[0][1])
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1"):
         bg.bucketed_dataset(data, model.preprocessor, 0)
 
 
