@@ -52,7 +52,7 @@ WRONG = [
     "bg.EncoderDecoderModel.from_preset(4)",
     "bg.freeze(encoder_layers=4)",
     "bg.BertTokenizer('vocab.txt', lower=True)",
-    "bg.warm_start('BERT2BERT', share=True).generated('a')",
+    "bg.warm_start_report('BERT2BERT')",
     "for part in bg.EncoderDecoderModel.from_preset('x').stream(['a']): part.upper()",
     "bg.EncoderDecoderModel.from_preset('x').generate('a', batch_size='b')",
 ]
