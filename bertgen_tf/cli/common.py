@@ -11,6 +11,7 @@ from typing import Any
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
+from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.generation.settings import check_config
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
@@ -117,6 +118,20 @@ def add_preset(parser: argparse.ArgumentParser, instead: Any = None) -> None:
         choices=QUANTIZATIONS,
         help="make the matrices of a float32 preset int8: a quarter of the memory; faster with "
         "XLA, slower without",
+    )
+
+
+def add_running(group: Any) -> None:
+    """How a model, or an export, runs on many texts."""
+    group.add_argument(
+        "--batch-size",
+        type=values.at_least(1),
+        default=BATCH_SIZE,
+        metavar="N",
+        help="texts generated together (default: %(default)s); fewer need less memory",
+    )
+    group.add_argument(
+        "--no-xla", action="store_true", help="without XLA: starts sooner, runs slower"
     )
 
 

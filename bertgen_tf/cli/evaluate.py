@@ -20,6 +20,7 @@ from bertgen_tf.cli import values
 from bertgen_tf.cli.common import (
     add_generation_config,
     add_preset,
+    add_running,
     complain,
     flags,
     load_model,
@@ -28,7 +29,6 @@ from bertgen_tf.cli.common import (
 )
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import data_presets, resumable, text_files
-from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -142,16 +142,7 @@ def add_command(commands: Any) -> None:
     report.add_argument("--plot", metavar="FILE.png", help="draw the scores against source length")
     generate = parser.add_argument_group("generating, with --preset or --export")
     generate.add_argument("--output", metavar="FILE", help="keep the generated texts")
-    generate.add_argument(
-        "--batch-size",
-        type=values.at_least(1),
-        default=BATCH_SIZE,
-        metavar="N",
-        help="texts generated together (default: %(default)s)",
-    )
-    generate.add_argument(
-        "--no-xla", action="store_true", help="without XLA: starts sooner, runs slower"
-    )
+    add_running(generate)
     add_preset(parser, outputs)
     # One output per text is scored.
     add_generation_config(parser, leave_out="num_return_sequences")

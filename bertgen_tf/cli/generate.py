@@ -17,6 +17,7 @@ from bertgen_tf.cli.common import (
     UserError,
     add_generation_config,
     add_preset,
+    add_running,
     complain,
     flags,
     load_model,
@@ -26,7 +27,7 @@ from bertgen_tf.cli.common import (
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data import resumable, text_files
 from bertgen_tf.export.saved_model import export_saved_model
-from bertgen_tf.generation.generator import BATCH_SIZE, WINDOW
+from bertgen_tf.generation.generator import WINDOW
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.serving import ray_files
 
@@ -84,16 +85,7 @@ examples:
         help="continue FILE.partial, if an earlier run with the same --input, --preset and "
         "settings left one; a complete --output is left as it is",
     )
-    parser.add_argument(
-        "--batch-size",
-        type=values.at_least(1),
-        default=BATCH_SIZE,
-        metavar="N",
-        help="texts generated together (default: %(default)s); fewer need less memory",
-    )
-    parser.add_argument(
-        "--no-xla", action="store_true", help="without XLA: starts sooner, runs slower"
-    )
+    add_running(parser)
     add_generation_config(parser)
 
 
