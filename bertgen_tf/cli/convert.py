@@ -14,6 +14,7 @@ from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.variants import with_dtype
 
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
 
@@ -86,7 +87,7 @@ def _convert(arguments: argparse.Namespace) -> None:
             _verify_written(model, EncoderDecoderModel.from_preset(path), target)
             return
         written = EncoderDecoderModel.from_huggingface(path)
-        _verify_written(_in_float32(model), written, target)
+        _verify_written(with_dtype(model, "float32"), written, target)
         _verify_with_transformers(written, str(path), target)
 
     save = huggingface.save if kind == "preset" else presets.save
@@ -234,15 +235,3 @@ def _settings(model: EncoderDecoderModel) -> list[object]:
         preprocessor and preprocessor.get_config(),
         *(each and (type(each), each.get_config()) for each in tokenizers),
     ]
-
-
-def _in_float32(model: EncoderDecoderModel) -> EncoderDecoderModel:
-    """The model, or one with the same weights that computes in float32."""
-    if model.dtype_policy.name == "float32":
-        return model
-    config = model.get_config()
-    policy = {"dtype": "float32"}
-    stacks = {name: {**config[name], **policy} for name in ("encoder", "decoder")}
-    other = EncoderDecoderModel.from_config({**config, **stacks, **policy})
-    other.set_weights(model.get_weights())
-    return other

@@ -39,6 +39,7 @@ from bertgen_tf.finetuning.state import (
     digest_weights,
 )
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.variants import with_config, with_dtype
 from bertgen_tf.models.vocabulary import trim_vocabulary
 from bertgen_tf.training import freezing
 from bertgen_tf.training.losses import default_loss
@@ -243,9 +244,7 @@ def _make_model(
             model = trim_vocabulary(model, [text for pair in pairs for text in pair])
     saved_config = model.get_config()
     if arguments.mixed_precision:
-        policy = {"dtype": "mixed_bfloat16"}
-        stacks = {name: {**saved_config[name], **policy} for name in ("encoder", "decoder")}
-        model = _rebuild(model, {**saved_config, **stacks, **policy})
+        model = with_dtype(model, "mixed_bfloat16")
     with user_errors():
         if arguments.lora_rank:
             model.enable_lora(arguments.lora_rank)
@@ -269,7 +268,7 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
         if model.is_quantized:
             raise UserError(f"{arguments.preset} is int8: train the float32 preset it came from")
         if given:
-            model = _rebuild(model, {**model.get_config(), **given})
+            model = with_config(model, **given)
     else:
         given["cross_attention"] = arguments.cross_attention or "random"
         given["num_layers"] = arguments.num_layers
@@ -291,13 +290,6 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
             max_new_tokens=model.preprocessor.max_target_length
         )
     return model
-
-
-def _rebuild(model: EncoderDecoderModel, config: dict[str, Any]) -> EncoderDecoderModel:
-    """A model with another config and the same weights."""
-    other = EncoderDecoderModel.from_config(config)
-    other.set_weights(model.get_weights())
-    return other
 
 
 def _make_optimizer(
@@ -460,8 +452,8 @@ class _Run:
             model.save_adapter(self.folder / ADAPTER_FILE)
             model.merge_lora()
         if self.arguments.mixed_precision:
-            model = _rebuild(model, config)
-        elif model.lora is None:
+            model = with_dtype(model, config["dtype"])
+        if model.lora is None:
             # What was frozen was frozen for this training only.
             freezing.unfreeze(model)
             freezing.set_frozen_layers(model, config.get("frozen_layers", ()))

@@ -113,8 +113,8 @@ def train(
             `waited_for_data`. The result of a callback's `get_state()`, which must be JSON, is
             saved and passed to its `set_state(state)` on resuming.
         folder: where states are kept; its `begin` must have made it.
-        save_every: at most this much is lost when the process is killed. Ends of epochs are saved,
-            too.
+        save_every: at most this much is lost when the process is killed. The end of an epoch is
+            saved as well, if the last state is older than half a minute, and so is the last step.
         resume: resume from the last state in `folder`, if there is one.
         complain: called with warnings about what went wrong but does no harm.
 

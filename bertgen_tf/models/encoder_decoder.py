@@ -10,6 +10,7 @@ from typing import Any, Self
 import keras
 import tensorflow as tf
 
+from bertgen_tf import tokenizers
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation import generator, streaming
 from bertgen_tf.generation.compiled import KeptFunctions
@@ -25,8 +26,6 @@ from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncod
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import batches, freezing, lora, losses, optimizers
-
-TOKENIZERS = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
@@ -393,9 +392,9 @@ class EncoderDecoderModel(keras.Model):
             "generation_config": self.generation_config.to_dict(),
         }
         if self.tokenizer is not None:
-            config["tokenizer"] = _tokenizer_config(self.tokenizer)
+            config["tokenizer"] = tokenizers.serialize(self.tokenizer)
             if self.decoder_tokenizer is not None:  # older versions do not know it
-                config["decoder_tokenizer"] = _tokenizer_config(self.decoder_tokenizer)
+                config["decoder_tokenizer"] = tokenizers.serialize(self.decoder_tokenizer)
             config.update(self.preprocessor.get_config())
         # Only if they are set: older versions do not know them.
         if self.source_checkpoint:
@@ -416,10 +415,8 @@ class EncoderDecoderModel(keras.Model):
             decoder_config["encoder"] = encoder
         decoder = BertGenerationDecoder.from_config(decoder_config)
         for field in ("tokenizer", "decoder_tokenizer"):
-            tokenizer = config.get(field)
-            if tokenizer is not None:
-                cls_of = TOKENIZERS[tokenizer["class_name"]]
-                config[field] = cls_of.from_config(tokenizer["config"])
+            if config.get(field) is not None:
+                config[field] = tokenizers.deserialize(config[field])
         generation_config = GenerationConfig.from_dict(config.pop("generation_config"))
         frozen, adapters = config.pop("frozen_layers", ()), config.pop("lora", None)
         model = cls(encoder, decoder, generation_config=generation_config, **config)
@@ -427,7 +424,3 @@ class EncoderDecoderModel(keras.Model):
         if adapters:
             model.enable_lora(**adapters)
         return model
-
-
-def _tokenizer_config(tokenizer: BertTokenizer | BertGenerationTokenizer) -> dict[str, Any]:
-    return {"class_name": type(tokenizer).__name__, "config": tokenizer.get_config()}

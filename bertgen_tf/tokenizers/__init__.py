@@ -12,8 +12,22 @@ For Python values both have the calls of Hugging Face's classes of the same name
 docstring says otherwise; `bertgen_tf.tokenizers.interface` lists the calls.
 """
 
+from typing import Any
+
 from bertgen_tf.tokenizers.interface import Ids
 from bertgen_tf.tokenizers.sentencepiece import BertGenerationTokenizer
 from bertgen_tf.tokenizers.word_piece import BertTokenizer
 
 __all__ = ["BertGenerationTokenizer", "BertTokenizer", "Ids"]
+
+_CLASSES = {cls.__name__: cls for cls in (BertTokenizer, BertGenerationTokenizer)}
+
+
+def serialize(tokenizer: BertTokenizer | BertGenerationTokenizer) -> dict[str, Any]:
+    """`{"class_name", "config"}`, from which `deserialize` makes the same tokenizer."""
+    return {"class_name": type(tokenizer).__name__, "config": tokenizer.get_config()}
+
+
+def deserialize(config: dict[str, Any]) -> BertTokenizer | BertGenerationTokenizer:
+    """The tokenizer that `serialize` described."""
+    return _CLASSES[config["class_name"]].from_config(config["config"])

@@ -33,6 +33,7 @@ from bertgen_tf.checkpoints.hub.text import (
 )
 from bertgen_tf.checks import first_line
 from bertgen_tf.config import TOKEN_IDS, BertGenerationConfig, GenerationConfig
+from bertgen_tf.generation.search.sequences import gnmt_penalty
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model, Tokenizer
 from bertgen_tf.network import weights
@@ -477,7 +478,7 @@ def _module_scores(
         return None
     config = model.generation_config
     if config.normalize_unfinished:
-        sums = sums / ((5 + config.max_new_tokens) / 6) ** config.gnmt_alpha
+        sums = sums / gnmt_penalty(config.max_new_tokens, config.gnmt_alpha).numpy()
     return np.where(finished[:, 0] > _NO_SCORE, finished[:, 0], sums[:, 0])
 
 
