@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import numbers
 import os
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -385,9 +387,8 @@ class GenerationConfig(_Config):
             ids = getattr(self, name)
             if isinstance(ids, tuple) and len(ids) == 1:  # one form for one meaning
                 object.__setattr__(self, name, ids[0])
-        for name, rule in _GENERATION_RULES.items():
-            if not rule.allows(getattr(self, name)):
-                raise ValueError(f"{name} must be {rule.words}, received {getattr(self, name)!r}.")
+        for name in _GENERATION_RULES:
+            _check_field(name, getattr(self, name))
         self._check_lengths()
         if self.num_return_sequences > self.num_beams and not (
             self.do_sample and self.num_beams == 1
@@ -413,10 +414,38 @@ class GenerationConfig(_Config):
 
         `max_new_tokens` replaces `max_length`, and vice versa.
         """
-        for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
-            if changes.get(name) is not None:
-                changes.setdefault(other, None)
-        return super().replace(**changes)
+        return super().replace(**_with_other_length(changes))
+
+    def override(self, **changes: Any) -> Self:
+        """A copy with some fields changed, to which the others give way.
+
+        For settings that a model stores: fields that mean nothing beside the new values, such as
+        `early_stopping` beside `num_beams=1`, go back to their defaults, and minimal lengths and
+        the number of returned sequences are lowered to the new limits. Limits are never raised.
+
+        Raises:
+            ValueError: the changes contradict each other, exceed a limit that they do not change,
+                or have unknown names.
+        """
+        values = {**self.__dict__, **_with_other_length(changes)}
+        for name in changes.keys() & _GENERATION_RULES.keys():
+            _check_field(name, _plain(changes[name]))
+        new = types.SimpleNamespace(**values)
+        for use in _USES:
+            if not use.reads(new):
+                fields = type(self).__dataclass_fields__
+                values |= {name: fields[name].default for name in use.names if name not in changes}
+        limits = {
+            "min_new_tokens": values["max_new_tokens"] or (values["max_length"] or math.inf) - 1,
+            "min_length": values["max_length"] or math.inf,
+            "num_return_sequences": (
+                math.inf if new.do_sample and new.num_beams == 1 else new.num_beams
+            ),
+        }
+        for name, limit in limits.items():
+            if name not in changes:
+                values[name] = min(values[name], limit)
+        return type(self).from_dict(values)
 
     def _check_lengths(self) -> None:
         if self.max_new_tokens is not None and self.max_length is not None:
@@ -436,6 +465,20 @@ class GenerationConfig(_Config):
                 raise ValueError(
                     f"{name} must not exceed {limit} ({longest}), received {getattr(self, name)}."
                 )
+
+
+def _check_field(name: str, value: Any) -> None:
+    rule = _GENERATION_RULES[name]
+    if not rule.allows(value):
+        raise ValueError(f"{name} must be {rule.words}, received {value!r}.")
+
+
+def _with_other_length(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, and what of max_new_tokens and max_length they replace."""
+    for name, other in (("max_new_tokens", "max_length"), ("max_length", "max_new_tokens")):
+        if changes.get(name) is not None:
+            changes = {other: None, **changes}
+    return changes
 
 
 def _plain(value: Any) -> Any:

@@ -194,6 +194,74 @@ def test_ids_and_numbers_are_kept_as_plain_tuples():
     assert GenerationConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+@pytest.mark.parametrize(
+    ("stored", "changes", "expected"),
+    [
+        ({"num_beams": 4, "early_stopping": True}, {"num_beams": 1}, {}),
+        (
+            {"num_beams": 4, "early_stopping": True},
+            {"beam_scorer": "gnmt"},
+            {"num_beams": 4, "beam_scorer": "gnmt"},
+        ),
+        ({"do_sample": True, "temperature": 0.5, "seed": 3, "top_k": 7}, {"do_sample": False}, {}),
+        (
+            {"do_sample": True, "temperature": 0.5},
+            {"top_k": 7},
+            {"do_sample": True, "temperature": 0.5, "top_k": 7},
+        ),
+        ({"length_penalty": 2.0}, {"beam_scorer": "gnmt"}, {"beam_scorer": "gnmt"}),
+        ({"beam_scorer": "gnmt", "gnmt_alpha": 1.0}, {"beam_scorer": "huggingface"}, {}),
+        (
+            {"num_beams": 4, "num_return_sequences": 3},
+            {"num_beams": 2},
+            {"num_beams": 2, "num_return_sequences": 2},
+        ),
+        (
+            {"do_sample": True, "num_return_sequences": 3},
+            {"temperature": 2.0},
+            {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0},
+        ),
+        (
+            {"min_new_tokens": 9, "max_new_tokens": 20},
+            {"max_new_tokens": 5},
+            {"min_new_tokens": 5, "max_new_tokens": 5},
+        ),
+        (
+            {"min_new_tokens": 9, "max_new_tokens": 20},
+            {"max_length": 5},
+            {"min_new_tokens": 4, "max_length": 5},
+        ),
+        (
+            {"min_length": 9, "max_length": 20},
+            {"max_length": 5},
+            {"min_length": 5, "max_length": 5},
+        ),
+        ({"max_length": 5}, {"max_new_tokens": None, "max_length": None}, {}),
+    ],
+    ids=range(12),
+)
+def test_what_is_stored_gives_way(stored, changes, expected):
+    config = GenerationConfig(**stored).override(**changes)
+    assert config == GenerationConfig(**expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "changes", "message"),
+    [
+        ({}, {"num_beams": 1, "early_stopping": True}, "early_stopping applies to beam search"),
+        ({"num_beams": 4}, {"do_sample": False, "temperature": 2.0}, "temperature applies to samp"),
+        ({"num_beams": 2}, {"num_return_sequences": 3}, "must not exceed num_beams"),
+        ({"max_new_tokens": 9}, {"min_new_tokens": 10}, "must not exceed max_new_tokens"),
+        ({}, {"num_beams": "two"}, "num_beams must be an integer"),
+        ({}, {"beams": 2}, "has no field beams"),
+    ],
+    ids=range(6),
+)
+def test_contradictions_within_a_call(stored, changes, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationConfig(**stored).override(**changes)
+
+
 def test_one_of_two_lengths_is_set():
     def lengths(config):
         return config.max_new_tokens, config.max_length

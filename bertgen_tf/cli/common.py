@@ -72,7 +72,7 @@ def read_settings(arguments: argparse.Namespace) -> GenerationConfig:
     names = [field.name for field in dataclasses.fields(config)]
     with user_errors():
         # Flags that are not given have no attribute: None is a value.
-        return config.replace(**{k: getattr(arguments, k) for k in names if hasattr(arguments, k)})
+        return config.override(**{k: getattr(arguments, k) for k in names if hasattr(arguments, k)})
 
 
 def load_model(arguments: argparse.Namespace, config: GenerationConfig) -> EncoderDecoderModel:

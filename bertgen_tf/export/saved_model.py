@@ -51,7 +51,7 @@ from bertgen_tf.export import files
 from bertgen_tf.export.check import ExportError, check_export
 from bertgen_tf.export.signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
 from bertgen_tf.generation.search.logits import Processor
-from bertgen_tf.generation.settings import check_config
+from bertgen_tf.generation.settings import check_config, settings_of_call
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training import lora
 
@@ -107,8 +107,7 @@ def export_saved_model(
     check_version_path(path)
     lora.check_merged(model, "an export")
     path = pathlib.Path(path)
-    config = generation_config or model.generation_config
-    config = config.replace(**options) if options else config
+    config = settings_of_call(model, generation_config, options)
     signatures = dict(signatures or {})
     _check_names(signatures)
     for settings in (config, every_hypothesis(config), *signatures.values()):

@@ -15,20 +15,21 @@ import tensorflow as tf
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.data.progress import show_progress
+from bertgen_tf.data.texts import check_text, is_single
 from bertgen_tf.generation.buckets import source_buckets
 from bertgen_tf.generation.compiled import generation_function, hypotheses_to_text
 from bertgen_tf.generation.inputs import (
     Rows,
-    check_decoder_text,
     check_processors,
     id_rows,
     make_seeds,
+    read_prompts,
     read_texts,
     start_prompt,
     strings,
     with_prompts,
 )
-from bertgen_tf.generation.settings import check_config
+from bertgen_tf.generation.settings import check_config, settings_of_call
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -99,11 +100,12 @@ def generate(
     a temperature that its user sets, needs `jit_compile=False` for these.
 
     Args:
-        inputs: a string, a list of strings, a `tf.data.Dataset` of strings, batched or not, or
-            `dict(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask)`, int32
-            [B, S] and [B, P]; all but `input_ids` may be left out. The decoder ids are prompts,
-            with which the outputs begin; the start token is prepended unless every row has it.
-            The masks are 0 on padding, which prompts have at their ends.
+        inputs: a string; a list, an array, a column of a table or a tensor of strings; a
+            `tf.data.Dataset` of strings, batched or not; or `dict(input_ids, attention_mask,
+            decoder_input_ids, decoder_attention_mask)`, int32 [B, S] and [B, P]; all but
+            `input_ids` may be left out. The decoder ids are prompts, with which the outputs begin;
+            the start token is prepended unless every row has it. The masks are 0 on padding, which
+            prompts have at their ends.
         generation_config: settings; by default the model's own.
         decoder_text: for text, a prompt for all outputs, or a list of one for each; part of the
             text that is returned.
@@ -123,9 +125,9 @@ def generate(
         **options: fields of `GenerationConfig` that replace those of the settings.
 
     Returns:
-        For a string, the best hypothesis as str; for a list or dataset of strings, a list of
-        str; with `num_return_sequences` above 1, a list of hypotheses, best first, in place of
-        each str. For ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
+        For a string, the best hypothesis as str; for several, a list of str; with
+        `num_return_sequences` above 1, a list of hypotheses, best first, in place of each str. For
+        ids, and with `output_scores` or `output_attentions`, a `GenerateOutput`.
 
     Raises:
         TypeError, ValueError: inputs, prompts or settings do not fit the model.
@@ -151,13 +153,13 @@ def generate(
         return output if output_scores else output._replace(token_scores=None)
 
     texts, total = read_texts(inputs)
-    check_decoder_text(decoder_text, total)
+    decoder_text = read_prompts(decoder_text, total)
     _check_prompts(run, decoder_text)
     with show_progress(verbose, total, batch_size) as advance:
         windows = _windows(run, texts, decoder_text, WINDOW, 0, advance)
         if not output_scores and not output_attentions:
             results = [text for output in windows for text in output.texts]
-            return results[0] if isinstance(inputs, str) else results
+            return results[0] if is_single(inputs) else results
         outputs = list(windows) or [_generate_texts(run, [], None, 0, advance)]
     results = [text for output in outputs for text in output.texts]
     ends = np.cumsum([len(output.texts) for output in outputs])
@@ -168,7 +170,7 @@ def generate(
     output = _join(parts, len(results), model.decoder.config.pad_token_id)
     return output._replace(
         token_scores=output.token_scores if output_scores else None,
-        texts=results[0] if isinstance(inputs, str) else results,
+        texts=results[0] if is_single(inputs) else results,
     )
 
 
@@ -236,8 +238,7 @@ def _prepare(
     batch_size: int,
     jit_compile: bool,
 ) -> _Run:
-    config = config or model.generation_config
-    config = config.replace(**options) if options else config
+    config = settings_of_call(model, config, options)
     check_config(config, model)
     check_integer("batch_size", batch_size)
     # One function for all seeds.
@@ -260,7 +261,7 @@ def _check_prompts(run: _Run, decoder_text: str | Sequence[str] | None) -> None:
     """Raises if a prompt is too long, before the first text is generated."""
     if decoder_text is None or run.model.preprocessor is None:
         return
-    prompts = [decoder_text] if isinstance(decoder_text, str) else decoder_text
+    prompts = [decoder_text] if isinstance(decoder_text, str | bytes) else decoder_text
     for start in range(0, len(prompts), WINDOW):
         target = run.model.preprocessor.prompt_preprocess(strings(prompts[start : start + WINDOW]))
         check_config(run.config, run.model, target["decoder_input_ids"].shape[1])
@@ -283,6 +284,10 @@ def _windows(
     pairs = with_prompts(texts, decoder_text)
     while pairs_of_window := list(itertools.islice(pairs, window)):
         sources, prompts = zip(*pairs_of_window, strict=True)
+        for place, (text, prompt) in enumerate(pairs_of_window, first_example):
+            check_text(f"texts[{place}]", text)
+            if prompt is not None:
+                check_text(f"decoder_text[{place}]", prompt)
         prompts = None if decoder_text is None else prompts
         yield _generate_texts(run, sources, prompts, first_example, advance)
         first_example += len(sources)

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.data.texts import check_text, is_single, is_text, text_list
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -35,23 +36,16 @@ def read_texts(inputs: Any) -> tuple[Iterable[str | bytes], int | None]:
     """The texts, and how many, if that is known.
 
     Args:
-        inputs: a string, a list of strings, or a dataset of them, batched or not.
+        inputs: a string, several in any form of `text_list`, or a dataset, batched or not.
 
     Raises:
         TypeError: it is something else.
         ValueError: it is an endless dataset.
     """
-    if isinstance(inputs, str):
-        return [inputs], 1
-    if isinstance(inputs, list | tuple):
-        for place, text in enumerate(inputs):
-            if not isinstance(text, str):
-                raise TypeError(
-                    "inputs must be a string, a list of strings, a tf.data.Dataset of strings or "
-                    f"dict(input_ids, attention_mask), received a {type(inputs).__name__} with "
-                    f"{type(text).__name__} at {place}."
-                )
-        return inputs, len(inputs)
+    if is_single(inputs):
+        text = inputs if isinstance(inputs, str | bytes) else np.asarray(inputs).item()
+        check_text("inputs", text)
+        return [text], 1
     if isinstance(inputs, tf.data.Dataset):
         spec = inputs.element_spec
         if not (
@@ -69,32 +63,33 @@ def read_texts(inputs: Any) -> tuple[Iterable[str | bytes], int | None]:
         if spec.shape.rank == 1:
             inputs, cardinality = inputs.unbatch(), -1
         return inputs.as_numpy_iterator(), cardinality if cardinality >= 0 else None
-    raise TypeError(
-        "inputs must be a string, a list of strings, a tf.data.Dataset of strings or "
-        f"dict(input_ids, attention_mask), received {type(inputs).__name__}."
-    )
-
-
-def check_decoder_text(decoder_text: Any, total: int | None) -> None:
-    """Raises unless it is a prompt for all texts, or one for each of a list."""
-    if decoder_text is None or isinstance(decoder_text, str):
-        return
-    if not isinstance(decoder_text, list | tuple) or not all(
-        isinstance(text, str) for text in decoder_text
-    ):
+    if not isinstance(inputs, list | tuple) and not is_text(inputs):
         raise TypeError(
-            "decoder_text must be a string, or a list of strings, received "
-            f"{type(decoder_text).__name__}."
+            "inputs must be a string, several as a list, an array, a column or a tensor, a "
+            "tf.data.Dataset of strings or dict(input_ids, attention_mask), received "
+            f"{type(inputs).__name__}."
         )
-    if total not in (None, len(decoder_text)):
-        raise _unequal(len(decoder_text), total)
+    texts = text_list("inputs", inputs)
+    return texts, len(texts)
+
+
+def read_prompts(decoder_text: Any, total: int | None) -> str | bytes | list[str | bytes] | None:
+    """A prompt for all texts, or one for each in any form of `text_list`."""
+    if decoder_text is None:
+        return None
+    if is_single(decoder_text):
+        return read_texts(decoder_text)[0][0]
+    prompts = text_list("decoder_text", decoder_text)
+    if total not in (None, len(prompts)):
+        raise _unequal(len(prompts), total)
+    return prompts
 
 
 def with_prompts(
-    texts: Iterable[str | bytes], decoder_text: str | Iterable[str] | None
-) -> Iterator[tuple[str | bytes, str | None]]:
+    texts: Iterable[str | bytes], decoder_text: str | bytes | Iterable[str | bytes] | None
+) -> Iterator[tuple[str | bytes, str | bytes | None]]:
     """Each text and its prompt; a ValueError if there are more of one than of the other."""
-    if decoder_text is None or isinstance(decoder_text, str):
+    if decoder_text is None or isinstance(decoder_text, str | bytes):
         yield from ((text, decoder_text) for text in texts)
         return
     for number, pair in enumerate(itertools.zip_longest(texts, decoder_text)):

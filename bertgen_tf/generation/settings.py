@@ -1,7 +1,7 @@
 """What generation settings mean for a model: whether they fit, and what they do to logits."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
@@ -10,6 +10,22 @@ from bertgen_tf.generation.search import filters, logits
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+
+
+def settings_of_call(
+    model: "EncoderDecoderModel", config: GenerationConfig | None, options: dict[str, Any]
+) -> GenerationConfig:
+    """The settings of a call, which take precedence over those that the model stores.
+
+    Args:
+        config: of the call, if it has one; its fields and the options must not contradict each
+            other.
+        options: fields of the call.
+    """
+    if config is None:
+        stored = model.generation_config
+        return stored.override(**options) if options else stored
+    return config.replace(**options) if options else config
 
 
 def check_config(
@@ -53,7 +69,9 @@ def check_config(
                 f"{name} must fit into the longest output ({total} tokens, {prompt_length} of them "
                 f"start token and prompt), received {getattr(config, name)}."
             )
-    if prompt_length > 1 and config.forced_bos_token_id is not None:
+    # One that the model stores gives way to a prompt.
+    stored = model.generation_config.forced_bos_token_id
+    if prompt_length > 1 and config.forced_bos_token_id not in (None, stored):
         raise ValueError(
             "forced_bos_token_id is for outputs without a prompt, received "
             f"{config.forced_bos_token_id} and a prompt. End the prompt with it, or set None."

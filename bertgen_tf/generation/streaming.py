@@ -8,9 +8,10 @@ import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.data.texts import check_text
 from bertgen_tf.generation.compiled import streaming_functions
 from bertgen_tf.generation.inputs import check_processors, make_seeds, start_prompt
-from bertgen_tf.generation.settings import check_config
+from bertgen_tf.generation.settings import check_config, settings_of_call
 from bertgen_tf.tokenizers.text_stream import TextStream
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def stream(
     model: "EncoderDecoderModel",
-    text: str,
+    text: str | bytes,
     generation_config: GenerationConfig | None = None,
     *,
     decoder_text: str | None = None,
@@ -57,13 +58,15 @@ def stream(
             "EncoderDecoderModel, or call generate with dict(input_ids, attention_mask)."
         )
     for name, value, optional in (("text", text, False), ("decoder_text", decoder_text, True)):
-        if not isinstance(value, str) and not (optional and value is None):
+        if optional and value is None:
+            continue
+        if not isinstance(value, str | bytes):
             raise TypeError(
                 f"{name} must be one string, received {type(value).__name__}. Stream one text at a "
                 "time, or call generate."
             )
-    config = generation_config or model.generation_config
-    config = config.replace(**options) if options else config
+        check_text(name, value)
+    config = settings_of_call(model, generation_config, options)
     if config.num_return_sequences > 1:
         raise ValueError(
             "num_return_sequences must be 1 for streaming, which gives one text, received "

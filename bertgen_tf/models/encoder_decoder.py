@@ -3,12 +3,14 @@
 B batch, T target length, V vocabulary.
 """
 
+import inspect
 import os
-from collections.abc import Sequence
+import reprlib
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
-import tensorflow as tf
 
 from bertgen_tf import tokenizers
 from bertgen_tf.config import GenerationConfig
@@ -26,6 +28,8 @@ from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncod
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import batches, freezing, lora, losses, optimizers
+
+_NEEDED = {"input_ids", "decoder_input_ids"}
 
 
 @keras.saving.register_keras_serializable("bertgen_tf", "EncoderDecoderModel")
@@ -188,6 +192,34 @@ class EncoderDecoderModel(keras.Model):
         """Writes config, weights, tokenizer and settings; see `bertgen_tf.checkpoints.presets`."""
         sources.presets.save(self, folder)
 
+    def export(
+        self,
+        filepath: str | os.PathLike,
+        format: str = "tf_saved_model",
+        verbose: Any = None,
+        input_signature: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Keras's `export`: writes what `bertgen_tf.export_saved_model` does, text in and out.
+
+        Args:
+            filepath: `NAME/VERSION`, see `export_saved_model`, which also takes the keywords.
+            format, verbose, input_signature: Keras's. Another format, or a signature, exports what
+                calling the model gives: logits of ids.
+        """
+        if format != "tf_saved_model" or input_signature is not None:
+            return super().export(filepath, format, verbose, input_signature, **kwargs)
+        return sources.saved_model.export_saved_model(self, filepath, **kwargs)
+
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
+        if save_type == "savedmodel":  # ours are written without tracking the model
+            warnings.warn(
+                "tf.saved_model.save writes the weights of an EncoderDecoderModel without any "
+                "signature: export_saved_model(model, path) writes one that generates.",
+                stacklevel=2,
+            )
+        return super()._trackable_children(save_type, **kwargs)
+
     def quantize(self, mode: str, config: Any = None) -> None:
         """Makes the matrices int8, in place, for generation in a quarter of their memory.
 
@@ -268,6 +300,15 @@ class EncoderDecoderModel(keras.Model):
         self.built = True  # encoder and decoder build themselves
 
     def call(self, inputs: dict[str, Any], training: bool | None = None) -> Any:
+        if not isinstance(inputs, Mapping) or not _NEEDED <= set(inputs):
+            keys = type(inputs).__name__
+            if isinstance(inputs, Mapping):
+                keys = f"the keys {reprlib.repr(list(inputs))}"
+            raise ValueError(
+                "inputs must be dict(input_ids, decoder_input_ids) with attention_mask and "
+                f"decoder_attention_mask where there is padding, received {keys}: fit takes pairs "
+                "of texts, and generate texts."
+            )
         memory = self.encoder(inputs["input_ids"], inputs.get("attention_mask"), training=training)
         return self.decoder(
             inputs["decoder_input_ids"],
@@ -325,35 +366,60 @@ class EncoderDecoderModel(keras.Model):
         self.optimizer.build([v for v in self.variables if v.trainable or v.path in frozen])
 
     def fit(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        *args: Any,
-        validation_data: Any = None,
-        **kwargs: Any,
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Keras's `fit`, which also takes text.
+        """Keras's `fit`, which also takes text; a tuple holds columns, a list rows.
 
         Args:
-            x: a `tf.data.Dataset` of (source, target) strings, batched or not; or a list of
-                sources, with `y` the list of targets; or anything preprocessed that Keras takes.
+            x: sources, with `y` the targets: lists, arrays, columns of a table or tensors of
+                strings. Or without `y`: a tuple (sources, targets), or (sources, targets,
+                sample_weight); a list of pairs (source, target); a DataFrame of two columns; a
+                `tf.data.Dataset` of (source, target) or (source, target, weight), batched or not.
+                Or anything preprocessed that Keras takes.
             batch_size: for text that is not batched yet; 32 by default.
-            validation_data: a dataset, or a pair (sources, targets), of text or preprocessed.
+            **kwargs: Keras's. `validation_data` is a tuple (sources, targets) or takes the forms of
+                x; `sample_weight` is a number for each pair, the weight of its tokens in loss and
+                metrics; `shuffle` and `validation_split` mean for lists of text what they mean for
+                arrays.
+
+        Raises:
+            TypeError, ValueError: some of it is text, but not all of it is.
         """
-        x, y, batch_size = batches.text_to_dataset(
-            self.preprocessor, x, y, batch_size, shuffle=True
-        )
-        if isinstance(validation_data, tuple | list) and len(validation_data) == 2:
-            validation_data = batches.text_to_dataset(self.preprocessor, *validation_data)[:2]
-            if validation_data[1] is None:
-                validation_data = validation_data[0]
-        elif validation_data is not None:
-            validation_data = batches.text_to_dataset(self.preprocessor, validation_data)[0]
-        if isinstance(x, tf.data.Dataset):
-            # Keras would warn about its own default, because datasets are shuffled beforehand.
-            kwargs.setdefault("shuffle", False)
-        return super().fit(x, y, batch_size, *args, validation_data=validation_data, **kwargs)
+        call = inspect.signature(super().fit).bind(x, y, batch_size, *args, **kwargs)
+        call.arguments.update(batches.fit_arguments(self.preprocessor, call.arguments))
+        return super().fit(*call.args, **call.kwargs)
+
+    def evaluate(
+        self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keras's `evaluate`, which also takes text; see `fit`."""
+        call = inspect.signature(super().evaluate).bind(x, y, batch_size, *args, **kwargs)
+        call.arguments.update(batches.evaluate_arguments(self.preprocessor, call.arguments))
+        return super().evaluate(*call.args, **call.kwargs)
+
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keras's `train_on_batch`, which also takes text; see `fit`."""
+        data = batches.batch_arguments(self.preprocessor, x, y, sample_weight)
+        return super().train_on_batch(*data, *args, **kwargs)
+
+    def test_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Keras's `test_on_batch`, which also takes text; see `fit`."""
+        data = batches.batch_arguments(self.preprocessor, x, y, sample_weight)
+        return super().test_on_batch(*data, *args, **kwargs)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Keras's `predict`: logits of ids. `generate` answers text."""
+        _refuse_text(x, "predict")
+        return super().predict(x, *args, **kwargs)
+
+    def predict_on_batch(self, x: Any) -> Any:
+        """Keras's `predict_on_batch`: logits of ids. `generate` answers text."""
+        _refuse_text(x, "predict_on_batch")
+        return super().predict_on_batch(x)
 
     def compute_loss(
         self,
@@ -373,13 +439,6 @@ class EncoderDecoderModel(keras.Model):
                 "model, then quantize."
             )
         return super().make_train_function(force)
-
-    def evaluate(
-        self, x: Any = None, y: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Keras's `evaluate`, which also takes text; see `fit`."""
-        x, y, batch_size = batches.text_to_dataset(self.preprocessor, x, y, batch_size)
-        return super().evaluate(x, y, batch_size, *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         config = {
@@ -424,3 +483,11 @@ class EncoderDecoderModel(keras.Model):
         if adapters:
             model.enable_lora(**adapters)
         return model
+
+
+def _refuse_text(x: Any, name: str) -> None:
+    if batches.holds_text(x):
+        raise TypeError(
+            f"x must be dict(input_ids, decoder_input_ids, ...) for {name}, which gives logits, "
+            "received text: call generate(texts) for answers."
+        )

@@ -1,8 +1,8 @@
-"""Readers and writers of model files, as `from_hub` and the like of the models call them.
+"""Readers and writers of model files, as `from_hub`, `export` and the like call them.
 
 The models know no file format: readers build models, so they stand above them. `bertgen_tf`
-connects the readers when it is imported, which happens before any import of its parts. So one call
-goes up, and no import does.
+connects these modules when it is imported, which happens before any import of its parts. So one
+call goes up, and no import does.
 """
 
 from types import ModuleType
@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from bertgen_tf.checkpoints import hub as hub
     from bertgen_tf.checkpoints import huggingface as huggingface
     from bertgen_tf.checkpoints import presets as presets
+    from bertgen_tf.export import saved_model as saved_model
 
 
-def connect(**readers: ModuleType) -> None:
-    """Makes `sources.<name>` the module that reads, and writes, files of this kind."""
-    globals().update(readers)
+def connect(**modules: ModuleType) -> None:
+    """Makes `sources.<name>` the module that reads or writes files of this kind."""
+    globals().update(modules)

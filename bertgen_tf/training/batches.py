@@ -1,12 +1,23 @@
 """Text as datasets for `fit` and `evaluate`: batches padded to a few lengths."""
 
+import math
+import reprlib
+from collections.abc import Iterator
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.checks import check_integer
+from bertgen_tf.checks import check_integer, check_number
+from bertgen_tf.data.texts import is_text
 from bertgen_tf.network.buckets import bucket_lengths
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
+from bertgen_tf.training.pairs import Pairs, read_pairs
+
+DEFAULT_BATCH = 32  # Keras's
+# A dataset has these in itself.
+_NO_ARRAYS = {"y": None, "sample_weight": None, "batch_size": None}
 
 
 def lengths_of_batches(preprocessor: Seq2SeqPreprocessor) -> list[int]:
@@ -74,45 +85,172 @@ def bucketed_dataset(
     )
 
 
-def text_to_dataset(
-    preprocessor: Seq2SeqPreprocessor | None,
-    x: Any,
-    y: Any = None,
-    batch_size: int | None = None,
-    shuffle: bool = False,
-) -> tuple[Any, Any, int | None]:
-    """`(x, y, batch_size)` for Keras: text as a preprocessed dataset, all else unchanged.
+def fit_arguments(
+    preprocessor: Seq2SeqPreprocessor | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """What replaces the arguments of Keras's `fit` that hold text: preprocessed datasets.
 
     Args:
         preprocessor: the model's; None if it has none.
-        x, y: lists or arrays of sources and targets, or a dataset of pairs and None.
-        batch_size: for text that is not batched yet; 32 by default.
-        shuffle: shuffles lists, as Keras does with arrays.
+        given: the arguments by name.
+
+    Raises:
+        TypeError, ValueError: the text, or an argument, does not fit.
     """
-    if _is_text(x) and _is_text(y):
-        if len(x) != len(y):
+    changes: dict[str, Any] = {}
+    batch_size = given.get("batch_size")
+    validation = given.get("validation_data")
+    pairs = read_pairs(given.get("x"), given.get("y"), given.get("sample_weight"))
+    if pairs is not None:
+        if given.get("class_weight") is not None:
             raise ValueError(
-                f"x and y must hold as many sources as targets, received {len(x)} and {len(y)}."
+                "class_weight is not for text, whose classes are word pieces, received "
+                f"{reprlib.repr(given['class_weight'])}: pass sample_weight, one of each pair."
             )
-        dataset = tf.data.Dataset.from_tensor_slices((list(x), list(y)))
-        x = dataset.shuffle(len(y)) if shuffle else dataset
-        y = None
-    spec = x.element_spec if isinstance(x, tf.data.Dataset) else None
-    if not _is_text_pair(spec):
-        if any(getattr(part, "dtype", None) == tf.string for part in tf.nest.flatten(spec)):
-            raise ValueError(
-                f"A dataset of text must give pairs (source, target), received {spec}."
-            )
-        return x, y, batch_size
-    if preprocessor is None:
-        raise ValueError(
-            "A dataset of text needs a tokenizer, and this model has none. Pass tokenizer= to "
-            "EncoderDecoderModel, or preprocess the dataset."
+        split = given.get("validation_split") or 0.0
+        if split and validation is None:
+            pairs, held_out = _hold_out(pairs, split)
+            size = given.get("validation_batch_size") or batch_size
+            changes["validation_data"] = pairs_to_dataset(preprocessor, held_out, size)
+        shuffle = bool(given.get("shuffle", True))
+        changes |= {
+            **_NO_ARRAYS,
+            "x": pairs_to_dataset(preprocessor, pairs, batch_size, shuffle),
+            "shuffle": False,
+            "validation_split": 0.0,
+        }
+    elif isinstance(given.get("x"), tf.data.Dataset):
+        # Keras would warn about its own default, because datasets are shuffled beforehand.
+        changes["shuffle"] = given.get("shuffle", False)
+        changes |= _dataset_arguments(preprocessor, given)
+    elif isinstance(given.get("x"), Iterator):
+        changes["x"] = (_encoded(preprocessor, batch) for batch in given["x"])
+    elif isinstance(given.get("x"), keras.utils.PyDataset) and holds_text(given["x"][0]):
+        raise TypeError(
+            f"x must give ids, not text, if it is a PyDataset, received {type(given['x']).__name__}"
+            ": pass a tf.data.Dataset of texts, or encode them with the preprocessor."
         )
-    if spec[0].shape.rank == 0:
-        x = x.batch(batch_size or 32)
-    x = x.map(preprocessor, num_parallel_calls=tf.data.AUTOTUNE)
-    return x.prefetch(tf.data.AUTOTUNE), None, None
+    if validation is not None:
+        size = given.get("validation_batch_size") or batch_size
+        columns = validation if isinstance(validation, tuple) else (validation,)
+        held_out = read_pairs(*columns, prefix="validation_data's ") if len(columns) < 4 else None
+        if held_out is not None:
+            changes["validation_data"] = pairs_to_dataset(preprocessor, held_out, size)
+        elif _is_text_spec(validation):
+            changes["validation_data"] = preprocess(preprocessor, validation, size)
+    return changes
+
+
+def evaluate_arguments(
+    preprocessor: Seq2SeqPreprocessor | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The same for Keras's `evaluate`."""
+    pairs = read_pairs(given.get("x"), given.get("y"), given.get("sample_weight"))
+    if pairs is None:
+        return _dataset_arguments(preprocessor, given)
+    return {**_NO_ARRAYS, "x": pairs_to_dataset(preprocessor, pairs, given.get("batch_size"))}
+
+
+def batch_arguments(
+    preprocessor: Seq2SeqPreprocessor | None, x: Any, y: Any, sample_weight: Any
+) -> tuple[Any, Any, Any]:
+    """The data arguments of Keras's `train_on_batch`: text as a batch of the maximal lengths."""
+    pairs = read_pairs(x, y, sample_weight)
+    if pairs is None:
+        return x, y, sample_weight
+    x, y, weights = _check_preprocessor(preprocessor)(
+        tf.constant(pairs.sources), tf.constant(pairs.targets)
+    )
+    return x, y, weights if pairs.weights is None else weights * pairs.weights[:, np.newaxis]
+
+
+def pairs_to_dataset(
+    preprocessor: Seq2SeqPreprocessor | None,
+    pairs: Pairs,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+) -> tf.data.Dataset:
+    """Preprocessed batches, by default of 32; `shuffle` gives every epoch an order of its own."""
+    columns = [column for column in pairs if column is not None]
+    dataset = tf.data.Dataset.from_tensor_slices(tuple(columns))
+    if shuffle:
+        dataset = dataset.shuffle(len(pairs.sources))
+    return preprocess(preprocessor, dataset, batch_size)
+
+
+def preprocess(
+    preprocessor: Seq2SeqPreprocessor | None,
+    dataset: tf.data.Dataset,
+    batch_size: int | None = None,
+) -> tf.data.Dataset:
+    """A dataset of texts as one of (x, y, sample_weight).
+
+    Args:
+        preprocessor: the model's; None if it has none.
+        dataset: of (source, target) or (source, target, weight), batched or not.
+        batch_size: for one that is not batched yet; 32 by default.
+    """
+    encode = _check_preprocessor(preprocessor)
+    if dataset.element_spec[0].shape.rank == 0:
+        dataset = dataset.batch(DEFAULT_BATCH if batch_size is None else batch_size)
+    elif batch_size is not None:
+        raise ValueError(
+            f"batch_size is for text that is not batched yet, received {batch_size} and a dataset "
+            "of batches: leave it out."
+        )
+
+    def to_batch(source: Any, target: Any, weight: Any = None) -> tuple[Any, Any, Any]:
+        x, y, token_weight = encode(source, target)
+        if weight is not None:
+            token_weight *= tf.cast(weight, token_weight.dtype)[:, tf.newaxis]
+        return x, y, token_weight
+
+    return dataset.map(to_batch, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+
+
+def holds_text(data: Any) -> bool:
+    """Whether Keras's argument x holds text in some form."""
+    if isinstance(data, tf.data.Dataset):
+        return any(
+            getattr(part, "dtype", None) == tf.string for part in tf.nest.flatten(data.element_spec)
+        )
+    return is_text(data) or (isinstance(data, list | tuple) and len(data) > 0 and is_text(data[0]))
+
+
+def _encoded(preprocessor: Seq2SeqPreprocessor | None, batch: Any) -> Any:
+    """What a generator gave, ids for text."""
+    if not isinstance(batch, tuple) or not 2 <= len(batch) <= 3:
+        return batch
+    return batch_arguments(preprocessor, *(*batch, None)[:3])
+
+
+def _dataset_arguments(
+    preprocessor: Seq2SeqPreprocessor | None, given: dict[str, Any]
+) -> dict[str, Any]:
+    """What replaces the arguments with a dataset of texts; nothing for other data."""
+    if not _is_text_spec(given.get("x")):
+        return {}
+    for name in ("y", "sample_weight", "class_weight"):
+        if given.get(name) is not None:
+            raise ValueError(
+                f"{name} must be left out with a dataset of text, received a "
+                f"{type(given[name]).__name__}: the dataset gives (source, target), or "
+                "(source, target, weight)."
+            )
+    return {**_NO_ARRAYS, "x": preprocess(preprocessor, given["x"], given.get("batch_size"))}
+
+
+def _is_text_spec(data: Any) -> bool:
+    """Whether it is a dataset of texts; a ValueError if these are no pairs."""
+    if not isinstance(data, tf.data.Dataset) or not holds_text(data):
+        return False
+    spec = data.element_spec
+    if not _is_text_pair(spec[:2] if isinstance(spec, tuple) else spec) or len(spec) > 3:
+        raise ValueError(
+            "A dataset of text must give pairs (source, target), or (source, target, weight), "
+            f"received {reprlib.repr(spec)}."
+        )
+    return True
 
 
 def _is_text_pair(spec: Any) -> bool:
@@ -123,9 +261,21 @@ def _is_text_pair(spec: Any) -> bool:
     )
 
 
-def _is_text(values: Any) -> bool:
-    # An array or a pandas column of Python strings has the kind "O".
-    kind = getattr(getattr(values, "dtype", None), "kind", None)
-    if kind == "O" or isinstance(values, list | tuple):
-        return len(values) > 0 and all(isinstance(value, str | bytes) for value in values)
-    return kind in ("U", "S")
+def _hold_out(pairs: Pairs, share: Any) -> tuple[Pairs, Pairs]:
+    """Keras's `validation_split`: the last pairs, before any shuffling."""
+    count = len(pairs.sources)
+    place = math.floor(count * (1 - check_number("validation_split", share)))
+    if not 0 < place < count:
+        raise ValueError(
+            f"validation_split must leave pairs on both sides, received {share!r} of {count} pairs."
+        )
+    return pairs.split(place)
+
+
+def _check_preprocessor(preprocessor: Seq2SeqPreprocessor | None) -> Seq2SeqPreprocessor:
+    if preprocessor is None:
+        raise ValueError(
+            "Text needs a tokenizer, and this model has none. Pass tokenizer= to "
+            "EncoderDecoderModel, or preprocess the text."
+        )
+    return preprocessor

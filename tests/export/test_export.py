@@ -17,6 +17,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import bertgen_tf as bg
 from bertgen_tf.export import signatures as export_signatures
+from bertgen_tf.network import sources
 from tests.helpers import EXPORT_OPTIONS as OPTIONS
 from tests.helpers import FURTHER, PIECES, make_small_model
 
@@ -380,6 +381,32 @@ def test_saved_model_of_bert_large_is_small(tmp_path):
         if node.op == "Const" and node.attr["dtype"].type == tf.float32.as_datatype_enum
     }
     assert max(sizes.values()) <= 512 * 32, max(sizes, key=sizes.get)
+
+
+def test_keras_and_tensorflow_lead_to_the_export(tmp_path, model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sources.saved_model, "export_saved_model", lambda *args, **options: seen.append(options)
+    )
+    model.export(tmp_path / "name" / "1", max_batch_size=8)
+    assert seen == [{"max_batch_size": 8}]
+    with pytest.warns(UserWarning, match=r"without any signature: export_saved_model\(model"):
+        tf.saved_model.save(model, str(tmp_path / "other"))
+
+
+def test_keras_exports_logits_of_ids(tmp_path):
+    model = make_small_model()
+    spec = {
+        name: keras.InputSpec(shape=(None, length), dtype="int32")
+        for name, length in (("input_ids", 5), ("decoder_input_ids", 4))
+    }
+    model.export(tmp_path / "logits", input_signature=[spec], verbose=False)
+    batch = {
+        "input_ids": tf.constant([[3, 4, 5, 6, 7]]),
+        "decoder_input_ids": tf.ones([1, 4], "int32"),
+    }
+    loaded = tf.saved_model.load(str(tmp_path / "logits"))
+    np.testing.assert_allclose(loaded.serve(batch), model(batch), rtol=1e-5, atol=1e-6)
 
 
 def test_errors_write_nothing(tmp_path, model):

@@ -5,6 +5,7 @@ import math
 import sys
 
 import numpy as np
+import pandas
 import pytest
 import tensorflow as tf
 
@@ -148,6 +149,40 @@ def test_texts_without_end_are_read_a_window_ahead(echo, model):
     # What ends within a window, or with it, or has nothing.
     for count in (21, 32, 0):
         assert len(list(model.iterate(MANY[:count], window=16))) == count
+
+
+@pytest.mark.parametrize(
+    "form",
+    [tuple, np.array, pandas.Series, tf.constant, lambda texts: [text.encode() for text in texts]],
+    ids=["tuple", "array", "column", "tensor", "bytes"],
+)
+def test_texts_in_the_forms_that_fit_takes(echo, model, form):
+    texts, prompts = MANY[:4], WORDS[:4]
+    assert model.generate(form(texts)) == said(model, texts)
+    output = model.generate(form(texts), decoder_text=form(prompts))
+    assert output == said(model, texts, prompts)
+    assert model.generate(form(texts)[0]) == said(model, texts[:1])[0]
+
+
+def test_a_text_that_is_missing_later_is_named(echo, model):
+    outputs = model.iterate(iter([*MANY[:20], None]), window=8)
+    with pytest.raises(TypeError, match=r"texts\[20\] must be text, received None"):
+        list(outputs)
+
+
+def test_what_a_call_sets_comes_before_what_the_model_stores(echo, model, monkeypatch):
+    stored = bg.GenerationConfig(
+        num_beams=4, early_stopping=True, max_new_tokens=NEW, forced_bos_token_id=7
+    )
+    monkeypatch.setattr(model, "generation_config", stored)
+    assert model.generate(MANY[:3], num_beams=1) == said(model, MANY[:3])
+    assert model.generate(MANY[0], decoder_text="a") == said(model, MANY[:1], ["a"])[0]
+    with pytest.raises(ValueError, match="early_stopping applies to beam search"):
+        model.generate(MANY[0], num_beams=1, early_stopping=True)
+    with pytest.raises(ValueError, match="early_stopping applies to beam search"):
+        model.generate(MANY[0], stored, num_beams=1)
+    with pytest.raises(ValueError, match="forced_bos_token_id is for outputs without a prompt"):
+        model.generate(MANY[0], decoder_text="a", forced_bos_token_id=8)
 
 
 @pytest.mark.parametrize("batch", [None, 1, 7])
@@ -469,9 +504,10 @@ def test_progress(echo, model, monkeypatch, capsys):
     [
         (5, "received int"),
         (None, "received NoneType"),
-        (["a", 5], "received a list with int at 1"),
-        (("a", b"b"), "received a tuple with bytes at 1"),
-        (iter(["a"]), "inputs must be a string, a list of strings, a tf.data.Dataset of strings"),
+        (["a", 5], r"inputs\[1\] must be text, received 5"),
+        (["a", None], r"inputs\[1\] must be text, received None: leave the row out"),
+        (np.ones([2, 3]), "inputs must be a string, several .* received ndarray"),
+        (iter(["a"]), "inputs must be a string, several .* received list_iterator"),
         (tf.data.Dataset.range(3), "must hold strings, batched or not, .*int64"),
         (tf.data.Dataset.from_tensors(("a", "b")), "must hold strings"),
         (tf.data.Dataset.from_tensors([["a"]]), r"must hold strings, .*shape=\(1, 1\)"),
@@ -525,8 +561,8 @@ def test_ids_that_do_not_fit(model, changes, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"decoder_text": 5}, TypeError, "decoder_text must be a string, or a list of strings"),
-        ({"decoder_text": ["a", 5, "b", "c"]}, TypeError, "decoder_text must be a string, or a li"),
+        ({"decoder_text": 5}, TypeError, "decoder_text must be a list, an array, .* received int"),
+        ({"decoder_text": ["a", 5, "b", "c"]}, TypeError, r"decoder_text\[1\] must be text, rec"),
         (
             {"decoder_text": "word " * 15},
             ValueError,

@@ -85,6 +85,63 @@ def test_fit_takes_text_in_every_form(model):
     check(x, y, sample_weight=weight, batch_size=5, validation_data=(SOURCES, TARGETS))
 
 
+def test_weights_of_examples_are_those_of_their_tokens(model):
+    weights = [1.0, 0.0, 2.5, 0.5, 1.0]
+    x, y, tokens = model.preprocessor(SOURCES, TARGETS)
+    tokens *= np.array(weights, np.float32)[:, np.newaxis]
+    model.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    expected = model.test_on_batch(x, y, tokens)
+    assert abs(model.test_on_batch(SOURCES, TARGETS)[0] - expected[0]) > 1e-3
+    for found in (
+        model.test_on_batch(SOURCES, TARGETS, weights),
+        model.train_on_batch(PAIRS, sample_weight=weights),
+        model.evaluate((SOURCES, TARGETS, weights), verbose=0),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+class Texts(keras.utils.PyDataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return np.array(SOURCES), np.array(TARGETS)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda model: model.fit([], []), "x must hold at least one source"),
+        (
+            lambda model: model.fit([*SOURCES, None], [*TARGETS, ""]),
+            r"x\[5\] must be text, .* None",
+        ),
+        (
+            lambda model: model.fit(SOURCES, TARGETS, validation_data=(SOURCES, TARGETS[:3])),
+            "validation_data's x and validation_data's y must hold as many",
+        ),
+        (lambda model: model.fit(SOURCES, TARGETS, class_weight={1: 2}), "pass sample_weight"),
+        (lambda model: model.fit(SOURCES, TARGETS, validation_split=0.99), "validation_split must"),
+        (lambda model: model.fit(dataset().batch(2), batch_size=3), "batch_size is for text that"),
+        (lambda model: model.fit(dataset(), TARGETS), "y must be left out with a dataset of text"),
+        (lambda model: model.fit(Texts()), "x must give ids, not text, if it is a PyDataset"),
+        (
+            lambda model: model.fit(tf.data.Dataset.from_tensor_slices({"source": SOURCES})),
+            "must give pairs",
+        ),
+        (lambda model: model.predict(SOURCES), r"call generate\(texts\)"),
+        (lambda model: model.predict(dataset()), r"call generate\(texts\)"),
+        (lambda model: model.predict_on_batch(tf.constant(SOURCES)), r"call generate\(texts\)"),
+        (lambda model: model(np.ones([2, 3])), "inputs must be dict"),
+    ],
+    ids=range(13),
+)
+def test_what_keras_would_not_explain(model, call, message):
+    model.compile(run_eagerly=True)
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(model)
+
+
 @pytest.mark.slow
 def test_every_weight_trains_with_the_defaults():
     model = make("none")
@@ -280,7 +337,7 @@ def test_scores_are_not_of_half_precision():
 def test_errors(model):
     silent = bg.EncoderDecoderModel(model.encoder, model.decoder)
     silent.compile()
-    with pytest.raises(ValueError, match="dataset of text needs a tokenizer"):
+    with pytest.raises(ValueError, match="Text needs a tokenizer"):
         silent.fit(dataset(), verbose=0)
     model.compile()
     with pytest.raises(ValueError, match="as many sources as targets, received 5 and 4"):
