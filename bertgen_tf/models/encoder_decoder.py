@@ -29,6 +29,10 @@ from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training import batches, freezing, lora, losses, optimizers
 
+_NO_SIGNATURE = (
+    "tf.saved_model.save writes an EncoderDecoderModel without a signature that generates: call "
+    "bertgen_tf.export_saved_model for one."
+)
 _NEEDED = {"input_ids", "decoder_input_ids"}
 
 
@@ -208,16 +212,14 @@ class EncoderDecoderModel(keras.Model):
                 calling the model gives: logits of ids.
         """
         if format != "tf_saved_model" or input_signature is not None:
-            return super().export(filepath, format, verbose, input_signature, **kwargs)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _NO_SIGNATURE)
+                return super().export(filepath, format, verbose, input_signature, **kwargs)
         return sources.saved_model.export_saved_model(self, filepath, **kwargs)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         if save_type == "savedmodel":  # ours are written without tracking the model
-            warnings.warn(
-                "tf.saved_model.save writes the weights of an EncoderDecoderModel without any "
-                "signature: export_saved_model(model, path) writes one that generates.",
-                stacklevel=2,
-            )
+            warnings.warn(_NO_SIGNATURE, stacklevel=2)
         return super()._trackable_children(save_type, **kwargs)
 
     def quantize(self, mode: str, config: Any = None) -> None:

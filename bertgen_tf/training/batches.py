@@ -245,7 +245,12 @@ def _is_text_spec(data: Any) -> bool:
     if not isinstance(data, tf.data.Dataset) or not holds_text(data):
         return False
     spec = data.element_spec
-    if not _is_text_pair(spec[:2] if isinstance(spec, tuple) else spec) or len(spec) > 3:
+    columns = spec if isinstance(spec, tuple) else ()
+    if (
+        not _is_text_pair(columns[:2])
+        or len(columns) > 3
+        or any(getattr(column, "dtype", tf.string) == tf.string for column in columns[2:])
+    ):
         raise ValueError(
             "A dataset of text must give pairs (source, target), or (source, target, weight), "
             f"received {reprlib.repr(spec)}."
