@@ -3,6 +3,7 @@
 from bertgen_tf.metrics.scores import (
     GROUPS,
     METRICS,
+    ROUGE_TOKENIZERS,
     TOKENIZERS,
     MetricResult,
     bleu,
@@ -18,6 +19,7 @@ from bertgen_tf.metrics.scores import (
 __all__ = [
     "GROUPS",
     "METRICS",
+    "ROUGE_TOKENIZERS",
     "TOKENIZERS",
     "MetricResult",
     "bleu",

@@ -4,10 +4,15 @@ Every score is a percentage. That of a corpus comes from statistics of its examp
 the resamples of `bertgen_tf.metrics.significance`, take sums, not string operations.
 
 BLEU and chrF are sacrebleu's, ROUGE is rouge-score's: `pip install 'bertgen_tf[metrics]'`.
+
+Exact match, SARI and ROUGE of Unicode words take texts that Unicode calls equivalent, such as an é
+of one character and of two, for the same (NFC). BLEU, chrF and ROUGE of rouge-score's own words do
+not: they are what their packages give.
 """
 
 import dataclasses
 import importlib.metadata
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +25,15 @@ METRICS = ("exact", "sari", "sari_f1", "bleu", "chrf", "rouge1", "rouge2", "roug
 GROUPS = {"rouge": ("rouge1", "rouge2", "rougeL")}
 # Those of sacrebleu that need neither a download nor another package.
 TOKENIZERS = ("13a", "intl", "none", "char", "zh")
+ROUGE_TOKENIZERS = ("unicode", "rouge-score")
+# Scripts without spaces between words: East Asia, the mainland of its south-east, Tibet.
+_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_WORD = (
+    rf"[{_SPACELESS}&&[\p{{L}}\p{{N}}]]\p{{M}}*"
+    rf"|[[\p{{L}}\p{{N}}]--[{_SPACELESS}]][[\p{{L}}\p{{N}}\p{{M}}]--[{_SPACELESS}]]*"
+)
+# What only says how letters are joined, such as a soft hyphen; a zero-width space does part words.
+_JOINERS = r"[\p{Cf}--\u200b]"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,6 +77,7 @@ def compute(
     *,
     lowercase: bool = False,
     tokenize: str = "13a",
+    rouge_tokenize: str = "unicode",
 ) -> dict[str, MetricResult]:
     """Several metrics at once.
 
@@ -74,6 +89,7 @@ def compute(
         lowercase: whether case is ignored (ROUGE always ignores it).
         tokenize: how BLEU and SARI split words: one of `TOKENIZERS`, sacrebleu's names; "none" for
             texts whose tokens are already separated by spaces.
+        rouge_tokenize: how ROUGE splits words, see `rouge`.
 
     Returns:
         the results by their names, in the requested order.
@@ -95,7 +111,9 @@ def compute(
         "chrf": lambda: chrf(predictions, references, lowercase=lowercase),
     }
     kinds = [name for name in names if name.startswith("rouge")]
-    scores = rouge(predictions, references, kinds) if kinds else {}
+    scores = {}
+    if kinds:
+        scores = rouge(predictions, references, kinds, tokenize=rouge_tokenize)
     return {name: scores[name] if name in scores else functions[name]() for name in names}
 
 
@@ -128,7 +146,7 @@ def exact_match(
     lists = _check(predictions, references)
 
     def normalise(text: str) -> str:
-        return " ".join(_lower(text, lowercase).split())
+        return " ".join(_same(_lower(text, lowercase)).split())
 
     examples = [
         100.0 * (normalise(prediction) in [normalise(text) for text in texts])
@@ -176,7 +194,7 @@ def sari(
     words = _tokenizer(tokenize)
 
     def split(text: str) -> list[str]:
-        return words(_lower(text, lowercase)).split()
+        return words(_same(_lower(text, lowercase))).split()
 
     parts = 100.0 * np.array(
         [
@@ -286,31 +304,64 @@ def rouge(
     kinds: Iterable[str] = GROUPS["rouge"],
     *,
     stemmer: bool = True,
+    tokenize: str = "unicode",
 ) -> dict[str, MetricResult]:
     """ROUGE F1, rouge-score's; the best of several references.
+
+    rouge-score deletes all but a to z and 0 to 9: a perfect text in Russian has 0 percent, and
+    "Bär" is the same as "Bür". So words are Unicode's by default, which for ASCII are the same.
 
     Args:
         predictions: what was generated [n].
         references: the correct texts [n], one or several for each prediction.
         kinds: "rouge1", "rouge2", "rougeL" (longest common subsequence of the texts) and
             "rougeLsum" (of their sentences, one per line: the ROUGE-L of CNN/DailyMail).
-        stemmer: whether to use Porter's, as published figures do.
+        stemmer: whether to use Porter's, as published figures do. It strips English suffixes.
+        tokenize: how words are split, after lower-casing: "unicode", runs of letters, marks and
+            digits, in scripts without spaces between words each character; or "rouge-score", the
+            package's own, with which English figures are published.
 
     Returns:
         the results by kind.
+
+    Raises:
+        ValueError: `tokenize` is none of `ROUGE_TOKENIZERS`.
     """
     lists = _check(predictions, references)
-    scorer = _import("rouge_score.rouge_scorer").RougeScorer(list(kinds), use_stemmer=stemmer)
+    if tokenize not in ROUGE_TOKENIZERS:
+        raise ValueError(
+            f"rouge_tokenize must be one of {', '.join(ROUGE_TOKENIZERS)}, received {tokenize!r}"
+        )
+    scorer = _import("rouge_score.rouge_scorer").RougeScorer(
+        list(kinds),
+        use_stemmer=stemmer,
+        tokenizer=_UnicodeWords(stemmer) if tokenize == "unicode" else None,
+    )
     rows = [
         scorer.score_multi(texts, prediction)
         for prediction, texts in zip(predictions, lists, strict=True)
     ]
     version = importlib.metadata.version("rouge-score")
-    signature = f"stemmer:{'yes' if stemmer else 'no'}|version:{version}"
+    signature = f"tok:{tokenize}|stemmer:{'yes' if stemmer else 'no'}|version:{version}"
     return {
         kind: _mean(kind, signature, np.array([100.0 * row[kind].fmeasure for row in rows]))
         for kind in kinds
     }
+
+
+class _UnicodeWords:
+    """A tokenizer for rouge-score."""
+
+    def __init__(self, stemmer: bool):
+        regex = _import("regex")
+        self._words = regex.compile(_WORD, regex.VERSION1).findall
+        self._joiners = regex.compile(_JOINERS, regex.VERSION1).sub
+        self._stem = _import("nltk.stem.porter").PorterStemmer().stem if stemmer else None
+
+    def tokenize(self, text: str) -> list[str]:
+        words = self._words(_same(self._joiners("", text.lower())))
+        # As there: short words have no suffix.
+        return [self._stem(w) if len(w) > 3 else w for w in words] if self._stem else words
 
 
 def subset(results: dict[str, MetricResult], examples: np.ndarray) -> dict[str, MetricResult]:
@@ -391,6 +442,11 @@ def _check_tokenizer(name: str) -> None:
 
 def _lower(text: str, lowercase: bool) -> str:
     return text.lower() if lowercase else text
+
+
+def _same(text: str) -> str:
+    """One spelling of all that are equivalent."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _case(lowercase: bool) -> str:

@@ -2,6 +2,7 @@
 
 import random
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bertgen_tf import metrics
+from bertgen_tf.metrics import scores
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="needs the extra metrics")
@@ -194,6 +196,70 @@ def test_rouge_is_rouge_scores():
     assert results["rougeL"].value != results["rougeLsum"].value
 
 
+ascii_text = st.text(st.characters(max_codepoint=127), max_size=30)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(ascii_text, words), st.one_of(ascii_text, words), st.booleans())
+def test_words_of_rouge_are_rouge_scores_for_ascii(prediction, reference, stemmer):
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    theirs = rouge_scorer.RougeScorer(kinds, use_stemmer=stemmer).score(reference, prediction)
+    for tokenize in metrics.ROUGE_TOKENIZERS:
+        ours = metrics.rouge([prediction], [reference], kinds, stemmer=stemmer, tokenize=tokenize)
+        for kind, result in ours.items():
+            assert result.value == pytest.approx(100 * theirs[kind].fmeasure), (kind, tokenize)
+            assert result.signature.startswith(f"tok:{tokenize}|stemmer:{'yes' * stemmer or 'no'}|")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "value"),
+    [
+        ("Кошка сидит дома.", "кошка сидит дома", 100),
+        ("Bär Mühle", "Bür Möhle", 0),
+        ("straße weiß", "strasse weiß", 50),
+        ("κόσμος ΚΑΛΌΣ", "Κόσμος καλός", 100),
+        ("e\u0301te\u0301", "été", 100),  # the same letters, of two characters each
+        ("Donau\u00addampf", "Donaudampf", 100),
+        ("می\u200cخواهم", "میخواهم", 100),
+        ("नमस्ते दुनिया", "नमस्ते लोग", 50),  # vowel signs are marks, not letters
+        ("한국어 문장", "한국어 글", 50),
+        ("我爱北京。", "我爱上海", 50),  # each character is a word
+        ("ก็ดี", "กดี", 50),  # as are its marks with it
+        ("cafés", "café", 100),  # the stemmer
+    ],
+)
+def test_words_of_rouge_in_other_scripts(prediction, reference, value):
+    result = metrics.rouge([prediction], [reference], ["rouge1"])["rouge1"]
+    assert result.value == pytest.approx(value)
+    through_compute = metrics.compute("rouge1", None, [prediction], [reference])["rouge1"]
+    assert (through_compute.value, through_compute.signature) == (result.value, result.signature)
+
+    # By name, what the package gives.
+    options = {"rouge_tokenize": "rouge-score"}
+    own = metrics.compute("rouge1", None, [prediction], [reference], **options)["rouge1"].value
+    theirs = rouge_scorer.RougeScorer(["rouge1"], use_stemmer=True).score(reference, prediction)
+    assert own == pytest.approx(100 * theirs["rouge1"].fmeasure)
+
+
+def test_every_letter_and_digit_of_unicode_is_in_a_word():
+    tokenizer = scores._UnicodeWords(stemmer=True)
+    for start in range(0, 0x110000, 0x1000):
+        kinds = {chr(c): unicodedata.category(chr(c)) for c in range(start, start + 0x1000)}
+        kept = [c.lower() for c, kind in kinds.items() if kind[0] in "LN"]
+        kept = [c for c in kept if unicodedata.is_normalized("NFC", c)]
+        assert tokenizer.tokenize("; ".join(kept)) == kept, hex(start)
+        lost = [c for c, kind in kinds.items() if kind[0] in "PSZC" and kind not in ("Cn", "Cs")]
+        assert tokenizer.tokenize("".join(lost)) == [], hex(start)
+
+
+def test_equivalent_texts_are_the_same_to_our_own_metrics():
+    one, two = "ein Bär", "ein Ba\u0308r"
+    results = metrics.compute(["exact", "sari", "rouge"], ["ein Fuchs"], [one], [two])
+    assert {name: result.value for name, result in results.items()} == pytest.approx(
+        dict.fromkeys(["exact", "sari", "rouge1", "rouge2", "rougeL"], 100)
+    )
+
+
 def test_exact_match_by_hand():
     predictions = ["a b", "A  b ", "c", "d"]
     references = [["x", "a b"], ["a b"], ["C"], ["d"]]
@@ -237,6 +303,8 @@ def test_errors(arguments, error, message):
 
 
 def test_unknown_tokenizer():
+    with pytest.raises(ValueError, match="rouge_tokenize must be one of unicode, rouge-score, rec"):
+        metrics.compute("rouge", None, ["a"], ["a"], rouge_tokenize="13a")
     for function in (metrics.bleu, lambda p, r, **k: metrics.sari(p, p, r, **k)):
         with pytest.raises(ValueError, match="tokenize must be one of 13a, .* received 'moses'"):
             function(["a"], ["a"], tokenize="moses")
