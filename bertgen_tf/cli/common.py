@@ -3,17 +3,21 @@
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from bertgen_tf import metrics
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
+from bertgen_tf.data import data_presets, resumable
 from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.generation.settings import check_config
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 PROGRAM = "bertgen-tf"
 
@@ -40,12 +44,19 @@ def user_errors(**names: str) -> Iterator[None]:
 
 def in_flags(message: str) -> str:
     """A message of the library in the words of the command line: `resume=True` is `--resume`."""
-    return re.sub(r"\b(overwrite|resume)=True\b", r"--\1", message)
+    message = re.sub(r"\b(overwrite|resume)=True\b", r"--\1", message)
+    # Not where it is part of a path.
+    return re.sub(r"(^|\b(?:with|and|be) )(source|target)_column\b", r"\1--\2-column", message)
 
 
 def complain(message: str) -> None:
     """Prints a line on stderr."""
     print(f"{PROGRAM}: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Prints a message of the library on stderr."""
+    complain(in_flags(message))
 
 
 def flags(names: Iterable[str]) -> str:
@@ -83,6 +94,89 @@ def load_model(arguments: argparse.Namespace, config: GenerationConfig) -> Encod
         if arguments.quantize:
             model.quantize(arguments.quantize)
     return model
+
+
+def add_columns(group: Any, *names: str) -> None:
+    """Which columns of a file have the texts.
+
+    Args:
+        group: of the parser.
+        *names: "source", "target" or both, the default names.
+    """
+    for name in names:
+        group.add_argument(
+            f"--{name}-column",
+            metavar="NAME",
+            help=f"where the {name}s are: a column of .csv, a column of .tsv that has its name in "
+            f"the first line, or a field of JSON (default: {name})",
+        )
+
+
+def add_scoring(group: Any, normalizers: str = "a preset") -> None:
+    """How texts are compared; None, where a flag is not given, for the values of --data.
+
+    Args:
+        group: of the parser.
+        normalizers: what --normalize-with takes.
+    """
+    group.add_argument(
+        "--lowercase",
+        action="store_true",
+        default=None,
+        help="ignore case (ROUGE always ignores it)",
+    )
+    group.add_argument(
+        "--tokenize",
+        choices=metrics.TOKENIZERS,
+        help="tokenization for BLEU and SARI, by sacrebleu's name; none for texts with spaces "
+        "between all tokens, such as WikiSplit's; zh, or char, for those without spaces between "
+        "words (default: 13a, or the paper's for --data)",
+    )
+    group.add_argument(
+        "--rouge-tokenize",
+        choices=metrics.ROUGE_TOKENIZERS,
+        help="tokenization for ROUGE: words of all scripts, or rouge-score's, which deletes all "
+        "but a to z and digits (default: unicode, or rouge-score for --data)",
+    )
+    group.add_argument(
+        "--normalize-with",
+        metavar="FOLDER",
+        help=f"{normalizers}: compare all texts as its tokenizer decodes them, if it ignores case "
+        "or spacing",
+    )
+
+
+def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of `metrics.compute`, but for `normalize`: from the flags, or else from --data."""
+    lowercase, tokenize, rouge_tokenize = False, "13a", "unicode"
+    if arguments.data:
+        preset = data_presets.find(arguments.data)
+        lowercase, tokenize = preset.lowercase_metrics, preset.tokenize
+        rouge_tokenize = "rouge-score"  # as the paper's figures
+    return {
+        "lowercase": arguments.lowercase or lowercase,
+        "tokenize": arguments.tokenize or tokenize,
+        "rouge_tokenize": arguments.rouge_tokenize or rouge_tokenize,
+    }
+
+
+def check_normalizer(folder: str) -> None:
+    """Raises a ValueError unless `read_normalizer` can read it."""
+    if not presets.read_config(folder).get("tokenizer"):
+        raise ValueError(f"{folder} has no tokenizer, which --normalize-with needs")
+
+
+def digest_normalizer(folder: str) -> str:
+    """Tells it from another in the same folder."""
+    names = [name for name, _ in presets.VOCABULARIES.values()]
+    names = [presets.CONFIG_FILE, *names, *(f"decoder-{name}" for name in names)]
+    paths = [os.path.join(folder, name) for name in names]
+    return resumable.digest(*filter(os.path.isfile, paths))
+
+
+def read_normalizer(folder: str) -> Seq2SeqPreprocessor:
+    """That of the preset of --normalize-with."""
+    return EncoderDecoderModel.from_preset(folder).preprocessor
 
 
 def add_warm_start(group: Any) -> None:

@@ -15,16 +15,21 @@ from typing import Any
 
 import tensorflow as tf
 
-from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.cli.common import (
+    add_columns,
     add_generation_config,
     add_preset,
     add_running,
+    add_scoring,
+    check_normalizer,
     complain,
     flags,
     load_model,
+    note,
+    read_normalizer,
     read_settings,
+    scoring_options,
     user_errors,
 )
 from bertgen_tf.config import GenerationConfig
@@ -33,16 +38,19 @@ from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.serving import ray_files
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 _DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
 chrF and ROUGE, in percent, with bootstrap confidence intervals."""
 _EPILOG = """\
-files, in UTF-8, one example a line:
+files, in UTF-8 or UTF-16, also packed (.gz):
   --references   .tsv, .txt     source<TAB>reference<TAB>further references
-                 .jsonl, .json  {"source": "...", "target": "..." or ["...", ...]}
+                 .csv           with names of its columns in the first line
+                 .jsonl, .json  {"source": "...", "target": "..." or ["...", ...]} a line, or an
+                                array of these
   --predictions  what generate wrote: .jsonl, .json with "output", others one text a line; if
-                 a text has several outputs, the first counts
+                 a text has several outputs, the first counts; .csv has a column output
 
 examples:
   bertgen-tf evaluate --predictions outputs.txt --references test.tsv
@@ -65,7 +73,7 @@ class Task:
         references: [n], each at least one.
         predictions: [n], or None if a model is to generate them.
         baseline: [n], or None.
-        normaliser: a model by whose tokenizer texts are normalised before comparison, or None.
+        normalizer: by whose tokenizer texts are normalised before comparison, or None.
     """
 
     metrics: tuple[str, ...]
@@ -74,7 +82,7 @@ class Task:
     references: list[list[str]]
     predictions: list[str] | None
     baseline: list[str] | None
-    normaliser: EncoderDecoderModel | None = None
+    normalizer: Seq2SeqPreprocessor | None = None
 
 
 def add_command(commands: Any) -> None:
@@ -96,6 +104,7 @@ def add_command(commands: Any) -> None:
         metavar="NAME",
         help=f"a data set of the paper, with its metrics: {', '.join(data_presets.PRESETS)}",
     )
+    add_columns(parser, "source", "target")
     parser.add_argument("--data-folder", metavar="DIR", help="where it is (default: download it)")
     parser.add_argument(
         "--split", metavar="NAME", help="of --data: train, validation or test (default: test)"
@@ -115,21 +124,7 @@ def add_command(commands: Any) -> None:
         help=f"any of {', '.join((*metrics.METRICS, *metrics.GROUPS))} (default: "
         f"{','.join(DEFAULT_METRICS)}, or the paper's for --data)",
     )
-    scores.add_argument(
-        "--lowercase", action="store_true", help="ignore case (ROUGE always ignores it)"
-    )
-    scores.add_argument(
-        "--tokenize",
-        choices=metrics.TOKENIZERS,
-        help="tokenization for BLEU and SARI, by sacrebleu's name; none for texts with "
-        "spaces between all tokens, such as WikiSplit's (default: 13a, or the paper's for --data)",
-    )
-    scores.add_argument(
-        "--normalize-with",
-        metavar="FOLDER",
-        help="a preset: compare all texts as its tokenizer decodes them, if it ignores case or "
-        "spacing",
-    )
+    add_scoring(scores)
     scores.add_argument(
         "--resamples",
         type=values.at_least(1),
@@ -166,7 +161,10 @@ def _prepare(arguments: argparse.Namespace) -> Task:
         ImportError, OSError, ValueError: what the user can fix.
     """
     _check_flags(arguments)
-    names, options = _settings(arguments)
+    names = DEFAULT_METRICS
+    if arguments.data:
+        names = data_presets.find(arguments.data).metrics
+    names, options = metrics.expand(arguments.metrics or names), scoring_options(arguments)
     metrics.compute(names, ["a"], ["a"], ["a"])  # are the packages installed?
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs the package matplotlib: pip install 'bertgen_tf[plot]'")
@@ -181,10 +179,10 @@ def _prepare(arguments: argparse.Namespace) -> Task:
     )
     task = Task(names, options, sources, references, predictions, baseline)
     folder = arguments.normalize_with
-    if folder and not presets.read_config(folder).get("tokenizer"):
-        raise ValueError(f"{folder} has no tokenizer, which --normalize-with needs")
+    if folder:
+        check_normalizer(folder)
     if folder and folder != arguments.preset:
-        task.normaliser = EncoderDecoderModel.from_preset(folder)
+        task.normalizer = read_normalizer(folder)
     return task
 
 
@@ -205,19 +203,16 @@ def _run(
     predictions = task.predictions
     if predictions is None:
         predictions = _generate(arguments, task, model, config)
-    normaliser = task.normaliser or (model if arguments.normalize_with else None)
+    options = dict(task.options)
+    if arguments.normalize_with:
+        options["normalize"] = (task.normalizer or model.preprocessor).normalize
     sources, references, baseline = task.sources, task.references, task.baseline
-    if normaliser is not None:
-        sources, predictions = _normalise(normaliser, sources), _normalise(normaliser, predictions)
-        baseline = baseline and _normalise(normaliser, baseline)
-        flat = iter(_normalise(normaliser, [text for texts in references for text in texts]))
-        references = [[next(flat) for _ in texts] for texts in references]
-    results = metrics.compute(task.metrics, sources, predictions, references, **task.options)
+    results = metrics.compute(task.metrics, sources, predictions, references, **options)
     resampling = {"resamples": arguments.resamples, "confidence": CONFIDENCE, "seed": SEED}
     intervals = significance.bootstrap(results, **resampling)
     comparisons, others = {}, None
     if baseline:
-        others = metrics.compute(task.metrics, sources, baseline, references, **task.options)
+        others = metrics.compute(task.metrics, sources, baseline, references, **options)
         comparisons = significance.paired_bootstrap(results, others, **resampling)
     print(f"{len(sources):,} examples")
     print(_table(results, intervals, comparisons))
@@ -236,26 +231,18 @@ def _run(
             file.write("\n")
 
 
-def _settings(arguments: argparse.Namespace) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """The names of the metrics, and their options: from the flags, or else from the data set."""
-    names, tokenize, lowercase = DEFAULT_METRICS, "13a", False
-    if arguments.data:
-        preset = data_presets.find(arguments.data)
-        names, tokenize = preset.metrics, preset.tokenize
-        lowercase = preset.lowercase_metrics
-    options = {
-        "lowercase": arguments.lowercase or lowercase,
-        "tokenize": arguments.tokenize or tokenize,
-    }
-    return metrics.expand(arguments.metrics or names), options
-
-
 def _read_references(
     arguments: argparse.Namespace,
 ) -> tuple[list[str], list[list[str]], str]:
     """Sources, their references, and what messages call the two."""
     if arguments.references:
-        return *text_files.read_references(arguments.references), arguments.references
+        sources, references = text_files.read_references(
+            arguments.references,
+            source_column=arguments.source_column,
+            target_column=arguments.target_column,
+            complain=note,
+        )
+        return sources, references, arguments.references
     split = arguments.split or "test"
     pairs = data_presets.read(
         arguments.data,
@@ -287,11 +274,15 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.references and not given:
         given = [n for n in ("data_folder", "split", "reverse") if getattr(arguments, n)]
         needs = "--data"
+    if arguments.data and not given:
+        given = [n for n in ("source_column", "target_column") if getattr(arguments, n)]
+        needs = "--references"
     if given:
         raise ValueError(f"{flags(given)} applies to {needs} only")
     if arguments.output:
         if arguments.output == "-":
             raise ValueError("--output must be a file: standard output is for the scores")
+        text_files.check_output(arguments.output)
         resumable.check_path(arguments.output, overwrite=False, resume=False)
 
 
@@ -306,7 +297,7 @@ def _check_report(flag: str, path: str | None) -> None:
 
 def _read_outputs(path: str, references: str, sources: Sequence[str]) -> list[str]:
     """The outputs in a file, which must be those for the sources."""
-    outputs, own_sources = text_files.read_outputs(path)
+    outputs, own_sources = text_files.read_outputs(path, note)
     while len(outputs) > len(sources) and not outputs[-1].strip():
         outputs.pop()
     if len(outputs) != len(sources):
@@ -365,13 +356,6 @@ def _run_export(arguments: argparse.Namespace, sources: list[str]) -> list[str]:
 
 def _signature(arguments: argparse.Namespace) -> str:
     return "serving_default" if arguments.no_xla else "generate_xla"
-
-
-def _normalise(model: EncoderDecoderModel, texts: list[str]) -> list[str]:
-    """The texts as the model would write them."""
-    tokenizer = model.preprocessor.target_tokenizer
-    ids = tokenizer(texts).to_tensor(tokenizer.pad_token_id)
-    return [text.decode() for text in model.preprocessor.generate_postprocess(ids).numpy()]
 
 
 def _table(

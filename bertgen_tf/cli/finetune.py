@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -22,11 +23,17 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.cli.common import (
     PROGRAM,
     UserError,
+    check_normalizer,
     complain,
+    digest_normalizer,
     flags,
+    note,
+    read_normalizer,
     read_preset_config,
+    scoring_options,
     user_errors,
 )
+from bertgen_tf.cli.finetune_arguments import SETTINGS
 from bertgen_tf.cli.finetune_arguments import add_command as add_command
 from bertgen_tf.data import data_presets, text_files
 from bertgen_tf.finetuning import callbacks
@@ -45,36 +52,9 @@ from bertgen_tf.training import freezing
 from bertgen_tf.training.losses import default_loss
 from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer
 
+COLUMNS = ("source_column", "target_column")
+SCORING = ("lowercase", "tokenize", "rouge_tokenize", "normalize_with")
 HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
-# What determines the weights, besides the data and the model to start from.
-SETTINGS = (
-    "epochs",
-    "steps",
-    "validate_every",
-    "batch_size",
-    "gradient_accumulation",
-    "schedule",
-    "learning_rate",
-    "new_weights_learning_rate",
-    "warmup_steps",
-    "clip_norm",
-    "label_smoothing",
-    "ema",
-    "freeze",
-    "unfreeze_every",
-    "lora_rank",
-    "seed",
-    "mixed_precision",
-    "deterministic",
-    "max_source_length",
-    "max_target_length",
-    "long_targets",
-    "trim_vocabulary",
-    "metrics_pairs",
-    "monitor",
-    "patience",
-)
-
 START = "model to start from"
 
 Pairs = list[tuple[str, str]]
@@ -108,7 +88,7 @@ def _finetune(
         with user_errors():
             folder.check(arguments.resume, arguments.overwrite)
     with user_errors():
-        training, validation = _read(arguments)
+        training, validation = _read(arguments, note if replicas.is_chief else None)
     settings = _settings(arguments, replicas.count, training, validation)
     if arguments.resume and folder.is_complete() and presets.is_preset(folder.output):
         with user_errors():
@@ -157,6 +137,9 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     given = [name for name in names if getattr(arguments, name) is not None]
     if given and not arguments.validation and not arguments.data:
         raise UserError(f"{flags(given)} needs --validation")
+    given = [name for name in COLUMNS if getattr(arguments, name) is not None]
+    if given and not (arguments.train or arguments.validation):
+        raise UserError(f"{flags(given)} applies to --train and --validation only")
     if arguments.data:
         preset = data_presets.find(arguments.data)
         for name in ("max_source_length", "max_target_length"):
@@ -177,6 +160,18 @@ def _check_flags(arguments: argparse.Namespace) -> None:
                 f"received {arguments.monitor!r}"
             )
         arguments.metrics = (*(arguments.metrics or ()), arguments.monitor)
+    given = [name for name in SCORING if getattr(arguments, name) is not None]
+    if given and not arguments.metrics:
+        raise UserError(f"{flags(given)} needs --metrics")
+    if arguments.normalize_with and not _normalizes_itself(arguments):
+        with user_errors():
+            check_normalizer(arguments.normalize_with)
+
+
+def _normalizes_itself(arguments: argparse.Namespace) -> bool:
+    """Whether --normalize-with is the model to be, as it will be for `evaluate`."""
+    output, folder = arguments.output, arguments.normalize_with
+    return bool(folder) and os.path.realpath(folder) == os.path.realpath(output)
 
 
 def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
@@ -198,11 +193,15 @@ def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
     return strategy
 
 
-def _read(arguments: argparse.Namespace) -> tuple[Pairs, Pairs]:
+def _read(
+    arguments: argparse.Namespace, complain: Callable[[str], None] | None
+) -> tuple[Pairs, Pairs]:
     """The pairs to train on and to validate on, as they are in the files or the data set."""
+    columns = {name: getattr(arguments, name) for name in COLUMNS}
+    read_pairs = functools.partial(text_files.read_pairs, complain=complain, **columns)
+    validation = read_pairs(arguments.validation) if arguments.validation else []
     if arguments.data is None:
-        validation = text_files.read_pairs(arguments.validation) if arguments.validation else []
-        return text_files.read_pairs(arguments.train), validation
+        return read_pairs(arguments.train), validation
 
     def read(split: str) -> Pairs:
         folder, reverse = arguments.data_folder, arguments.reverse
@@ -214,8 +213,7 @@ def _read(arguments: argparse.Namespace) -> tuple[Pairs, Pairs]:
             raise UserError(f"--data {arguments.data} should hold pairs to {split}, but has none")
         return pairs
 
-    validation = arguments.validation
-    return read("train"), text_files.read_pairs(validation) if validation else read("validation")
+    return read("train"), validation or read("validation")
 
 
 def _settings(
@@ -230,7 +228,12 @@ def _settings(
         for text in texts:
             digest.update(text)
         settings[name] = digest.hexdigest()
-    return settings | {flags([name]): getattr(arguments, name) for name in SETTINGS}
+    settings |= {flags([name]): getattr(arguments, name) for name in SETTINGS}
+    folder = arguments.normalize_with
+    if folder:
+        itself = _normalizes_itself(arguments)
+        settings[flags(["normalize_with"])] = "itself" if itself else digest_normalizer(folder)
+    return settings
 
 
 def _make_model(
@@ -373,8 +376,8 @@ class _Run:
             ("train", self.arguments.train, self.data),
             ("validation", self.arguments.validation, self.held_out),
         ):
-            for note in data.notes("lines" if file else "pairs") if data else ():
-                complain(f"{file or f'{name}, {split}'}: {note}")
+            for message in data.notes("pairs") if data else ():
+                complain(f"{file or f'{name}, {split}'}: {message}")
         model, devices = self.model, self.replicas.count
         print(
             f"{len(self.data):,} pairs to train on, {len(self.held_out or ()):,} to validate on; "
@@ -395,10 +398,11 @@ class _Run:
             return  # one worker measures for all
         if arguments.metrics:
             sources, references = zip(*validation[: arguments.metrics_pairs], strict=True)
-            options = {}
-            if arguments.data:
-                preset = data_presets.find(arguments.data)
-                options = {"lowercase": preset.lowercase_metrics, "tokenize": preset.tokenize}
+            options = scoring_options(arguments)
+            if _normalizes_itself(arguments):
+                options["normalize"] = self.model.preprocessor.normalize
+            elif arguments.normalize_with:
+                options["normalize"] = read_normalizer(arguments.normalize_with).normalize
             samples = callbacks.GenerateCallback(
                 sources, references, arguments.metrics, folder=folder / "samples", **options
             )

@@ -7,9 +7,41 @@ from bertgen_tf import finetuning
 from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints.recipes import RECIPES
 from bertgen_tf.cli import values
-from bertgen_tf.cli.common import add_warm_start
+from bertgen_tf.cli.common import add_columns, add_scoring, add_warm_start
 from bertgen_tf.data import data_presets
 from bertgen_tf.finetuning.data import LONG_TARGETS
+
+# What determines the weights, besides the data and the model to start from.
+SETTINGS = (
+    "epochs",
+    "steps",
+    "validate_every",
+    "batch_size",
+    "gradient_accumulation",
+    "schedule",
+    "learning_rate",
+    "new_weights_learning_rate",
+    "warmup_steps",
+    "clip_norm",
+    "label_smoothing",
+    "ema",
+    "freeze",
+    "unfreeze_every",
+    "lora_rank",
+    "seed",
+    "mixed_precision",
+    "deterministic",
+    "max_source_length",
+    "max_target_length",
+    "long_targets",
+    "trim_vocabulary",
+    "metrics_pairs",
+    "monitor",
+    "lowercase",
+    "tokenize",
+    "rouge_tokenize",
+    "patience",
+)
 
 
 def add_command(commands: Any) -> None:
@@ -19,9 +51,10 @@ def add_command(commands: Any) -> None:
         help="train a model on pairs of texts",
         description="Trains an encoder-decoder on pairs of texts, and saves it as a preset folder.",
         epilog="""\
-files of pairs, in UTF-8, one pair a line:
-  .tsv, .txt     source<TAB>target
-  .jsonl, .json  {"source": "...", "target": "..."}
+files of pairs, in UTF-8 or UTF-16, also packed (.gz):
+  .tsv, .txt     source<TAB>target, one pair a line
+  .csv           with names of its columns in the first line
+  .jsonl, .json  {"source": "...", "target": "..."} a line, or an array of these
 
 While it runs, OUTPUT.training holds what --resume continues from: after Ctrl-C (or SIGTERM) the
 last step, after kill -9 the last state of --checkpoint-every. Both end with the same weights, bit
@@ -48,6 +81,7 @@ example:
     data.add_argument("--data-folder", metavar="DIR", help="where it is (default: download it)")
     data.add_argument("--reverse", action="store_true", help="swap sources and targets of --data")
     data.add_argument("--validation", metavar="FILE", help="pairs to measure on, not to train on")
+    add_columns(data, "source", "target")
     data.add_argument(
         "--output", required=True, metavar="FOLDER", help="new, empty, or a preset to replace"
     )
@@ -257,6 +291,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         default=200,
         help="for the first N pairs of --validation (default: %(default)s)",
     )
+    add_scoring(group, "a preset, or the same folder as --output for the model itself")
     group.add_argument(
         "--monitor",
         metavar="NAME",

@@ -15,12 +15,14 @@ from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.cli.common import (
     UserError,
+    add_columns,
     add_generation_config,
     add_preset,
     add_running,
     complain,
     flags,
     load_model,
+    note,
     read_settings,
     user_errors,
 )
@@ -42,16 +44,19 @@ def add_command(commands: Any) -> None:
         help="generate a text for each line of a file",
         description="Generates a text for each line of the input, in its order.",
         epilog="""\
-files, in UTF-8:
-  .jsonl, .json  in: {"source": "..."} a line, out: {"source": "...", "output": "..."}, where
-                 "output" is a list if --num-return-sequences is above 1
-  .tsv           in: the first column of each line
+files, in UTF-8; inputs may be UTF-16, and packed (.gz):
+  .jsonl, .json  in: {"source": "..."} a line, or an array of these; out: {"source": "...",
+                 "output": "..."} a line, where "output" is a list if --num-return-sequences is
+                 above 1
+  .csv           in: the column source, or --source-column, by the names in the first line
+  .tsv           in: the same if the first line has a column source; else the first column
   others         in: one text a line; out: one text a line, tabs between several
 
 Outputs are written a thousand at a time; --resume continues after the last full thousand.
 
 With --engine ray, --input is a pattern of many files and --output a folder: NAME.* becomes
-NAME.jsonl, where each line is the object of the input line, or {"source": "..."}, with "output".
+NAME.jsonl, where each line is the object of the input line, or its columns if they have names, or
+{"source": "..."}, with "output".
 
 examples:
   bertgen-tf generate --preset my_model --input sources.txt --output outputs.txt --num-beams 4
@@ -68,6 +73,7 @@ examples:
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="texts (default: -, standard input)"
     )
+    add_columns(parser, "source")
     parser.add_argument(
         "--output",
         default="-",
@@ -133,6 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.overwrite:
             raise UserError("--overwrite needs --output, a file to replace")
     with user_errors(output="--output"):
+        text_files.check_output(path)
         resumable.check_path(path, arguments.overwrite, arguments.resume)
     stream = arguments.input == "-" or Path(arguments.input).is_fifo()
     if stream and arguments.resume:
@@ -143,10 +150,14 @@ def run(arguments: argparse.Namespace) -> None:
     if not stream:
         with user_errors():
             # Reading twice costs little beside generating, and finds every malformed line now.
-            total = sum(1 for _ in text_files.read_texts(arguments.input))
+            texts = text_files.read_texts(
+                arguments.input, source_column=arguments.source_column, complain=note
+            )
+            total = sum(1 for _ in texts)
         if path != "-":
             run = {
                 "input": resumable.digest(arguments.input),
+                **text_files.settings(arguments.input, arguments.source_column),
                 **_describe_model(arguments, config),
             }
     if arguments.resume:
@@ -193,7 +204,7 @@ def _generate_lines(
     first = done if done == total else done // window * window
     sources: collections.deque[str] = collections.deque()
     outputs = model.iterate(
-        _read_texts(arguments.input, first, sources),
+        _read_texts(arguments, first, sources),
         config,
         batch_size=arguments.batch_size,
         window=window,
@@ -211,9 +222,12 @@ def _generate_lines(
             resumable.sync(file)
 
 
-def _read_texts(path: str, first: int, sources: collections.deque[str]) -> Iterator[str]:
+def _read_texts(
+    arguments: argparse.Namespace, first: int, sources: collections.deque[str]
+) -> Iterator[str]:
     """The texts from `first` on; they also wait in `sources` for their outputs."""
-    texts = itertools.islice(text_files.read_texts(path), first, None)
+    texts = text_files.read_texts(arguments.input, source_column=arguments.source_column)
+    texts = itertools.islice(texts, first, None)
     while True:
         with user_errors():
             text = next(texts, None)
@@ -282,6 +296,8 @@ def _find_jobs(arguments: argparse.Namespace, run: dict[str, Any] | None) -> lis
         run,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
+        source_column=arguments.source_column,
+        complain=note,
     )
 
 

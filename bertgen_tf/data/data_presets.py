@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from bertgen_tf.checks import first_line
-from bertgen_tf.data import downloads, folders, text_files
+from bertgen_tf.data import downloads, folders, text_lines
 
 Pairs = Iterator[tuple[str, str]]
 
@@ -325,11 +325,11 @@ class _Found:
     def lines(self) -> Iterator[tuple[str, str]]:
         if self.member is None:
             with open(self.path, "rb") as file:
-                yield from text_files.decode_lines(_bounded(file, self.name), self.name)
+                yield from text_lines.decode_lines(_bounded(file, self.name), self.name)
             return
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-                yield from text_files.decode_lines(_bounded(file, self.name), self.name)
+                yield from text_lines.decode_lines(_bounded(file, self.name), self.name)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             raise ValueError(f"{self.name} cannot be unpacked: {error}") from error
 

@@ -78,6 +78,7 @@ def compute(
     lowercase: bool = False,
     tokenize: str = "13a",
     rouge_tokenize: str = "unicode",
+    normalize: Callable[[list[str]], list[str]] | None = None,
 ) -> dict[str, MetricResult]:
     """Several metrics at once.
 
@@ -90,6 +91,8 @@ def compute(
         tokenize: how BLEU and SARI split words: one of `TOKENIZERS`, sacrebleu's names; "none" for
             texts whose tokens are already separated by spaces.
         rouge_tokenize: how ROUGE splits words, see `rouge`.
+        normalize: applied to all texts first, such as `normalize` of a model's preprocessor; None
+            compares them as they are.
 
     Returns:
         the results by their names, in the requested order.
@@ -102,6 +105,12 @@ def compute(
     names = expand(metrics)
     if sources is None and not {"sari", "sari_f1"}.isdisjoint(names):
         raise ValueError("sources must be given for SARI, received None")
+    if normalize is not None:
+        lists = _check(predictions, references, sources)
+        flat = iter(normalize([text for texts in lists for text in texts]))
+        references = [[next(flat) for _ in texts] for texts in lists]
+        predictions = normalize(list(predictions))
+        sources = None if sources is None else normalize(list(sources))
     options = {"lowercase": lowercase, "tokenize": tokenize}
     functions = {
         "exact": lambda: exact_match(predictions, references, lowercase=lowercase),

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.data import resumable, text_files
+from bertgen_tf.data import resumable, text_files, text_lines
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.generation.generator import BATCH_SIZE
 
@@ -39,6 +39,7 @@ class Job(NamedTuple):
         run: what determines its lines, see `resumable.find_begun`.
         total: how many texts it has.
         begun: what an earlier run left; None if the output file is complete.
+        source_column: see `generate_files`.
     """
 
     source: str
@@ -46,6 +47,7 @@ class Job(NamedTuple):
     run: dict[str, Any]
     total: int
     begun: resumable.Begun | None
+    source_column: str | None = None
 
 
 def generate_files(
@@ -61,6 +63,7 @@ def generate_files(
     overwrite: bool = False,
     resume: bool = False,
     verbose: Any = "auto",
+    source_column: str | None = None,
 ) -> list[str]:
     """Generates a text for each line of many files.
 
@@ -71,8 +74,8 @@ def generate_files(
         pattern: input files, such as "lines/*.jsonl"; their extensions specify the format, as for
             `bertgen-tf generate`. They are read on this machine.
         output: folder for `NAME.jsonl`, one for each input file NAME.*. A line is the object of the
-            input line, or {"source": TEXT} where that is not JSON, with the generated text as
-            "output": a list where the signature gives several.
+            input line, or its columns where they have names, or {"source": TEXT}, with the
+            generated text as "output": a list where the signature gives several.
         signature: of the export, from `text` to `text`. Those that end in `_xla` are faster once
             each worker has compiled them.
         batch_size: texts that are generated together.
@@ -83,6 +86,8 @@ def generate_files(
         overwrite: replace output files that exist.
         resume: continue where an earlier run with the same export and settings stopped.
         verbose: whether progress is shown, as in `generate`.
+        source_column: the column of the texts in a `.csv`, or a `.tsv` with names in its first
+            line, or their field in JSON; by default "source".
 
     Returns:
         the output files, in the order of the input files.
@@ -99,7 +104,16 @@ def generate_files(
     workers = None if workers is None else check_integer("workers", workers)
     cpus_per_worker = check_integer("cpus_per_worker", cpus_per_worker)
     run = {**describe_export(export, signature), "batch_size": batch_size}
-    jobs = find_jobs(pattern, output, run, overwrite=overwrite, resume=resume)
+    warn = logging.getLogger(__name__).warning
+    jobs = find_jobs(
+        pattern,
+        output,
+        run,
+        overwrite=overwrite,
+        resume=resume,
+        source_column=source_column,
+        complain=warn,
+    )
     run_jobs(
         jobs,
         export,
@@ -109,7 +123,7 @@ def generate_files(
         cpus_per_worker=cpus_per_worker,
         address=address,
         verbose=verbose,
-        complain=logging.getLogger(__name__).warning,
+        complain=warn,
     )
     return [job.target for job in jobs]
 
@@ -173,6 +187,8 @@ def find_jobs(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    source_column: str | None = None,
+    complain: text_files.Complain | None = None,
 ) -> list[Job]:
     """Looks through all inputs, and at what exists of the outputs.
 
@@ -182,6 +198,8 @@ def find_jobs(
         run: what determines the outputs besides the input.
         overwrite: see `generate_files`.
         resume: see `generate_files`.
+        source_column: see `generate_files`.
+        complain: see `text_files.read_pairs`.
 
     Returns:
         a job for each input file.
@@ -198,7 +216,7 @@ def find_jobs(
         )
     targets: dict[str, str] = {}
     for source in sources:
-        target = os.path.join(output, f"{pathlib.Path(source).stem}.jsonl")
+        target = os.path.join(output, f"{text_lines.stem(source)}.jsonl")
         if target in targets:
             raise ValueError(f"{targets[target]} and {source} would both become {target}")
         targets[target] = source
@@ -208,15 +226,20 @@ def find_jobs(
         if os.path.isdir(output):
             resumable.check_path(target, overwrite, resume)
         # Reading twice costs little beside generating, and finds every malformed line now.
-        total = sum(1 for _ in text_files.read_texts(source))
+        texts = text_files.read_texts(source, source_column=source_column, complain=complain)
+        total = sum(1 for _ in texts)
         begun: resumable.Begun | None = resumable.Begun()
-        run_of_file = {"input": resumable.digest(source), **run}
+        run_of_file = {
+            "input": resumable.digest(source),
+            **text_files.settings(source, source_column),
+            **run,
+        }
         if resume:
             begun = resumable.find_begun(target, run_of_file, total)
             if resumable.is_complete(target):
                 resumable.forget(target)
                 begun = None
-        jobs.append(Job(source, target, run_of_file, total, begun))
+        jobs.append(Job(source, target, run_of_file, total, begun, source_column))
     return jobs
 
 
@@ -270,7 +293,8 @@ def _write(
     if resumable.digest(job.source) != job.run["input"]:
         raise OSError(f"{job.source} changed while texts were generated; run again")
     first = _first(job, size)
-    records = itertools.islice(_read_records(job.source), first, job.total)
+    records = (r for _, r in text_files.read_records(job.source, job.source_column))
+    records = itertools.islice(records, first, job.total)
     outputs = itertools.islice(outputs, job.total - first)
     with resumable.open_output(job.target, job.run, job.begun, complain) as file:
         for number, (record, output) in enumerate(zip(records, outputs, strict=True), first):
@@ -287,18 +311,6 @@ def _first(job: Job, size: int) -> int:
     """The line to begin with, where a block begins: the same batches give the same bits."""
     done = job.begun.lines
     return done if done == job.total else done // size * size
-
-
-def _read_records(path: str) -> Iterator[dict[str, Any]]:
-    """The objects of JSON lines with all their fields; {"source": TEXT} for other lines."""
-    texts = text_files.read_texts(path)
-    if pathlib.Path(path).suffix.lower() not in text_files.JSON_LINES:
-        yield from ({"source": text} for text in texts)
-        return
-    with open(path, encoding="utf-8-sig", newline="\n") as lines:
-        # Blank lines at the end are no texts.
-        for _, line in zip(texts, lines, strict=False):
-            yield json.loads(line)
 
 
 def _check_folder(output: str | os.PathLike, targets: list[str]) -> None:
@@ -399,7 +411,8 @@ def _on_ray(
 
 def _blocks(jobs: Iterable[Job], size: int) -> Iterator[list[str]]:
     for job in jobs:
-        texts = itertools.islice(text_files.read_texts(job.source), _first(job, size), job.total)
+        texts = text_files.read_texts(job.source, source_column=job.source_column)
+        texts = itertools.islice(texts, _first(job, size), job.total)
         while block := list(itertools.islice(texts, size)):
             yield block
 

@@ -290,6 +290,16 @@ class Seq2SeqPreprocessor(tf.Module):
             ids = tf.where(hidden, tf.cast(tokenizer.pad_token_id, ids.dtype), ids)
         return tokenizer.detokenize(ids) if self.prose else self._join(ids)
 
+    def normalize(self, texts: Sequence[str]) -> list[str]:
+        """The texts as a model would write them: encoded and decoded as targets, not cut.
+
+        Case, spacing or spelling that the tokenizer does not keep are the same then for what was
+        generated and for what was not.
+        """
+        tokenizer = self.target_tokenizer
+        ids = tokenizer(list(texts)).to_tensor(tokenizer.pad_token_id)
+        return [text.decode() for text in self.generate_postprocess(ids).numpy()]
+
     def get_config(self) -> dict[str, Any]:
         """JSON-serialisable arguments of the constructor, except the tokenizers."""
         return {

@@ -2,7 +2,6 @@
 
 import json
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 import bertgen_tf as bg
 from bertgen_tf import metrics
 from bertgen_tf.checkpoints import presets
-from bertgen_tf.cli import evaluate as cli_evaluate
 from bertgen_tf.cli import main as cli
 from bertgen_tf.metrics import plot as metrics_plot
 from bertgen_tf.metrics import significance
@@ -189,8 +187,7 @@ def test_a_model_generates(folder, preset, capsys):
 def test_texts_are_compared_as_the_tokenizer_of_targets_has_them(spiece):
     tokenizers = bg.BertTokenizer(list(PIECES)), bg.BertGenerationTokenizer(spiece)
     preprocessor = Seq2SeqPreprocessor(tokenizers[0], decoder_tokenizer=tokenizers[1])
-    model = types.SimpleNamespace(tokenizer=tokenizers[0], preprocessor=preprocessor)
-    assert cli_evaluate._normalise(model, [f" {text} " for text in CORPUS]) == CORPUS
+    assert preprocessor.normalize([f" {text} " for text in CORPUS]) == CORPUS
 
 
 @pytest.mark.slow
@@ -226,7 +223,8 @@ def test_an_export_generates(folder, shared_export, capsys):
         (["--references", "bad.jsonl"], 'bad.jsonl, line 1: expected {"source": "...", "target"'),
         (["--references", "nothing.jsonl"], 'nothing.jsonl, line 1: expected {"source": "...", '),
         (["--references", "empty.txt"], "empty.txt should hold pairs of texts, but is empty"),
-        (["--references", "pairs.csv"], "pairs.csv should have one of the extensions"),
+        (["--references", "pairs.xml"], "pairs.xml should have one of the extensions"),
+        (["--output", "new.csv"], "--output applies to --preset and --export only"),
         (["--metrics", "exact,meteor"], "--metrics: metrics must be among exact, "),
         (["--metrics", ","], "--metrics: metrics must be some of exact, "),
         (["--tokenize", "moses"], "--tokenize: invalid choice: 'moses'"),

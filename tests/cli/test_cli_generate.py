@@ -59,7 +59,7 @@ def test_plain_lines_stay_aligned(echo, preset, tmp_path, monkeypatch, capsys):
     # Empty lines, also at the end, and lines that only look like two.
     texts = ["a\u2028b", "", "c\td", "e" * 5000, "", *map(str, range(60)), ""]
     data = ("\r\n".join(texts) + "\r\n").encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(data))))
     assert cli.main(["generate", "--preset", preset]) == 0
     captured = capsys.readouterr()
     expected = [text.replace("\u2028", " ").replace("\t", " ") + " 0 !" for text in texts]
@@ -219,7 +219,7 @@ def test_progress_on_a_terminal(echo, preset, tmp_path, monkeypatch):
 
 
 def test_a_line_at_a_time_from_the_keyboard(echo, preset, monkeypatch, capsys):
-    stdin = io.TextIOWrapper(io.BytesIO(b"a\nb\n"))
+    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO(b"a\nb\n")))
     stdin.isatty = lambda: True
     monkeypatch.setattr(sys, "stdin", stdin)
     assert cli.main(["generate", "--preset", preset]) == 0
