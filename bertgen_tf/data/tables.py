@@ -6,6 +6,7 @@ otherwise is told, and read as it was meant where that is plain.
 
 import csv
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,12 @@ Complain = Callable[[str], None]
 COMMA_SEPARATED = ".csv"
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _LOOKED_AT = 100  # lines, to tell whether all fields are in quotes
+_BEGUN = r'"[^"]*(?:""[^"]*)*'  # a field in quotes, but for its end
+_QUOTED = re.compile(_BEGUN + '"')
+_QUOTED_ROW = rf'{_BEGUN}"(?:\t{_BEGUN}")+'
+_QUOTED_ROWS = re.compile(rf"(?:{_QUOTED_ROW}\n)*{_QUOTED_ROW}")
+# Of a long file, whose last row goes on after the lines that are looked at.
+_QUOTED_BEGINNING = re.compile(rf'(?:{_QUOTED_ROW}\n)+(?:{_BEGUN}"\t)*{_BEGUN}')
 # What columns are usually called. A pair of such texts is hardly one to train on.
 _USUAL_NAMES = frozenset(
     "source sources target targets src tgt trg input inputs output outputs text texts sentence "
@@ -112,8 +119,7 @@ def read_tabs(
     head = list(itertools.islice(lines, _LOOKED_AT))
     lines = itertools.chain(head, lines)
     tell = complain or (lambda message: None)
-    quoted = [_all_quoted(line) for _, line in without_blank_end(head)]
-    if quoted and all(quoted):
+    if _all_quoted(head):
         tell(f"{path}: all texts are in double quotes, which are not read as part of them")
         rows = _csv_rows(without_blank_end(lines), "\t")
     else:
@@ -205,7 +211,7 @@ def _count_quotes(path: str, rows: Rows, complain: Complain) -> Rows:
     """The rows; at their end it says how many fields look like CSV's."""
     count = 0
     for place, row in rows:
-        count += sum(_is_quoted(field) and '""' in field[1:-1] for field in row)
+        count += sum('""' in field[1:-1] and bool(_QUOTED.fullmatch(field)) for field in row)
         yield place, row
     if count:
         complain(
@@ -215,13 +221,9 @@ def _count_quotes(path: str, rows: Rows, complain: Complain) -> Rows:
         )
 
 
-def _all_quoted(line: str) -> bool:
-    """Whether there are several fields, all in quotes; one alone may be somebody's words."""
-    fields = line.split("\t")
-    return len(fields) > 1 and all(_is_quoted(field) for field in fields)
-
-
-def _is_quoted(field: str) -> bool:
-    if len(field) < 2 or not field.startswith('"') or not field.endswith('"'):
-        return False
-    return '"' not in field[1:-1].replace('""', "")
+def _all_quoted(head: list[tuple[str, str]]) -> bool:
+    """Whether each row has several fields, all in quotes; one alone may be somebody's words."""
+    text = "\n".join(line for _, line in without_blank_end(head))
+    if _QUOTED_ROWS.fullmatch(text):
+        return True
+    return len(head) == _LOOKED_AT and bool(_QUOTED_BEGINNING.fullmatch(text))

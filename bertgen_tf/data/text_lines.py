@@ -111,9 +111,11 @@ def decode_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[str, str]]
                 f"({line[error.start]:#04x}) is not: convert the file, for example with iconv -f "
                 "WINDOWS-1252 -t UTF-8"
             ) from error
-        if number <= 2 and "\0" in text:
+        if not text:  # an empty file that begins with a mark
+            return
+        if number == 1 and text.count("\0") * 3 >= len(text):
             raise ValueError(
-                f"{place}: expected UTF-8, but the line has NUL bytes, as UTF-16 without a byte "
+                f"{place}: expected UTF-8, but every other byte is 0, as in UTF-16 without a byte "
                 "order mark: convert the file, for example with iconv -f UTF-16LE -t UTF-8"
             )
         yield place, _without_end(text)
