@@ -292,7 +292,9 @@ def test_bins_of_lengths(lengths):
         assert max(shorter) < min(longer)
 
 
-@pytest.mark.parametrize(("count", "bins"), [(1, 1), (29, 1), (30, 2), (64, 4), (1003, 8)])
+@pytest.mark.parametrize(
+    ("count", "bins"), [(1, 1), (9, 1), (10, 2), (20, 4), (30, 4), (64, 4), (90, 6), (1003, 8)]
+)
 def test_bins_are_about_equal(count, bins):
     sizes = [len(examples) for examples in metrics_plot.length_bins(range(count))]
     assert len(sizes) == bins
@@ -312,9 +314,46 @@ def test_a_plot_has_a_point_for_each_bin(names, tmp_path, monkeypatch):
     metrics_plot.plot_by_length(results, ["ours", "theirs"], sources, tmp_path / "x.png")
     axes = [axis for axis in drawn[0].axes if axis.get_visible()]
     assert len(axes) == len(names)
+    values = [f"{result['exact'].value:.1f}" for result in results]
+    assert axes[0].get_title(loc="left") == f"exact match: {' / '.join(values)}"
+    assert values == ["100.0", "51.7"]
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ours", "theirs"]
     ours, theirs = (box.lines[0].get_ydata() for box in axes[0].containers)
     assert ours.tolist() == [100] * 4
     assert theirs.tolist() == pytest.approx([100 / 15, 0, 100, 100])
     lengths = [box.lines[0].get_xdata().mean() for box in axes[0].containers]
     assert np.mean(lengths) == pytest.approx(30.5)
+
+
+def test_a_plot_of_twenty_examples_shows_each(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure", reason="needs the extra plot")
+    drawn = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, path, **_: drawn.append(self))
+    sources = ["a " * n for n in range(5, 25)]
+    predictions = ["a"] * 10 + sources[10:]
+    results = metrics.compute(["exact", "bleu"], sources, predictions, sources)
+    metrics_plot.plot_by_length([results], ["ours"], sources, tmp_path / "x.png")
+    exact, bleu = (axis for axis in drawn[0].axes if axis.get_visible())
+    curve = exact.containers[0].lines[0]
+    assert curve.get_xdata() == pytest.approx([7, 12, 17, 22])
+    assert curve.get_ydata() == pytest.approx([0, 0, 100, 100])
+    dots = [line for line in exact.lines if line.get_linestyle() == "None"]
+    assert any(
+        line.get_xdata() == pytest.approx(range(5, 25))
+        and line.get_ydata() == pytest.approx([0] * 10 + [100] * 10)
+        for line in dots
+        if len(line.get_xdata()) == 20
+    )
+    assert len(bleu.containers[0].lines[0].get_xdata()) == 4  # it has no values of examples
+    assert (exact.get_xlim()[0] < 5, exact.get_xlim()[1] > 24) == (True, True)
+    assert bleu.get_xlabel() == "words of the source"
+    footer = drawn[0].get_supxlabel()
+    assert footer.startswith("20 examples, 5 per point; ") and footer.endswith("one example each")
+
+    # One example, all values 0, no spaces between words: the axes have a width all the same.
+    results = metrics.compute(["exact"], ["我爱北京" * 6], ["x"], ["y"])
+    metrics_plot.plot_by_length([results], ["ours"], ["我爱北京" * 6], tmp_path / "x.png")
+    axis = drawn[1].axes[0]
+    assert axis.get_xlabel() == "characters of the source"
+    assert np.ptp(axis.get_xlim()) >= 0.1 and axis.get_ylim()[1] >= 5
+    assert axis.containers[0].lines[0].get_xdata() == pytest.approx([24])
