@@ -421,7 +421,10 @@ def _check(
             raise ValueError(
                 f"{name} must be as many as predictions, {len(predictions)}, received {len(values)}"
             )
-    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in references]
+    lists = [
+        list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str) else [texts]
+        for texts in references
+    ]
     for index, texts in enumerate(lists):
         if not texts:
             raise ValueError(f"references must have a text for each prediction, [{index}] has none")

@@ -15,8 +15,7 @@ from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import main as cli
 from bertgen_tf.metrics import plot as metrics_plot
 from bertgen_tf.metrics import significance
-from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
-from tests.helpers import CORPUS, EXPORT_OPTIONS, PIECES, eagerly, fails, make_small_model
+from tests.helpers import EXPORT_OPTIONS, eagerly, fails, make_small_model
 
 pytest.importorskip("sacrebleu", reason="needs the extra metrics")
 pytest.importorskip("rouge_score", reason="needs the extra metrics")
@@ -119,6 +118,38 @@ def test_several_references_and_outputs_as_json(folder, capsys):
         assert rows(capsys.readouterr().out)["exact"][0] == f"{value:.2f}"
 
 
+def test_tables_with_names(folder, capsys):
+    write("refs.csv", ["id;in;out", '1;a;"x; y"', "2;b;z"])
+    write("out.csv", ["output", '"x; y"', "z"])
+    command = ["evaluate", "--predictions", "out.csv", "--references", "refs.csv"]
+    columns = ["--source-column", "in", "--target-column", "out"]
+    assert cli.main([*command, *columns, "--metrics", "exact"]) == 0
+    captured = capsys.readouterr()
+    assert (rows(captured.out)["exact"][0], captured.err) == ("100.00", "")
+    message = fails(capsys, *command)
+    assert "its columns are 'id, in, out': choose one with --source-column" in message
+    data = ["--data", "wmt14", "--data-folder", "."]
+    message = fails(capsys, *command[:3], *data, "--source-column", "x")
+    assert "--source-column applies to --references only" in message
+    write("refs.tsv", ["source\ttarget", "a\tx; y", "b\tz"])
+    command[4] = "refs.tsv"
+    assert cli.main([*command, "--metrics", "exact"]) == 0
+    told = "the first line, 'source target', is read as the names of columns"
+    assert capsys.readouterr().err == f"bertgen-tf: refs.tsv: {told}\n"
+
+
+def test_rouge_of_other_scripts(folder, capsys):
+    write("refs.tsv", ["x\tКошка сидит"])
+    write("out.txt", ["кошка сидит"])
+    command = ["evaluate", "--predictions", "out.txt", "--references", "refs.tsv", "--json", "s"]
+    for flags, value in (([], "100.00"), (["--rouge-tokenize", "rouge-score"], "0.00")):
+        assert cli.main([*command, "--metrics", "rouge1", *flags]) == 0
+        assert rows(capsys.readouterr().out)["rouge1"][0] == value
+    found = json.loads(Path("s").read_text())
+    assert found["settings"]["rouge_tokenize"] == "rouge-score"
+    assert found["metrics"]["rouge1"]["signature"].startswith("tok:rouge-score|")
+
+
 def test_tokens_between_spaces(folder, capsys):
     write("refs.tsv", ["x\ta b c d . e"])
     write("out.txt", ["a b c d. e"])
@@ -182,12 +213,6 @@ def test_a_model_generates(folder, preset, capsys):
     for normalise, exact in ([], "0.00"), (["--normalize-with", preset], "100.00"):
         assert cli.main([*again, "--metrics", "exact", *normalise]) == 0
         assert rows(capsys.readouterr().out)["exact"][0] == exact
-
-
-def test_texts_are_compared_as_the_tokenizer_of_targets_has_them(spiece):
-    tokenizers = bg.BertTokenizer(list(PIECES)), bg.BertGenerationTokenizer(spiece)
-    preprocessor = Seq2SeqPreprocessor(tokenizers[0], decoder_tokenizer=tokenizers[1])
-    assert preprocessor.normalize([f" {text} " for text in CORPUS]) == CORPUS
 
 
 @pytest.mark.slow

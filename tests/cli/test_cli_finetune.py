@@ -16,7 +16,9 @@ import pytest
 
 import bertgen_tf as bg
 from bertgen_tf import finetuning
+from bertgen_tf.cli import finetune as cli_finetune
 from bertgen_tf.cli import main as cli
+from bertgen_tf.cli.common import digest_normalizer
 from bertgen_tf.finetuning import state as training_state
 from bertgen_tf.finetuning.data import TrainingData
 from tests.helpers import ROOT, TESTS, WORDS, fails, make_deep_model, make_small_model
@@ -271,6 +273,12 @@ def test_a_worker_that_is_killed_comes_back(folder, capsys):
         (["--metrics", "bleu", "--patience", "2"], "--metrics, --patience needs --validation"),
         (["--metrics", "x"], "--metrics needs --validation"),
         (["--metrics", "x", "--validation", "train.tsv"], "metrics must be among exact, sari,"),
+        (["--tokenize", "zh", "--lowercase"], "--lowercase, --tokenize needs --metrics"),
+        (["--monitor", "loss", "--validation", "train.tsv", "--normalize-with", "x"], "with needs"),
+        (
+            ["--metrics", "bleu", "--validation", "train.tsv", "--normalize-with", "x"],
+            "x should be a preset that save_to_preset wrote",
+        ),
         (["--monitor", "x", "--validation", "train.tsv"], "--monitor must be loss, accuracy or"),
         (["--checkpoint-every", "0"], "expected steps, such as 500, or a time, such as 10m"),
         (["--checkpoint-every", "5d"], "expected steps, such as 500, or a time, such as 10m"),
@@ -334,7 +342,59 @@ def test_a_data_set_of_the_paper(folder, tmp_path, capsys, monkeypatch):
     assert "training diverged" in fails_late(capsys, arguments)
     assert (len(seen["data"]), len(seen["validation"])) == (5, 3)
     assert seen["samples"].references == [f"a man sang {i}" for i in range(3)]
-    assert seen["samples"].options == {"lowercase": False, "tokenize": "none"}
+    options = {"lowercase": False, "tokenize": "none", "rouge_tokenize": "rouge-score"}
+    assert seen["samples"].options == options
+    message = fails(capsys, *arguments, "--source-column", "x")
+    assert "--source-column applies to --train and --validation only" in message
+
+
+@pytest.mark.slow
+def test_texts_are_compared_as_evaluate_does(folder, tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def train(model, data, *, callbacks, **kwargs):
+        seen.update(model=model, options=callbacks[0].options)
+        raise finetuning.Diverged("here")
+
+    monkeypatch.setattr(finetuning, "train", train)
+    preset = str(folder / "preset")
+    (tmp_path / "v.csv").write_text("text;split\nThe man;a  Man SANG\n")
+    arguments = command(folder, str(tmp_path / "new"), "--validation", str(tmp_path / "v.csv"))
+    (tmp_path / "t.csv").write_text("text,split\na man,a man\n,x\n")
+    arguments += ["--train", str(tmp_path / "t.csv"), "--source-column", "text"]
+    arguments += ["--target-column", "split", "--monitor", "rouge1"]
+    flags = ["--lowercase", "--tokenize", "char", "--normalize-with", preset]
+    assert "training diverged" in fails_late(capsys, [*arguments, *flags])
+    normalize = seen["options"].pop("normalize")
+    options = {"lowercase": True, "tokenize": "char", "rouge_tokenize": "unicode"}
+    assert seen["options"] == options
+    assert normalize(["a  Man SANG"]) == ["a man sang"]
+    error = fails_late(capsys, [*arguments, "--resume"])
+    assert "had another --lowercase, --tokenize, --normalize-with; --overwrite" in error
+    # The model itself, by the name that it will have.
+    itself = ["--overwrite", "--normalize-with", f"{tmp_path / 'new'}/"]
+    assert "training diverged" in fails_late(capsys, [*arguments, *itself])
+    assert seen["options"]["normalize"].__self__ is seen["model"].preprocessor
+
+
+def test_a_run_that_began_before_there_were_scoring_flags_is_resumed(folder, tmp_path):
+    arguments = cli.make_parser().parse_args(command(folder, "x", "--monitor", "bleu"))
+    settings = cli_finetune._settings(arguments, 1, PAIRS, PAIRS[:9])
+    names = ("--lowercase", "--tokenize", "--rouge-tokenize")
+    run = training_state.RunFolder(tmp_path / "model")
+    run.begin({name: value for name, value in settings.items() if name not in names})
+    run.check_same(settings)
+    arguments.lowercase = True
+    with pytest.raises(ValueError, match="had another --lowercase; overwrite"):
+        run.check_same(cli_finetune._settings(arguments, 1, PAIRS, PAIRS[:9]))
+
+
+def test_a_normalizer_is_known_by_what_it_holds(tmp_path):
+    digests = {digest_normalizer(str(tmp_path))}
+    for name in ("config.json", "vocab.txt", "decoder-spiece.model"):
+        (tmp_path / name).write_text(name)
+        digests.add(digest_normalizer(str(tmp_path)))
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize(

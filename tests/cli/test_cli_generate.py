@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import gzip
 import io
 import itertools
 import json
@@ -99,6 +100,36 @@ def test_formats_of_generate(echo, preset, tmp_path):
     assert lines[0] == {"source": "ü", "output": ["ü\t0\u2028!", "ü\t1\u2028!"]}
     (tmp_path / "empty.txt").write_text("")
     assert run("empty.txt", "5.jsonl", "--overwrite") == ""
+
+
+def test_columns_with_names(echo, preset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("in.csv").write_text('id,text,source\n1,the cat sat,x\n2,"a dog, ran",y\n')
+    Path("id.csv").write_text("id;text\n1;a\n")
+    Path("in.tsv").write_text("id\tsource\n1\ta\n2\tb\n")
+    run = ["generate", "--preset", preset, "--output", "out.jsonl", "--overwrite", "--input"]
+
+    def answers(*flags):
+        assert cli.main([*run, *flags]) == 0
+        lines = Path("out.jsonl").read_bytes().splitlines()
+        return [json.loads(line)["source"] for line in lines]
+
+    assert answers("in.csv", "--source-column", "text") == ["the cat sat", "a dog, ran"]
+    assert answers("in.csv") == ["x", "y"]
+    assert capsys.readouterr().err == ""
+    Path("in.csv.gz").write_bytes(gzip.compress(Path("in.csv").read_text().encode("utf-16")))
+    assert answers("in.csv.gz") == ["x", "y"]
+    assert answers("in.tsv") == ["a", "b"]
+    told = "the first line, 'id source', is read as the names of columns"
+    assert capsys.readouterr().err == f"bertgen-tf: in.tsv: {told}\n"
+    message = (
+        "id.csv has no column source; by its first line its columns are 'id, text': choose one"
+    )
+    assert f"{message} with --source-column\n" in fails(capsys, *run, "id.csv")
+    message = fails(capsys, *run, "in.txt", "--source-column", "x")
+    assert "error: --source-column applies to .csv, .tsv and .jsonl, .json, whose" in message
+    run[4] = "out.csv"
+    assert "--output must not end in .csv, which is not written" in fails(capsys, *run, "in.csv")
 
 
 # Every field, with a value that is not its default.

@@ -283,6 +283,22 @@ def test_names_and_groups():
     assert list(results) == ["rougeL", "exact"]
 
 
+def test_texts_are_normalized_before_they_are_compared():
+    def normalize(texts):
+        assert isinstance(texts, list)
+        return [text.replace("-", " ").lower() for text in texts]
+
+    sides = ["A-b", "c"], ("a B", "X-y"), [["A-b", "z"], ["x Y"]]
+    names = ["exact", "sari", "bleu", "chrf", "rouge1"]
+    results = metrics.compute(names, *sides, normalize=normalize)
+    same = metrics.compute(names, ["a b", "c"], ["a b", "x y"], [["a b", "z"], ["x y"]])
+    assert {name: r.value for name, r in results.items()} == {n: r.value for n, r in same.items()}
+    assert results["exact"].value == 100
+    assert metrics.compute("exact", None, *sides[1:], normalize=normalize)["exact"].value == 100
+    with pytest.raises(TypeError, match=r"references must be texts, but \[1\] is 5"):
+        metrics.compute("exact", None, ["a", "b"], ["a", 5], normalize=normalize)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

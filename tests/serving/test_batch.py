@@ -1,5 +1,6 @@
 """Files of texts on a local Ray, here a cluster of two machines with a core each."""
 
+import gzip
 import json
 import os
 import shutil
@@ -262,6 +263,35 @@ def test_workers_need_tensorflow_alone(export):
     expected = [beams(text=tf.constant([text]))["text"].numpy().tolist()[0] for text in texts]
     assert outputs == str([[text.decode() for text in two] for two in expected])
     assert threads == "1"
+
+
+# ------------------------------------------------------------------------------- without Ray
+
+
+def test_inputs_of_other_formats(tmp_path):
+    records = [{"id": str(i), "text": text, "source": "x"} for i, text in enumerate("abc")]
+    rows = [",".join(records[0]), *(",".join(record.values()) for record in records)]
+    table = "".join(f"{row}\n" for row in rows)
+    (tmp_path / "a.csv").write_text(table)
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(table.replace(",", "\t").encode("utf-16")))
+    (tmp_path / "c.json").write_text(json.dumps(records, indent=2))
+    notes: list[str] = []
+    for column, texts in ("text", list("abc")), (None, ["x"] * 3):
+        output = tmp_path / str(column)
+        options = {"source_column": column, "complain": notes.append}
+        jobs = ray_files.find_jobs(str(tmp_path / "*.*"), output, {}, **options)
+        assert [job.total for job in jobs] == [3, 3, 3]
+        assert list(ray_files._blocks(jobs, 2)) == [texts[:2], texts[2:]] * 3
+        output.mkdir()
+        outputs = iter("xyz" * 3)
+        for job in jobs:
+            ray_files._write(job, outputs, 2, lambda count: None, notes.append)
+        expected = [{**r, "output": o} for r, o in zip(records, "xyz", strict=True)]
+        assert read_lines(output) == {f"{name}.jsonl": expected for name in "abc"}
+    told = "the first line, 'id text source', is read as the names of columns"
+    assert notes == [f"{tmp_path / 'b.tsv.gz'}: {told}"]
+    # What chooses the texts tells runs apart; .csv was once read as lines.
+    assert [job.run.get("source_column") for job in jobs] == ["source", None, None]
 
 
 # ------------------------------------------------------------------------- errors, without Ray

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
+from tests.helpers import CORPUS
 
 # Special ids in no usual order; pad is not 0.
 PIECES = ["a", "[SEP]", "b", "[CLS]", "[UNK]", "[PAD]", "c", "d", ".", "e", "[MASK]"]
@@ -229,6 +230,15 @@ def test_a_module_that_holds_a_preprocessor_can_be_saved(preprocessor, tmp_path)
     tf.saved_model.save(module, str(tmp_path))
     loaded = tf.saved_model.load(str(tmp_path)).encode(tf.constant(["a b", "c"]))
     assert values(loaded) == values(preprocessor.generate_preprocess(["a b", "c"]))
+
+
+def test_texts_as_the_tokenizer_of_targets_has_them(tokenizer, spiece):
+    preprocessor = Seq2SeqPreprocessor(
+        tokenizer, decoder_tokenizer=BertGenerationTokenizer(spiece), max_target_length=2
+    )
+    assert preprocessor.normalize([f" {text} " for text in CORPUS]) == CORPUS  # none is cut
+    preprocessor = Seq2SeqPreprocessor(tokenizer, mask_first=True)
+    assert preprocessor.normalize(("A  b.c", "", "x")) == ["a b. c", "", "[UNK]"]
 
 
 def test_config(tokenizer):
