@@ -39,7 +39,8 @@ class GenerateCallback(keras.callbacks.Callback):
         generation_config: settings; by default the model's own.
         batch_size: how many texts are generated together, at most.
         jit_compile: see `EncoderDecoderModel.generate`.
-        **options: of `bertgen_tf.metrics.compute`, such as lowercase=True.
+        **options: of `bertgen_tf.metrics.compute`, such as lowercase=True or
+            normalize=model.preprocessor.normalize.
 
     Raises:
         ImportError: a metric needs a package that is not installed.
