@@ -8,6 +8,7 @@
 | decoder-vocab.txt or decoder-spiece.model | that of targets, if it is a different one |
 """
 
+import inspect
 import json
 import math
 import os
@@ -17,15 +18,19 @@ from typing import Any
 
 import h5py
 
+from bertgen_tf import tokenizers
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network.weights import VariablePart, named_variables
+from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 FORMAT = "bertgen_tf preset"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
+# Of an export, where the files of its preset are.
+EXTRA_FOLDER = "assets.extra"
 # Tokenizer -> its vocabulary's file, and the field of its config that takes the file's path.
 VOCABULARIES = {
     "BertTokenizer": ("vocab.txt", "vocabulary"),
@@ -106,19 +111,8 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
     try:
-        needed = [WEIGHTS_FILE]
-        for side, prefix in PREFIXES.items():
-            if config[side] if side == "tokenizer" else config.get(side):
-                # Our own names: a preset from elsewhere must not make us read other files.
-                name, field = VOCABULARIES[config[side]["class_name"]]
-                name = name if prefix is None else f"{prefix}-{name}"
-                config[side]["config"][field] = str(folder / name)
-                needed.append(name)
-        for name in needed:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{folder} should hold {name}, but does not: copy it again."
-                )
+        for name in [WEIGHTS_FILE, *_set_vocabularies(folder, config)]:
+            _check_file(folder, name)
         model = model_class.from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -142,6 +136,76 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
             f"tensors, but holds {stored}."
         )
     return model
+
+
+def load_preprocessor(folder: str | os.PathLike) -> Seq2SeqPreprocessor:
+    """What a preset, or an export that keeps a preset's files, makes of text, without the model.
+
+    Raises:
+        FileNotFoundError: a vocabulary is missing.
+        ValueError: it is neither, has no tokenizer, or is damaged.
+    """
+    files = preprocessor_files(folder)
+    for path in files:
+        _check_file(path.parent, path.name)
+    config = read_config(files[0].parent)
+    _set_vocabularies(files[0].parent, config)
+    try:
+        names = {*inspect.signature(Seq2SeqPreprocessor).parameters} - {*PREFIXES}
+        options = {name: config[name] for name in names if name in config}
+        for side in PREFIXES:
+            if config.get(side) is not None:
+                options[side] = tokenizers.deserialize(config[side])
+        return Seq2SeqPreprocessor(**options)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder} should hold the settings and the vocabulary of a model, but reading them "
+            f"failed: {first_line(error)}"
+        ) from error
+
+
+def preprocessor_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """What determines `load_preprocessor`: the config of a preset or an export, its vocabularies.
+
+    Raises:
+        ValueError: it is neither, or has no tokenizer.
+    """
+    folder = pathlib.Path(folder)
+    extra = folder / EXTRA_FOLDER
+    if (folder / "saved_model.pb").is_file():
+        if not (extra / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{folder} is an export without {EXTRA_FOLDER}/{CONFIG_FILE}, which has its "
+                "tokenizer: name its preset, or export that again."
+            )
+        folder = extra
+    config = read_config(folder)
+    if not config.get("tokenizer"):
+        raise ValueError(f"{folder} has no tokenizer: name a preset that reads and writes text.")
+    try:
+        return [folder / name for name in (CONFIG_FILE, *_set_vocabularies(folder, config))]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} should hold the settings of tokenizers, but reading them failed: "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _set_vocabularies(folder: pathlib.Path, config: dict[str, Any]) -> list[str]:
+    """Puts the paths of the vocabularies into a config; returns their names."""
+    names = []
+    for side, prefix in PREFIXES.items():
+        if config[side] if side == "tokenizer" else config.get(side):
+            # Our own names: a preset from elsewhere must not make us read other files.
+            name, field = VOCABULARIES[config[side]["class_name"]]
+            names.append(name if prefix is None else f"{prefix}-{name}")
+            config[side]["config"][field] = str(folder / names[-1])
+    return names
+
+
+def _check_file(folder: pathlib.Path, name: str) -> None:
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} should hold {name}, but does not: copy it again.")
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,11 +12,10 @@ from bertgen_tf import metrics
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.config import BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
-from bertgen_tf.data import data_presets, resumable
+from bertgen_tf.data import data_presets
 from bertgen_tf.generation.generator import BATCH_SIZE
 from bertgen_tf.generation.settings import check_config
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
-from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 PROGRAM = "bertgen-tf"
 
@@ -112,7 +110,7 @@ def add_columns(group: Any, *names: str) -> None:
         )
 
 
-def add_scoring(group: Any, normalizers: str = "a preset") -> None:
+def add_scoring(group: Any, normalizers: str = "a preset or an export") -> None:
     """How texts are compared; None, where a flag is not given, for the values of --data.
 
     Args:
@@ -158,25 +156,6 @@ def scoring_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "tokenize": arguments.tokenize or tokenize,
         "rouge_tokenize": arguments.rouge_tokenize or rouge_tokenize,
     }
-
-
-def check_normalizer(folder: str) -> None:
-    """Raises a ValueError unless `read_normalizer` can read it."""
-    if not presets.read_config(folder).get("tokenizer"):
-        raise ValueError(f"{folder} has no tokenizer, which --normalize-with needs")
-
-
-def digest_normalizer(folder: str) -> str:
-    """Tells it from another in the same folder."""
-    names = [name for name, _ in presets.VOCABULARIES.values()]
-    names = [presets.CONFIG_FILE, *names, *(f"decoder-{name}" for name in names)]
-    paths = [os.path.join(folder, name) for name in names]
-    return resumable.digest(*filter(os.path.isfile, paths))
-
-
-def read_normalizer(folder: str) -> Seq2SeqPreprocessor:
-    """That of the preset of --normalize-with."""
-    return EncoderDecoderModel.from_preset(folder).preprocessor
 
 
 def add_warm_start(group: Any) -> None:

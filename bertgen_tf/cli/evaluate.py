@@ -15,6 +15,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from bertgen_tf.checkpoints import presets
 from bertgen_tf.cli import values
 from bertgen_tf.cli.common import (
     add_columns,
@@ -22,12 +23,10 @@ from bertgen_tf.cli.common import (
     add_preset,
     add_running,
     add_scoring,
-    check_normalizer,
     complain,
     flags,
     load_model,
     note,
-    read_normalizer,
     read_settings,
     scoring_options,
     user_errors,
@@ -38,7 +37,6 @@ from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.serving import ray_files
-from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
 _DESCRIPTION = """\
 Scores what was generated, or what a model generates, against references: exact match, SARI, BLEU,
@@ -73,7 +71,6 @@ class Task:
         references: [n], each at least one.
         predictions: [n], or None if a model is to generate them.
         baseline: [n], or None.
-        normalizer: by whose tokenizer texts are normalised before comparison, or None.
     """
 
     metrics: tuple[str, ...]
@@ -82,7 +79,6 @@ class Task:
     references: list[list[str]]
     predictions: list[str] | None
     baseline: list[str] | None
-    normalizer: Seq2SeqPreprocessor | None = None
 
 
 def add_command(commands: Any) -> None:
@@ -180,9 +176,7 @@ def _prepare(arguments: argparse.Namespace) -> Task:
     task = Task(names, options, sources, references, predictions, baseline)
     folder = arguments.normalize_with
     if folder:
-        check_normalizer(folder)
-    if folder and folder != arguments.preset:
-        task.normalizer = read_normalizer(folder)
+        task.options["normalize"] = presets.load_preprocessor(folder).normalize
     return task
 
 
@@ -203,16 +197,13 @@ def _run(
     predictions = task.predictions
     if predictions is None:
         predictions = _generate(arguments, task, model, config)
-    options = dict(task.options)
-    if arguments.normalize_with:
-        options["normalize"] = (task.normalizer or model.preprocessor).normalize
     sources, references, baseline = task.sources, task.references, task.baseline
-    results = metrics.compute(task.metrics, sources, predictions, references, **options)
+    results = metrics.compute(task.metrics, sources, predictions, references, **task.options)
     resampling = {"resamples": arguments.resamples, "confidence": CONFIDENCE, "seed": SEED}
     intervals = significance.bootstrap(results, **resampling)
     comparisons, others = {}, None
     if baseline:
-        others = metrics.compute(task.metrics, sources, baseline, references, **options)
+        others = metrics.compute(task.metrics, sources, baseline, references, **task.options)
         comparisons = significance.paired_bootstrap(results, others, **resampling)
     print(f"{len(sources):,} examples")
     print(_table(results, intervals, comparisons))
@@ -223,7 +214,8 @@ def _run(
         with _replacing(arguments.plot) as path:
             plot_by_length([results, *([others] if others else [])], names, task.sources, path)
     if arguments.json:
-        settings = {**task.options, **resampling, "normalize_with": arguments.normalize_with}
+        settings = {k: v for k, v in task.options.items() if k != "normalize"}
+        settings |= {**resampling, "normalize_with": arguments.normalize_with}
         content = _describe(arguments, len(sources), results, intervals, comparisons)
         content |= {"settings": settings, "generation": config and config.to_dict()}
         with _replacing(arguments.json) as path, open(path, "w", encoding="utf-8") as file:

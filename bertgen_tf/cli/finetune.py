@@ -23,19 +23,16 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.cli.common import (
     PROGRAM,
     UserError,
-    check_normalizer,
     complain,
-    digest_normalizer,
     flags,
     note,
-    read_normalizer,
     read_preset_config,
     scoring_options,
     user_errors,
 )
 from bertgen_tf.cli.finetune_arguments import SETTINGS
 from bertgen_tf.cli.finetune_arguments import add_command as add_command
-from bertgen_tf.data import data_presets, text_files
+from bertgen_tf.data import data_presets, resumable, text_files
 from bertgen_tf.finetuning import callbacks
 from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import (
@@ -165,7 +162,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
         raise UserError(f"{flags(given)} needs --metrics")
     if arguments.normalize_with and not _normalizes_itself(arguments):
         with user_errors():
-            check_normalizer(arguments.normalize_with)
+            presets.preprocessor_files(arguments.normalize_with)
 
 
 def _normalizes_itself(arguments: argparse.Namespace) -> bool:
@@ -231,8 +228,8 @@ def _settings(
     settings |= {flags([name]): getattr(arguments, name) for name in SETTINGS}
     folder = arguments.normalize_with
     if folder:
-        itself = _normalizes_itself(arguments)
-        settings[flags(["normalize_with"])] = "itself" if itself else digest_normalizer(folder)
+        files = [] if _normalizes_itself(arguments) else presets.preprocessor_files(folder)
+        settings[flags(["normalize_with"])] = resumable.digest(*files) if files else "itself"
     return settings
 
 
@@ -402,7 +399,8 @@ class _Run:
             if _normalizes_itself(arguments):
                 options["normalize"] = self.model.preprocessor.normalize
             elif arguments.normalize_with:
-                options["normalize"] = read_normalizer(arguments.normalize_with).normalize
+                preprocessor = presets.load_preprocessor(arguments.normalize_with)
+                options["normalize"] = preprocessor.normalize
             samples = callbacks.GenerateCallback(
                 sources, references, arguments.metrics, folder=folder / "samples", **options
             )

@@ -291,7 +291,7 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         default=200,
         help="for the first N pairs of --validation (default: %(default)s)",
     )
-    add_scoring(group, "a preset, or the same folder as --output for the model itself")
+    add_scoring(group, "a preset, an export, or the folder of --output for the model itself")
     group.add_argument(
         "--monitor",
         metavar="NAME",

@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 
 import bertgen_tf as bg
+from bertgen_tf.checkpoints import presets
 from bertgen_tf.network.weights import named_variables
-from tests.helpers import CORPUS, GOLDEN, eagerly, make_deep_model, make_model, make_small_model
+from tests.helpers import (
+    CORPUS,
+    GOLDEN,
+    PIECES,
+    eagerly,
+    make_deep_model,
+    make_model,
+    make_small_model,
+)
 
 ARCHIVE = GOLDEN / "golden_preset.zip"
 INPUTS = {
@@ -380,3 +389,52 @@ def test_no_path_in_the_config_is_followed(path, preset, tmp_path):
 def test_no_vocabulary_in_the_config_is_taken(preset):
     edit(preset, "model", "tokenizer", "config", "vocabulary", value=[*SPECIALS, "a"])
     assert load(preset).tokenizer.vocab_size == len((preset / "vocab.txt").read_text().split())
+
+
+@pytest.mark.parametrize("two", [False, True])
+def test_what_a_preset_makes_of_text_without_its_model(two, tmp_path):
+    options = {"max_source_length": 11, "hidden_token_ids": [7]}
+    if two:
+        options["decoder_tokenizer"] = bg.BertTokenizer(list(PIECES), lowercase=False)
+    model = make_model(**options)
+    model.save_to_preset(tmp_path / "preset")
+    found = presets.load_preprocessor(tmp_path / "preset")
+    assert found.get_config() == model.preprocessor.get_config()
+    texts = [*CORPUS, "  A   Bird!"]
+    assert found.normalize(texts) == model.preprocessor.normalize(texts)
+    ids = found.encode_source(texts).to_list()
+    assert ids == model.preprocessor.encode_source(texts).to_list()
+    files = presets.preprocessor_files(tmp_path / "preset")
+    names = ["config.json", "vocab.txt", *["decoder-vocab.txt"] * two]
+    assert [path.name for path in files] == names
+
+    # An export has the same files, beside its graph.
+    (tmp_path / "preset" / "model.weights.h5").unlink()
+    (tmp_path / "preset").rename(tmp_path / "assets.extra")
+    (tmp_path / "saved_model.pb").touch()
+    assert presets.load_preprocessor(tmp_path).normalize(texts) == found.normalize(texts)
+    (tmp_path / "assets.extra" / names[-1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"should hold {names[-1]}, but does not"):
+        presets.load_preprocessor(tmp_path)
+    (tmp_path / "assets.extra" / "config.json").unlink()
+    with pytest.raises(
+        ValueError, match="is an export without assets.extra/config.json, which has"
+    ):
+        presets.preprocessor_files(tmp_path)
+
+
+def test_no_tokenizer_or_a_damaged_one(preset):
+    path = preset / "config.json"
+    content = json.loads(path.read_text())
+    for tokenizer, message in (
+        (None, "has no tokenizer: name a preset that reads and writes text"),
+        ({"class_name": "x"}, "should hold the settings of tokenizers, but reading them failed"),
+        (
+            {"class_name": "BertTokenizer", "config": {"a": 1}},
+            "settings and the vocabulary of a mo",
+        ),
+    ):
+        content["model"]["tokenizer"] = tokenizer
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            presets.load_preprocessor(preset)

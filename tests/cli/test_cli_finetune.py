@@ -18,7 +18,6 @@ import bertgen_tf as bg
 from bertgen_tf import finetuning
 from bertgen_tf.cli import finetune as cli_finetune
 from bertgen_tf.cli import main as cli
-from bertgen_tf.cli.common import digest_normalizer
 from bertgen_tf.finetuning import state as training_state
 from bertgen_tf.finetuning.data import TrainingData
 from tests.helpers import ROOT, TESTS, WORDS, fails, make_deep_model, make_small_model
@@ -387,14 +386,6 @@ def test_a_run_that_began_before_there_were_scoring_flags_is_resumed(folder, tmp
     arguments.lowercase = True
     with pytest.raises(ValueError, match="had another --lowercase; overwrite"):
         run.check_same(cli_finetune._settings(arguments, 1, PAIRS, PAIRS[:9]))
-
-
-def test_a_normalizer_is_known_by_what_it_holds(tmp_path):
-    digests = {digest_normalizer(str(tmp_path))}
-    for name in ("config.json", "vocab.txt", "decoder-spiece.model"):
-        (tmp_path / name).write_text(name)
-        digests.add(digest_normalizer(str(tmp_path)))
-    assert len(digests) == 4
 
 
 @pytest.mark.parametrize(
