@@ -44,9 +44,10 @@ def test_any_text_survives(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     text = "".join(f"{line}\n" for line in lines)
     expected = [line.removesuffix("\r") for line in lines]
+    # UTF-16 that begins with NUL begins as UTF-32 does; UTF-8 with many is taken for UTF-16.
+    assume(not text.startswith("\0") and text.partition("\n")[0].count("\0") < 2)
     path.write_bytes(gzip.compress(text.encode("utf-16"), 0))
     assert read(path) == expected
-    assume(text.partition("\n")[0].count("\0") < 2)
     path.write_bytes(text.encode("utf-8-sig"))
     assert read(path) == expected
 

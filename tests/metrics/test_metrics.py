@@ -6,7 +6,7 @@ import unicodedata
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bertgen_tf import metrics
@@ -200,6 +200,7 @@ ascii_text = st.text(st.characters(max_codepoint=127), max_size=30)
 
 
 @settings(max_examples=60, deadline=None)
+@example("was his bus ran", "wa hi bu running dogs", True)
 @given(st.one_of(ascii_text, words), st.one_of(ascii_text, words), st.booleans())
 def test_words_of_rouge_are_rouge_scores_for_ascii(prediction, reference, stemmer):
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
