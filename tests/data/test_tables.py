@@ -109,6 +109,7 @@ HEADER = "x: the first line, 'source target', is read as the names of columns"
         # Somebody speaks.
         ('"a"\tb\n"c"\t"d"\n', None, [['"a"', "b"], ['"c"', '"d"']], []),
         ('""\t"\n', None, [['""', '"']], []),
+        ('"a"\t"b"\n"c\td\n', None, [['"a"', '"b"'], ['"c', "d"]], []),
         (
             'a\t"b ""c"""\nd\te\n',
             None,
@@ -146,6 +147,11 @@ def test_quotes_of_a_long_file():
         read(tables.read_tabs, text + '"a"b\tc\n', SOURCE, TARGET)
     with_names = [f'{i}\t"{i}"\n' for i in range(200)]
     assert len(read(tables.read_tabs, "".join(with_names), SOURCE, TARGET)[1]) == 200
+
+
+def test_spaces_after_delimiters_are_no_text():
+    text = 'source, target\n"a b", "c, d"\n'
+    assert read(tables.read_csv, text, SOURCE, TARGET)[1] == [["a b", "c, d"]]
 
 
 def test_names_that_are_given_must_be_there():

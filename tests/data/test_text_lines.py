@@ -1,6 +1,9 @@
 """What the bytes of a text file may be."""
 
+import gc
 import gzip
+import io
+import sys
 
 import pytest
 from hypothesis import assume, given
@@ -101,6 +104,18 @@ def test_a_file_is_read_as_it_is_used(tmp_path):
     assert next(lines)[1] == "a"  # what is wrong at the end was not seen yet
     with pytest.raises(ValueError, match="line 100001: expected UTF-8"):
         list(lines)
+
+
+@pytest.mark.parametrize("content", ["a\nb".encode("utf-16"), gzip.compress(b"a\nb"), b"a\nb"])
+def test_standard_input_stays_open(content, monkeypatch):
+    stdin = io.TextIOWrapper(io.BufferedReader(io.BytesIO(content)))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert list(text_lines.read_lines("-")) == [
+        ("standard input, line 1", "a"),
+        ("standard input, line 2", "b"),
+    ]
+    gc.collect()
+    assert not stdin.buffer.closed
 
 
 @pytest.mark.parametrize(
