@@ -14,7 +14,9 @@ from bertgen_tf.checks import check_integer, is_integer, is_number
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 QUANTIZATIONS = ("int8",)
 # Fields of the model config that Hugging Face's class does not have.
-OWN_FIELDS = ("norm_first", "source_positions", "quantization")
+OWN_FIELDS = ("norm_first", "source_positions", "quantization", "head_transform")
+# Those that a decoder reads and an encoder does not.
+HEAD_FIELDS = ("head_transform", "tie_word_embeddings")
 # Fields of the model config, and attributes of tokenizers.
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 BEAM_SCORERS = ("huggingface", "gnmt")
@@ -94,6 +96,11 @@ class BertGenerationConfig(_Config):
     eos_token_id: int = 1
     # Read by the decoder only: without it, a decoder is a plain language model.
     add_cross_attention: bool = False
+    # Read by the decoder only: False for an output matrix of its own.
+    tie_word_embeddings: bool = True
+    # Ours, read by the decoder only: the activation of a transform before the softmax (dense layer,
+    # activation, layer normalisation), as in the heads of BERT and RoBERTa. None: no transform.
+    head_transform: str | None = None
     # Normalisation before attention and feed-forward instead of after them, and once more at the
     # end, as in GPT-2's blocks. The name is PyTorch's.
     norm_first: bool = False
@@ -131,6 +138,11 @@ class BertGenerationConfig(_Config):
             raise ValueError(
                 f"hidden_act must be one of {', '.join(HIDDEN_ACTS)}, received {self.hidden_act!r}."
             )
+        if self.head_transform not in (None, *HIDDEN_ACTS):
+            raise ValueError(
+                f"head_transform must be None or one of {', '.join(HIDDEN_ACTS)}, received "
+                f"{self.head_transform!r}."
+            )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             value = getattr(self, name)
             if not is_number(value) or not 0 <= value < 1:
@@ -139,7 +151,7 @@ class BertGenerationConfig(_Config):
             value = getattr(self, name)
             if not is_number(value) or not value > 0:
                 raise ValueError(f"{name} must be a number above 0, received {value!r}.")
-        for name in ("add_cross_attention", "norm_first"):
+        for name in ("add_cross_attention", "norm_first", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, received {getattr(self, name)!r}.")
         if self.source_positions is not None:

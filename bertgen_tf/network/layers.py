@@ -30,17 +30,6 @@ def activation(name: str) -> Any:
     }[name]
 
 
-def padding_mask(attention_mask: Any) -> Any:
-    """[B, S] with 1 on tokens -> bool [B, 1, 1, S], which every head and query reads."""
-    return ops.cast(attention_mask, "bool")[:, None, None, :]
-
-
-def causal_mask(query_length: Any, key_length: Any, first_query: Any = 0) -> Any:
-    """Bool [1, 1, T, S]: query t, at position `first_query + t`, sees keys up to its own."""
-    positions = first_query + ops.arange(query_length)
-    return (ops.arange(key_length)[None, :] <= positions[:, None])[None, None]
-
-
 def before_sublayer(layer: Any, hidden: Any) -> Any:
     """What attention or feed-forward reads: `hidden`, normalised if `norm_first`."""
     return layer.layer_norm(hidden) if layer.config.norm_first else hidden
@@ -117,12 +106,6 @@ class Embeddings(keras.layers.Layer):
         if self.layer_norm is not None:
             hidden = self.layer_norm(hidden)
         return self.dropout(hidden, training=training)
-
-    def logits(self, hidden: Any, bias: Any) -> Any:
-        """[B, T, H] times the transposed word embeddings, plus bias [V]: float32 [B, T, V]."""
-        # Half-precision scores would make different tokens tie.
-        matrix = ops.cast(self.word_embeddings.embeddings, "float32")
-        return linear(ops.cast(hidden, "float32"), matrix, bias)
 
 
 class Attention(keras.layers.Layer):
@@ -361,6 +344,31 @@ class FeedForward(keras.layers.Layer):
         inputs = before_sublayer(self, hidden)
         output = self.output_dense(self.activation(self.intermediate(inputs)))
         return after_sublayer(self, hidden, output, training)
+
+
+class HeadTransform(keras.layers.Layer):
+    """What the heads of BERT and RoBERTa do before the softmax: [B, T, H] -> [B, T, H]."""
+
+    def __init__(self, config: BertGenerationConfig, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.dense = dense(config.hidden_size, config, "dense", self.dtype_policy)
+        self.activation = activation(config.head_transform)
+        self.layer_norm = keras.layers.LayerNormalization(
+            epsilon=config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
+        )
+
+    def build(self, input_shape: Any) -> None:
+        self.dense.build(input_shape)
+        self.layer_norm.build(input_shape)
+
+    def call(self, hidden: Any) -> Any:
+        return self.layer_norm(self.activation(self.dense(hidden)))
+
+
+def logits(hidden: Any, matrix: Any, bias: Any) -> Any:
+    """[B, T, H] times the transposed matrix [V, H], plus bias [V]: float32 [B, T, V]."""
+    # Half-precision scores would make different tokens tie.
+    return linear(ops.cast(hidden, "float32"), ops.cast(matrix, "float32"), bias)
 
 
 class TransformerBlock(keras.layers.Layer):

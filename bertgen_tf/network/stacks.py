@@ -5,6 +5,9 @@ Tasks". Where Hugging Face's classes differ from the TF Hub originals, the stack
 
 - activation: whatever `config.hidden_act` says; "gelu" is exact, as in both.
 - output bias: exists, as in Hugging Face; it is zero in the originals, and initially here.
+- head: the word embeddings, as in both; the transform of Hugging Face's BERT and RoBERTa decoders
+  and an output matrix of its own are there if `config.head_transform` and
+  `config.tie_word_embeddings` ask for them.
 - token types: type 0 is folded into the positions, which is exact; Hugging Face drops it.
 
 With `norm_first` the blocks are GPT-2's instead of BERT's, as in the decoder of the paper's
@@ -22,16 +25,23 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from bertgen_tf.config import OWN_FIELDS, BertGenerationConfig
+from bertgen_tf.config import HEAD_FIELDS, OWN_FIELDS, BertGenerationConfig
 from bertgen_tf.network import sources
 from bertgen_tf.network.layers import (
     Embeddings,
+    HeadTransform,
     TransformerBlock,
-    causal_mask,
     final_norm,
-    padding_mask,
+    logits,
 )
-from bertgen_tf.network.projections import Dense, quantized_weights
+from bertgen_tf.network.masks import (
+    causal_mask,
+    own_beams,
+    padding_mask,
+    slots_mask,
+    source_lengths,
+)
+from bertgen_tf.network.projections import Dense, initializer, quantized_weights
 from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
@@ -57,7 +67,8 @@ class _Stack(keras.Model):
         config = self.config.to_dict()
         for field in dataclasses.fields(self.config):
             # Older versions do not know them.
-            if field.name in OWN_FIELDS and config[field.name] == field.default:
+            later = field.name in (*OWN_FIELDS, *HEAD_FIELDS)
+            if later and config[field.name] == field.default:
                 del config[field.name]
         return {
             "name": self.name,
@@ -86,7 +97,10 @@ class BertGenerationEncoder(_Stack):
 
     def __init__(self, config: BertGenerationConfig, name: str = "encoder", **kwargs: Any):
         super().__init__(name=name, **kwargs)
-        self.config = config = config.replace(add_cross_attention=False)
+        # What only a decoder reads is as in a decoder without it.
+        self.config = config = config.replace(
+            add_cross_attention=False, head_transform=None, tie_word_embeddings=True
+        )
         self.embeddings = Embeddings(config, name="embeddings", dtype=self.dtype_policy)
         self.blocks = [
             TransformerBlock(config, name=f"layer_{i}", dtype=self.dtype_policy)
@@ -156,7 +170,10 @@ class BertGenerationEncoder(_Stack):
 
 @keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationDecoder")
 class BertGenerationDecoder(_Stack):
-    """Causal BERT with cross-attention and a language-model head tied to its word embeddings.
+    """Causal BERT with cross-attention and a language-model head.
+
+    The head's matrix is that of the word embeddings, unless `config.tie_word_embeddings` is False;
+    `config.head_transform` puts the transform of BERT's and RoBERTa's heads before it.
 
     Args:
         config: sizes and activation; with `add_cross_attention=False` it is a language model, which
@@ -217,6 +234,11 @@ class BertGenerationDecoder(_Stack):
             for i in range(config.num_hidden_layers)
         ]
         self.final_norm = encoder.final_norm if share_all else final_norm(config, self.dtype_policy)
+        self.head_transform = None
+        if config.head_transform is not None:
+            self.head_transform = HeadTransform(
+                config, name="head_transform", dtype=self.dtype_policy
+            )
         self.build()
 
     @classmethod
@@ -255,8 +277,10 @@ class BertGenerationDecoder(_Stack):
         if self.config.quantization is not None:
             return
         _matrices_to_int8(self)
+        kernel, scale = quantize_matrix(self._output_matrix())
+        if not self.config.tie_word_embeddings:
+            self._untrack_variable(self.output_kernel)
         self._build_output_kernel()
-        kernel, scale = quantize_matrix(self.embeddings.word_embeddings.embeddings)
         self.output_kernel.assign(kernel)
         self.output_kernel_scale.assign(scale)
 
@@ -270,14 +294,26 @@ class BertGenerationDecoder(_Stack):
         self.output_bias = self.add_weight(
             (self.config.vocab_size,), initializer="zeros", name="output_bias", autocast=False
         )
-        if self.config.quantization is not None:
+        if self.head_transform is not None:
+            self.head_transform.build((None, None, self.config.hidden_size))
+        if self.config.quantization is not None or not self.config.tie_word_embeddings:
             self._build_output_kernel()
 
     def _build_output_kernel(self) -> None:
-        # Besides the word embeddings that it is rounded from, which are looked up in float32.
         shape = (self.config.vocab_size, self.config.hidden_size)
-        weights = quantized_weights(self, shape, "output_kernel")
-        self.output_kernel, self.output_kernel_scale = weights
+        if self.config.quantization is None:
+            self.output_kernel = self.add_weight(
+                shape, initializer=initializer(self.config), name="output_kernel", autocast=False
+            )
+        else:
+            # Besides the word embeddings that a tied one is rounded from, which are looked up in
+            # float32.
+            weights = quantized_weights(self, shape, "output_kernel")
+            self.output_kernel, self.output_kernel_scale = weights
+
+    def _output_matrix(self) -> Any:
+        tied = self.config.tie_word_embeddings
+        return self.embeddings.word_embeddings.embeddings if tied else self.output_kernel
 
     def call(
         self,
@@ -313,8 +349,8 @@ class BertGenerationDecoder(_Stack):
             mask = causal_mask(length, length)
             memory = self._project(encoder_hidden_states)
         else:
-            cache = {**cache, "beams": _own_beams(cache["beams"], cache_index, length)}
-            mask = _slots_mask(cache["beams"], cache_index, length)
+            cache = {**cache, "beams": own_beams(cache["beams"], cache_index, length)}
+            mask = slots_mask(cache["beams"], cache_index, length)
             memory = cache["cross"]
         if attention_mask is not None:
             mask = ops.logical_and(mask, padding_mask(attention_mask))
@@ -324,7 +360,7 @@ class BertGenerationDecoder(_Stack):
         )
         position = cache_index
         if self.config.decoder_only:
-            position += _source_lengths(memory[0][0], encoder_attention_mask, ops.shape(input_ids))
+            position += source_lengths(memory[0][0], encoder_attention_mask, ops.shape(input_ids))
         hidden = self.embeddings(input_ids, first_position=position, training=training)
         new_cache, weights = [], []
         for i, block in enumerate(self.blocks):
@@ -388,9 +424,11 @@ class BertGenerationDecoder(_Stack):
     def _logits(self, hidden: Any) -> Any:
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
+        if self.head_transform is not None:
+            hidden = self.head_transform(hidden)
         bias = tf.convert_to_tensor(self.output_bias)
         if self.config.quantization is None:
-            return self.embeddings.logits(hidden, bias)
+            return logits(hidden, self._output_matrix(), bias)
         kernel, scale = map(tf.convert_to_tensor, (self.output_kernel, self.output_kernel_scale))
         return quantized_linear(hidden, kernel, scale, bias)
 
@@ -421,45 +459,6 @@ def _matrices_to_int8(stack: keras.Model) -> None:
     stack.config = stack.config.replace(quantization="int8")
 
 
-def _source_lengths(keys: Any, attention_mask: Any, shape: Any) -> Any:
-    """The positions that sources take, up to their last tokens, for the rows of a target.
-
-    Args:
-        keys: of the source, [B, A, S, D].
-        attention_mask: int32 [B, S], or None.
-        shape: of the target's ids, [B * K, T].
-
-    Returns:
-        int32 [B * K, 1].
-    """
-    batch, _, length, _ = ops.shape(keys)
-    if attention_mask is None:
-        return length
-    positions = ops.where(padding_mask(attention_mask)[:, 0], 1 + ops.arange(length), 0)
-    lengths = ops.max(positions, axis=-1)  # [B, 1]
-    return ops.reshape(tf.broadcast_to(lengths, (batch, shape[0] // batch)), (shape[0], 1))
-
-
-def _own_beams(beams: Any, index: Any, length: Any) -> Any:
-    """`beams` [B, K, L] after every beam wrote `length` positions from `index` on."""
-    positions = ops.arange(ops.shape(beams)[2])  # [L]
-    written = ops.logical_and(positions >= index, positions < index + length)
-    own = ops.arange(ops.shape(beams)[1])[:, None]  # [K, 1]
-    return ops.where(written, own, beams)
-
-
-def _slots_mask(beams: Any, index: Any, length: Any) -> Any:
-    """Which slots each row sees, from `beams` [B, K, L]: bool [B, 1, K * length, L * K].
-
-    Those of its own past, up to its own position `index + t`.
-    """
-    batch, num_beams, size = ops.shape(beams)
-    causal = causal_mask(length, size, index)[0]  # [1, length, L]
-    own = beams[..., None] == ops.arange(num_beams)  # [B, K, L, K]
-    mask = ops.logical_and(causal[..., None], own[:, :, None])  # [B, K, length, L, K]
-    return ops.reshape(mask, (batch, 1, num_beams * length, size * num_beams))
-
-
 def _check_length(argument: str, ids: Any, longest: int) -> None:
     # Out of range, XLA silently reads the last position again.
     length = ids.shape[1]
@@ -482,7 +481,7 @@ def _check_shareable(
             "hidden_act",
             "max_position_embeddings",
             "layer_norm_eps",
-            *OWN_FIELDS,
+            *(field for field in OWN_FIELDS if field not in HEAD_FIELDS),
         ]
     differing = [
         f"{name} ({getattr(encoder, name)} and {getattr(config, name)})"

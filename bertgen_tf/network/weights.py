@@ -14,7 +14,7 @@ import numpy as np
 
 # Variables that only a decoder has: no encoder's checkpoint can fill them.
 CROSS_ATTENTION = r"layer_\d+/cross_attention/.*"
-NEW_IN_DECODER = rf"{CROSS_ATTENTION}|output_bias"
+NEW_IN_DECODER = rf"{CROSS_ATTENTION}|output_(bias|kernel)|head_transform/.*"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,9 +83,7 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
     if isinstance(model, EncoderDecoderModel):
         kind = transformers.EncoderDecoderModel
     elif isinstance(model, BertGenerationDecoder):
-        kind = transformers.BertGenerationDecoder
-        if model.config.norm_first:
-            kind = transformers.GPT2LMHeadModel
+        kind = transformers.AutoModelForCausalLM
     else:
         kind = transformers.AutoModel
     logging = transformers.utils.logging
@@ -99,10 +97,13 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
         if progress:
             logging.enable_progress_bar()
     tensors = other.state_dict()
+    decoder = getattr(other, "decoder", None)
+    stacks = ("encoder.", f"decoder.{getattr(decoder, 'base_model_prefix', '')}.")
     lacking = []
     for name in info["missing_keys"]:
         # transformers 4 stores stacks that are shared once, and transformers 5 cannot share them.
-        twin = "decoder.bert." + name[8:] if name.startswith("encoder.") else "encoder." + name[13:]
+        own, other_side = stacks if name.startswith("encoder.") else stacks[::-1]
+        twin = other_side + name.removeprefix(own)
         if isinstance(model, EncoderDecoderModel) and twin in tensors.keys() - info["missing_keys"]:
             tensors[name].copy_(tensors[twin])
         elif not re.match(r"(.*\.)?pooler\.", name):  # which nothing here reads

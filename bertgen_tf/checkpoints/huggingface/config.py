@@ -1,17 +1,22 @@
 """Hugging Face's `config.json` and `generation_config.json`, in and out.
 
 Every field is used, or known to change nothing, or refused: one error lists all that is refused.
-Versions 4 and 5 of transformers are supported; version 4 also writes its generation settings, and
+What transformers does not know either changes nothing there, and is one warning here.
+Versions 3 to 5 of transformers are supported; older ones also write their generation settings, and
 dozens of defaults, into `config.json`.
 """
 
 import dataclasses
 import inspect
 import math
+import re
+import warnings
 from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
 from bertgen_tf.checkpoints.huggingface import gpt2
+from bertgen_tf.checkpoints.huggingface.files import CONFIG_FILE, GENERATION_FILE, model_type_of
+from bertgen_tf.checkpoints.huggingface.weights import decoder_kind
 from bertgen_tf.config import OWN_FIELDS, TOKEN_IDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
@@ -19,7 +24,6 @@ from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 # The key in config.json for what Hugging Face has no place for.
 OWN = "bertgen_tf"
 ENCODER_DECODER = "encoder-decoder"
-_CONFIG, _GENERATION = "config.json", "generation_config.json"
 BERT_GENERATION = "bert-generation"
 
 # Fields with the same name and meaning there and here.
@@ -36,6 +40,10 @@ _SIZES = (
     "layer_norm_eps",
 )
 _SHARING = ("none", "word_embeddings", "all")
+# Fields of an encoder-decoder that are read elsewhere, or not at all.
+_NOT_AT_TOP = ("encoder", "decoder", "is_encoder_decoder", "vocab_size")
+# transformers' classes of the decoders that are written.
+_DECODER_CLASSES = {BERT_GENERATION: "BertGenerationDecoder", "bert": "BertLMHeadModel"}
 _BERT_BASE = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -60,36 +68,46 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     gpt2.GPT2: gpt2.DEFAULTS,
 }
 STACKS = tuple(_DEFAULTS)
-# Those that an encoder-decoder may have as its encoder.
-_ENCODERS = (BERT_GENERATION, "bert", "roberta")
+# Those that an encoder-decoder may have as its encoder, and as its decoder.
+_SIDES = (BERT_GENERATION, "bert", "roberta")
 HIDDEN_ACTS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_new",
-    "gelu_pytorch_tanh": "gelu_new",
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"),
+        "gelu_new",
+    ),
     "relu": "relu",
 }
 
-# Fields that change neither the numbers nor the ids, whatever their values.
+# Fields that change neither the numbers nor the ids, whatever their values: those of transformers 2
+# to 5, and of tools around it that leave theirs.
 _HARMLESS = {
-    *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path"),
-    *("architectures", "chunk_size_feed_forward", "classifier_dropout", "cls_token_id"),
-    *("directionality", "dtype", "finetuning_task", "gradient_checkpointing", "id2label"),
-    *("label2id", "mask_token_id", "model_type", "name_or_path", "num_labels"),
-    *("output_attentions", "output_hidden_states", "pooler_fc_size"),
+    *("_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
+    *("_commit_hash", "_experts_implementation", "_experts_implementation_internal"),
+    *("_flash_attn_2_enabled", "_name_or_path", "_num_labels", "_output_attentions"),
+    *("_pre_quantization_dtype", "adapters", "architectures", "attn_implementation", "auto_map"),
+    *("chunk_size_feed_forward", "classifier_dropout", "cls_token_id", "custom_pipelines"),
+    *("directionality", "do_lower_case", "dtype", "embedding_size", "eos_token_ids"),
+    *("experts_implementation", "finetuning_task", "gradient_checkpointing", "id2label"),
+    *("keys_to_ignore_at_inference", "label2id", "language", "mask_token_id"),
+    *("max_seq_length", "model_max_length", "model_type", "name", "name_or_path", "num_labels"),
+    *("output_attentions", "output_hidden_states", "output_past", "pooler_fc_size"),
     *("pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head"),
     *("pooler_type", "problem_type", "return_dict", "sep_token_id", "task_specific_params"),
-    *("tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript"),
-    *("transformers_version", "type_vocab_size", "use_bfloat16", "use_cache", "xla_device"),
+    *("tf_legacy_loss", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version"),
+    *("type_vocab_size", "unk_token_id", "use_bfloat16", "use_cache", "use_return_dict"),
+    *("xla_device",),
 }
+_HARMLESS_NAMES = r"summary_.*"  # of heads that are not read
 # Fields that change nothing with these values.
 _NEUTRAL: dict[str, tuple] = {
+    "compression_config": (None,),
     "per_layer_config": (None, {}),
     "position_embedding_type": (None, "absolute"),
     "prefix": (None, ""),
     "pruned_heads": (None, {}),
+    "quantization_config": (None,),
     "tie_last_hidden_states": (None,),
-    "tie_word_embeddings": (None, True),
 }
 
 
@@ -103,14 +121,14 @@ class Stack:
         first_position: rows of the position embeddings before that of the first token: RoBERTa
             begins after its padding id.
         is_decoder: whether it is causal there; GPT-2 always is.
-        has_ids: whether all three ids are given.
+        missing_ids: those of the three ids that are not given; they are 0 in `config`.
     """
 
     kind: str
     config: BertGenerationConfig
     first_position: int
     is_decoder: bool
-    has_ids: bool
+    missing_ids: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +156,7 @@ def model_type(values: dict[str, Any], where: str) -> str:
     Raises:
         ValueError: it specifies none, or one that we do not know.
     """
-    kind = values.get("model_type")
+    kind = model_type_of(values)
     known = (ENCODER_DECODER, *STACKS)
     if kind not in known:
         raise ValueError(
@@ -154,17 +172,16 @@ def read_stack(values: dict[str, Any], where: str) -> Stack:
         ValueError: all that is refused, with its values.
     """
     problems: list[str] = []
+    unknown: list[str] = []
+    values = {**values, "model_type": model_type(values, where)}
     if values["model_type"] == gpt2.GPT2:
         values = gpt2.bert_fields(values, problems)
-    _check_fields(values, "", problems)
-    if values["model_type"] not in (BERT_GENERATION, gpt2.GPT2) and values.get("is_decoder"):
-        problems.append(
-            "is_decoder=True (BERT's decoder has a head of its own, and cannot warm-start)"
-        )
+    _check_fields(values, "", problems, unknown)
     stack = _stack(values, "", problems)
     errors = _refusal(where, problems)
     if errors:
         raise ValueError(errors[0])
+    _warn(where, unknown)
     return stack
 
 
@@ -187,25 +204,17 @@ def read_pair(
     Raises:
         ValueError: all that is refused, with its values.
     """
-    problems: dict[str, list[str]] = {_CONFIG: [], _GENERATION: []}
-    ours = problems[_CONFIG]
-    _check_fields(
-        {
-            field: value
-            for field, value in values.items()
-            if field not in ("encoder", "decoder", "is_encoder_decoder", "vocab_size")
-        },
-        "",
-        ours,
-        top=True,
-    )
+    problems: dict[str, list[str]] = {CONFIG_FILE: [], GENERATION_FILE: []}
+    ours, unknown = problems[CONFIG_FILE], []
+    top = {field: value for field, value in values.items() if field not in _NOT_AT_TOP}
+    _check_fields(top, "", ours, unknown, top=True)
     own = values.get(OWN) or {}
     if not _is_own(own):
         ours.append(f"{OWN}={own!r} (only what save_to_huggingface wrote)")
         own = {}
     ends = own.get("generation", {}).get("eos_token_id")
-    encoder = _side(values, "encoder", _ENCODERS, ours)
-    decoder = _side(values, "decoder", (BERT_GENERATION,), ours)
+    encoder = _side(values, "encoder", ours, unknown)
+    decoder = _side(values, "decoder", ours, unknown)
     stacks: dict[str, Stack | None] = {}
     if decoder is not None:
         for field in ("is_decoder", "add_cross_attention"):
@@ -216,8 +225,15 @@ def read_pair(
             ends is not None and generation is not None
         ):  # not the decoder's, according to our own settings
             ids = {**generation, "eos_token_id": None}
-        decoder.update(_generation_ids(values, ids, decoder, problems))
-        stacks["decoder"] = _stack(decoder, "decoder.", ours)
+        # What places RoBERTa's positions is the decoder's own.
+        padding = decoder.get("pad_token_id", _defaults(decoder)["pad_token_id"])
+        decoder.update(generations.read_ids(values, ids, decoder, _defaults(decoder), problems))
+        if decoder["model_type"] == "roberta" and decoder["bos_token_id"] == padding:
+            ours.append(
+                f"decoder_start_token_id={padding!r} (only another than RoBERTa's pad_token_id, "
+                "which has a position of its own)"
+            )
+        stacks["decoder"] = _stack(decoder, "decoder.", ours, padding)
     if encoder is not None:
         for field in ("is_decoder", "add_cross_attention"):
             if encoder.get(field):
@@ -233,9 +249,9 @@ def read_pair(
     errors = [e for file, found in problems.items() for e in _refusal(f"{where}/{file}", found)]
     settings = None
     if read_generation:
-        file, source = _GENERATION, generation
+        file, source = GENERATION_FILE, generation
         if generation is None:
-            file, source = _CONFIG, _settings_in_config(values, decoder or {})
+            file, source = CONFIG_FILE, generations.settings_in_config(values, decoder or {})
         stack = stacks.get("decoder")
         positions = stack.config.max_position_embeddings if stack else math.inf
         try:
@@ -244,26 +260,32 @@ def read_pair(
             errors.append(str(error))
     if errors:
         raise ValueError(" ".join(errors))
+    _warn(f"{where}/{CONFIG_FILE}", unknown)
     sharing = "all" if values.get("tie_encoder_decoder") else own.get("sharing", "none")
     return Pair(
         stacks["encoder"], stacks["decoder"], sharing, settings, own.get("preprocessor", {})
     )
 
 
-def write_stack(config: BertGenerationConfig, architecture: str) -> dict[str, Any]:
-    """The `config.json` of a lone encoder ("BertGenerationEncoder") or decoder."""
-    decoder = architecture == "BertGenerationDecoder"
-    values = {**config.to_dict(), "model_type": BERT_GENERATION, "is_decoder": decoder}
+def write_stack(config: BertGenerationConfig, *, is_decoder: bool) -> dict[str, Any]:
+    """The `config.json` of a lone encoder or decoder.
+
+    A decoder whose head has a transform becomes a BERT, the others are BertGenerations.
+    """
+    kind = decoder_kind(config)
+    architecture = _DECODER_CLASSES[kind] if is_decoder else "BertGenerationEncoder"
+    values = {**config.to_dict(), "model_type": kind, "is_decoder": is_decoder}
     for field in OWN_FIELDS:
         del values[field]
+    if kind == "bert":
+        values["type_vocab_size"] = 1
     return {**values, "architectures": [architecture], "dtype": "float32", OWN: {}}
 
 
 def write_pair(model: EncoderDecoderModel) -> tuple[dict[str, Any], dict[str, Any]]:
     """The `config.json` and `generation_config.json` of an `EncoderDecoderModel`."""
-    encoder, decoder = (
-        write_stack(stack.config, type(stack).__name__) for stack in (model.encoder, model.decoder)
-    )
+    encoder = write_stack(model.encoder.config, is_decoder=False)
+    decoder = write_stack(model.decoder.config, is_decoder=True)
     for values in (encoder, decoder):
         del values[OWN]
     ids = {field: decoder[field] for field in TOKEN_IDS}
@@ -291,44 +313,78 @@ def write_pair(model: EncoderDecoderModel) -> tuple[dict[str, Any], dict[str, An
 
 
 def _check_fields(
-    values: dict[str, Any], prefix: str, problems: list[str], *, top: bool = False
+    values: dict[str, Any],
+    prefix: str,
+    problems: list[str],
+    unknown: list[str],
+    *,
+    top: bool = False,
 ) -> None:
     known = {*_HARMLESS, *generations.GENERATION, "tie_encoder_decoder", OWN}
-    if not top:
-        known |= {*_SIZES, "hidden_act", "is_decoder", "add_cross_attention"}
+    # At the top, and of encoders, nobody reads these.
+    known |= {"is_decoder", "add_cross_attention", "tie_word_embeddings"}
     # transformers 4 wants the encoder's hidden size there, which is the decoder's for us.
     neutral = {**_NEUTRAL, "cross_attention_hidden_size": (None, values.get("hidden_size"))}
     if not top:
+        known |= {*_SIZES, "hidden_act"}
         neutral["is_encoder_decoder"] = (None, False)
+    if values.get("model_type") == gpt2.GPT2:
+        neutral["tie_word_embeddings"] = (None, True)
     for field, value in values.items():
         if field in neutral:
             if not any(value == harmless for harmless in neutral[field]):
-                problems.append(f"{prefix}{field}={value!r} (only {neutral[field][-1]!r})")
-        elif field not in known:
-            problems.append(f"{prefix}{field}={value!r} (unknown)")
+                problems.append(f"{prefix}{field}={_short(value)} (only {neutral[field][-1]!r})")
+        elif field not in known and not re.fullmatch(_HARMLESS_NAMES, field):
+            unknown.append(prefix + field)
 
 
-def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | None:
-    kind = values["model_type"]
-    defaults = {**BertGenerationConfig().to_dict(), **_DEFAULTS[kind]}
+def _short(value: Any) -> str:
+    """A value for an error, which is not the place for pages of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _warn(where: str, unknown: list[str], most: int = 20) -> None:
+    if unknown:
+        more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
+        warnings.warn(
+            f"{where} has fields that neither transformers nor bertgen_tf reads, which change "
+            f"nothing here: {', '.join(unknown[:most])}{more}.",
+            stacklevel=2,
+        )
+
+
+def _stack(
+    values: dict[str, Any], prefix: str, problems: list[str], padding: int | None = None
+) -> Stack | None:
+    """What is said about one stack; its positions begin after `padding`, by default its own."""
+    kind, defaults = values["model_type"], _defaults(values)
     fields = {field: values.get(field, defaults[field]) for field in (*_SIZES, *TOKEN_IDS)}
-    has_ids = all(fields[field] is not None for field in TOKEN_IDS)
+    missing_ids = tuple(field for field in TOKEN_IDS if fields[field] is None)
     if isinstance(fields["eos_token_id"], list) and len(fields["eos_token_id"]) == 1:
         fields["eos_token_id"] = fields["eos_token_id"][0]
     act = values.get("hidden_act", defaults["hidden_act"])
     if not isinstance(act, str) or act not in HIDDEN_ACTS:
-        problems.append(f"{prefix}hidden_act={act!r} (only {', '.join(HIDDEN_ACTS)})")
+        problems.append(f"{prefix}hidden_act={_short(act)} (only {', '.join(HIDDEN_ACTS)})")
         act = "gelu"
     for field in TOKEN_IDS:
         if fields[field] is None:  # an encoder never reads them
             fields[field] = 0
     is_decoder = bool(values.get("is_decoder"))
     first_position = 0
-    if kind == "roberta" and all(
-        isinstance(fields[field], int) for field in ("pad_token_id", "max_position_embeddings")
+    padding = fields["pad_token_id"] if padding is None else padding
+    if (
+        kind == "roberta"
+        and isinstance(padding, int)
+        and isinstance(fields["max_position_embeddings"], int)
     ):
-        first_position = fields["pad_token_id"] + 1
+        first_position = padding + 1
         fields["max_position_embeddings"] -= first_position
+    if is_decoder:
+        fields["tie_word_embeddings"] = values.get("tie_word_embeddings", True)
+        # RoBERTa's is the same whatever the activation of its stack.
+        transforms = {"bert": HIDDEN_ACTS[act], "roberta": "gelu"}
+        fields["head_transform"] = transforms.get(kind)
     errors = _field_errors(fields)
     if errors:
         problems += [f"{prefix.rstrip('.')}: {error}" if prefix else error for error in errors]
@@ -339,7 +395,12 @@ def _stack(values: dict[str, Any], prefix: str, problems: list[str]) -> Stack | 
         norm_first=kind == gpt2.GPT2,
         add_cross_attention=bool(is_decoder and values.get("add_cross_attention")),
     )
-    return Stack(kind, config, first_position, is_decoder, has_ids)
+    return Stack(kind, config, first_position, is_decoder, missing_ids)
+
+
+def _defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """What a stack of this model_type has where nothing is written."""
+    return {**BertGenerationConfig().to_dict(), **_DEFAULTS[values["model_type"]]}
 
 
 def _field_errors(fields: dict[str, Any]) -> list[str]:
@@ -358,21 +419,15 @@ def _field_errors(fields: dict[str, Any]) -> list[str]:
 
 
 def _side(
-    values: dict[str, Any], side: str, kinds: tuple[str, ...], problems: list[str]
+    values: dict[str, Any], side: str, problems: list[str], unknown: list[str]
 ) -> dict[str, Any] | None:
-    """A copy of what is said about one stack; None, and a problem, if it is not of these kinds."""
+    """A copy of what is said about one stack; None, and a problem, if it is of another kind."""
     stack = values.get(side)
-    kind = stack.get("model_type") if isinstance(stack, dict) else None
-    if kind in kinds:
-        _check_fields(stack, f"{side}.", problems)
-        return dict(stack)
-    why = ""
-    if side == "decoder" and kind in _ENCODERS:
-        why = (
-            ": the head of that decoder, a dense layer and a layer normalisation before the "
-            "softmax, has no place in BertGeneration"
-        )
-    problems.append(f"{side} with model_type {kind!r} (only {' or '.join(kinds)}{why})")
+    kind = model_type_of(stack) if isinstance(stack, dict) else None
+    if kind in _SIDES:
+        _check_fields(stack, f"{side}.", problems, unknown)
+        return {**stack, "model_type": kind}
+    problems.append(f"{side} with model_type {_short(kind)} (only {' or '.join(_SIDES)})")
     return None
 
 
@@ -382,84 +437,9 @@ def _fill_ids(encoder: dict[str, Any], decoder: dict[str, Any]) -> None:
     for field in TOKEN_IDS:
         if encoder.get(field) is None:
             encoder[field] = _DEFAULTS[encoder["model_type"]].get(field)
-        if (
-            encoder[field] is None
-            and isinstance(size, int | float)
-            and decoder.get(field, size) < size
-        ):
-            encoder[field] = decoder[field]
-
-
-def _generation_ids(
-    values: dict[str, Any],
-    generation: dict[str, Any] | None,
-    decoder: dict[str, Any],
-    problems: dict[str, list[str]],
-) -> dict[str, int]:
-    """The ids that generation uses; the start token is what we call bos."""
-    sources = (
-        (_GENERATION, "", generation or {}),
-        (_CONFIG, "", values),
-        (_CONFIG, "decoder.", decoder),
-    )
-    defaults = BertGenerationConfig()
-    size = decoder.get("vocab_size", defaults.vocab_size)
-    if not isinstance(size, int):
-        size = math.inf  # refused elsewhere
-
-    def first(*fields: str) -> int:
-        several = None
-        for field in fields:
-            for file, prefix, source in sources:
-                token = source.get(field)
-                if token is None:
-                    continue
-                tokens = token if isinstance(token, list) else [token]
-                if (
-                    not tokens
-                    or (len(tokens) > 1 and field != "eos_token_id")
-                    or not all(type(token) is int and 0 <= token < size for token in tokens)
-                ):
-                    problems[file].append(
-                        f"{prefix}{field}={token!r} (only an id below vocab_size={size})"
-                    )
-                    return 0
-                if len(tokens) == 1:
-                    return tokens[0]
-                # Several end tokens are a generation setting; the decoder has only one.
-                several = tokens[0] if several is None else several
-        return getattr(defaults, fields[-1]) if several is None else several
-
-    starts = {
-        source["decoder_start_token_id"]
-        for _, _, source in sources[:2]
-        if isinstance(source.get("decoder_start_token_id"), int)
-    }
-    if len(starts) > 1:
-        problems[_CONFIG].append(
-            f"decoder_start_token_id={values['decoder_start_token_id']!r} "
-            f"(generation_config.json says {generation['decoder_start_token_id']!r})"
-        )
-    return {
-        "pad_token_id": first("pad_token_id"),
-        "bos_token_id": first("decoder_start_token_id", "bos_token_id"),
-        "eos_token_id": first("eos_token_id"),
-    }
-
-
-def _settings_in_config(values: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    """The generation settings that transformers 4 wrote into `config.json`."""
-    settings = {
-        field: value
-        for field, value in decoder.items()
-        if field in generations.GENERATION
-        and (field, value) != ("max_length", generations.DEFAULT_MAX_LENGTH)
-    }
-    return settings | {
-        field: value
-        for field, value in values.items()
-        if field in generations.GENERATION and value is not None
-    }
+        token = decoder.get(field)
+        if encoder[field] is None and token is not None and isinstance(size, int | float):
+            encoder[field] = token if token < size else None
 
 
 def _is_own(own: Any) -> bool:

@@ -40,6 +40,14 @@ PATTERNS = (
     "model-*-of-*.safetensors",
 )
 TORCH_PATTERNS = (TORCH, TORCH + INDEX, "pytorch_model-*-of-*.bin")
+# How the names of transformers' classes begin -> model_type; the longer one first.
+_CLASSES = {
+    "BertGeneration": "bert-generation",
+    "Bert": "bert",
+    "Roberta": "roberta",
+    "GPT2": "gpt2",
+    "EncoderDecoder": "encoder-decoder",
+}
 # Buffers with the numbers 0, 1, 2 ..., which old versions stored.
 _BUFFERS = r"(.*\.)?embeddings\.(position_ids|token_type_ids)"
 
@@ -60,9 +68,27 @@ def is_huggingface(source: str | os.PathLike) -> bool:
         return is_hub_name(os.fspath(source))
     try:
         content = json.loads(pathlib.Path(source, CONFIG_FILE).read_text(encoding="utf-8"))
-        return isinstance(content, dict) and "model_type" in content
+        return isinstance(content, dict) and model_type_of(content) is not None
     except (OSError, ValueError, RecursionError):
         return False
+
+
+def model_type_of(config: dict[str, Any]) -> Any:
+    """The `model_type` of a `config.json`; where old versions did not write it, that of its class.
+
+    Returns:
+        what is stored, whatever it is; None if nothing says it.
+    """
+    if config.get("model_type") is not None:
+        return config["model_type"]
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    for prefix, kind in _CLASSES.items():
+        if any(isinstance(name, str) and name.startswith(prefix) for name in names):
+            return kind
+    # As Google's own: what RoBERTa, the only other one with token types, has differs.
+    is_bert = not names and config.get("type_vocab_size") == 2 and not config.get("pad_token_id")
+    return "bert" if is_bert else None
 
 
 def resolve(name: str | os.PathLike) -> pathlib.Path:

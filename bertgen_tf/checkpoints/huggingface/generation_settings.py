@@ -1,7 +1,9 @@
 """Hugging Face's generation settings, in and out: `generation_config.json`, or `config.json`."""
 
+import math
 from typing import Any
 
+from bertgen_tf.checkpoints.huggingface.files import CONFIG_FILE, GENERATION_FILE
 from bertgen_tf.config import DEFAULT_MAX_NEW_TOKENS, TOKEN_IDS, GenerationConfig
 
 # Fields with the same name and meaning there and here.
@@ -172,3 +174,79 @@ def write_generation(settings: GenerationConfig) -> tuple[dict[str, Any], dict[s
 
 def _to_lists(value: Any) -> Any:
     return list(map(_to_lists, value)) if isinstance(value, tuple) else value
+
+
+def read_ids(
+    values: dict[str, Any],
+    generation: dict[str, Any] | None,
+    decoder: dict[str, Any],
+    defaults: dict[str, Any],
+    problems: dict[str, list[str]],
+) -> dict[str, int | None]:
+    """The ids that generation uses; the start token is what we call bos. BERT may lack them.
+
+    Args:
+        values, generation: of `config.json`, and of `generation_config.json` if there is one.
+        decoder: of the decoder's part of `config.json`.
+        defaults: of a decoder of its kind.
+        problems: by file, gets what is wrong.
+    """
+    sources = (
+        (GENERATION_FILE, "", generation or {}),
+        (CONFIG_FILE, "", values),
+        (CONFIG_FILE, "decoder.", decoder),
+    )
+    size = decoder.get("vocab_size", defaults["vocab_size"])
+    if not isinstance(size, int):
+        size = math.inf  # refused elsewhere
+
+    def first(*fields: str) -> int | None:
+        several = None
+        for field in fields:
+            for file, prefix, source in sources:
+                token = source.get(field)
+                if token is None:
+                    continue
+                tokens = token if isinstance(token, list) else [token]
+                if (
+                    not tokens
+                    or (len(tokens) > 1 and field != "eos_token_id")
+                    or not all(type(token) is int and 0 <= token < size for token in tokens)
+                ):
+                    problems[file].append(
+                        f"{prefix}{field}={token!r} (only an id below vocab_size={size})"
+                    )
+                    return 0
+                if len(tokens) == 1:
+                    return tokens[0]
+                # Several end tokens are a generation setting; the decoder has only one.
+                several = tokens[0] if several is None else several
+        return defaults[fields[-1]] if several is None else several
+
+    starts = {
+        source["decoder_start_token_id"]
+        for _, _, source in sources[:2]
+        if isinstance(source.get("decoder_start_token_id"), int)
+    }
+    if len(starts) > 1:
+        problems[CONFIG_FILE].append(
+            f"decoder_start_token_id={values['decoder_start_token_id']!r} "
+            f"(generation_config.json says {generation['decoder_start_token_id']!r})"
+        )
+    return {
+        "pad_token_id": first("pad_token_id"),
+        "bos_token_id": first("decoder_start_token_id", "bos_token_id"),
+        "eos_token_id": first("eos_token_id"),
+    }
+
+
+def settings_in_config(values: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
+    """The generation settings that transformers 4 wrote into `config.json`."""
+    settings = {
+        field: value
+        for field, value in decoder.items()
+        if field in GENERATION and (field, value) != ("max_length", DEFAULT_MAX_LENGTH)
+    }
+    return settings | {
+        field: value for field, value in values.items() if field in GENERATION and value is not None
+    }

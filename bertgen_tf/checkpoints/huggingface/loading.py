@@ -13,6 +13,8 @@ import pathlib
 import warnings
 from typing import Any
 
+import numpy as np
+
 from bertgen_tf.checkpoints.huggingface import config as configs
 from bertgen_tf.checkpoints.huggingface import files, gpt2, tokenizers
 from bertgen_tf.checkpoints.huggingface import weights as names
@@ -24,6 +26,9 @@ from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Decoder, Encoder, Model
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import CROSS_ATTENTION, assign, named_variables
+
+# What Hugging Face's tokenizers put before and after each source.
+_AROUND_SOURCES = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "</s>")}
 
 
 def kind_of(folder: str | os.PathLike) -> str:
@@ -172,12 +177,11 @@ def load_decoder(
         if new and cross_attention == "self_attention":
             pretrained.copy_self_attention(decoder)
         return decoder
-    tensors = names.without_prefix(files.read_tensors(path), "bert.", source)
-    names.untie_head(tensors, source)
+    tensors, parts = _read_lone(path, stack, source)
     names.check_sizes(tensors, stack.config, source)
     kept = pretrained.kept_layers(num_layers, stack.config.num_hidden_layers)
     whole = model_class(stack.config)
-    assign(named_variables(whole), tensors, names.decoder_rules(), source=source)
+    assign(named_variables(whole), tensors, names.decoder_rules(parts), source=source)
     crossed = stack.config.add_cross_attention
     if len(kept) == len(whole.blocks) and (crossed or cross_attention is None):
         return whole
@@ -239,15 +243,20 @@ def _load_pair(
         values, generation, source, read_generation=kwargs.get("generation_config") is None
     )
     sharing = pair.sharing if share is None else ("all" if share else "none")
-    if tokenizer is None:
-        tokenizer = tokenizers.read_tokenizer(path, _ids(pair.decoder))
+    config, tokenizer, special_tokens = _text_of_pair(path, pair, tokenizer, kwargs)
+    parts = names.DECODERS[pair.decoder.kind]
+    prefix = f"decoder.{parts.stack}"
     tensors = files.read_tensors(path)
-    names.untie_head(tensors, source, "decoder.")
-    if pair.encoder.kind != configs.BERT_GENERATION:
-        names.fold_embeddings(tensors, pair.encoder.first_position, source, "encoder.")
+    names.tie_head(tensors, parts, config.tie_word_embeddings, source, "decoder.")
     if "all" in (sharing, pair.sharing):
-        names.complete_stacks(tensors)
-    differing = names.unify_shared(tensors, sharing)
+        names.complete_stacks(tensors, prefix)
+    for stack, own in ((pair.encoder, "encoder."), (pair.decoder, prefix)):
+        if stack.kind == configs.BERT_GENERATION:
+            if pair.encoder.kind != pair.decoder.kind:  # those of the other stack
+                tensors.pop(own + names.TOKEN_TYPES, None)
+        else:
+            names.fold_embeddings(tensors, stack.first_position, source, own)
+    differing = names.unify_shared(tensors, sharing, prefix)
     if differing:
         if share:
             raise ValueError(
@@ -262,17 +271,18 @@ def _load_pair(
         )
         sharing = "none"
     names.check_sizes(tensors, pair.encoder.config, source, "encoder.")
-    names.check_sizes(tensors, pair.decoder.config, source, "decoder.bert.")
+    names.check_sizes(tensors, config, source, prefix)
     settings = {
         "generation_config": pair.generation,
         "max_source_length": pair.encoder.config.max_position_embeddings,
-        "max_target_length": pair.decoder.config.max_position_embeddings,
+        "max_target_length": config.max_position_embeddings,
+        **special_tokens,
         **pair.preprocessor,
     }
     settings |= {name: value for name, value in kwargs.items() if value is not None}
     encoder = BertGenerationEncoder(pair.encoder.config)
     decoder = BertGenerationDecoder(
-        pair.decoder.config, encoder=None if sharing == "none" else encoder, sharing=sharing
+        config, encoder=None if sharing == "none" else encoder, sharing=sharing
     )
     try:
         model = model_class(encoder, decoder, tokenizer, **settings)
@@ -283,7 +293,7 @@ def _load_pair(
             f"{source}/config.json should hold settings under {configs.OWN} that make a model with "
             f"the arguments given, but building it failed: {first_line(error)}"
         ) from error
-    assign(named_variables(model), tensors, names.pair_rules(), source=source)
+    assign(named_variables(model), tensors, names.pair_rules(parts), source=source)
     return model
 
 
@@ -312,7 +322,7 @@ def load_encoder_with_tokenizer(
     own, changes = None, {}
     if need_ids:
         # A BERT's configuration has no bos and eos, or ids that were never used.
-        ids = _ids(stack) if stack.has_ids and stack.kind != "bert" else None
+        ids = _ids(stack.config) if not stack.missing_ids and stack.kind != "bert" else None
         try:
             own = tokenizers.read_tokenizer(path, ids)
         except ValueError:
@@ -322,18 +332,12 @@ def load_encoder_with_tokenizer(
         chosen = tokenizer or own
         if chosen is not None:
             changes = {field: getattr(chosen, field) for field in TOKEN_IDS}
-        elif not stack.has_ids:
+        elif stack.missing_ids:
             raise ValueError(
                 f"{source} has no bos_token_id and eos_token_id, and no vocabulary to take them "
                 "from. In Python: from_huggingface(..., tokenizer=...)."
             )
-    tensors = files.read_tensors(path)
-    prefix = "roberta." if stack.kind == "roberta" else "bert."
-    tensors = names.without_prefix(tensors, prefix, source)
-    if stack.kind == configs.BERT_GENERATION:
-        names.untie_head(tensors, source)
-    else:
-        names.fold_embeddings(tensors, stack.first_position, source)
+    tensors, _ = _read_lone(path, stack, source)
     names.check_sizes(tensors, stack.config, source)
     kept = pretrained.kept_layers(num_layers, stack.config.num_hidden_layers)
     if tokenizer is not None and own is not None and own.get_vocab() != tokenizer.get_vocab():
@@ -350,8 +354,57 @@ def load_encoder_with_tokenizer(
     return pretrained.finish_encoder(whole, kept, model_class), tokenizer or own
 
 
-def _ids(stack: configs.Stack) -> dict[str, int]:
-    return {field: getattr(stack.config, field) for field in TOKEN_IDS}
+def _text_of_pair(
+    path: pathlib.Path,
+    pair: configs.Pair,
+    tokenizer: tokenizers.Tokenizer | None,
+    options: dict[str, Any],
+) -> tuple[BertGenerationConfig, tokenizers.Tokenizer | None, dict[str, bool]]:
+    """The decoder's config with all ids, the tokenizer, and which special tokens sources get."""
+    config, missing = pair.decoder.config, pair.decoder.missing_ids
+    if missing:  # BERT has no start and end tokens of a target, so its [CLS] and [SEP] serve
+        source = tokenizer or tokenizers.read_tokenizer(path, None)
+        if source is None:
+            raise ValueError(
+                f"{path} has no {' and '.join(missing)} of its decoder, and no vocabulary to take "
+                "them from. In Python: from_huggingface(..., tokenizer=...)."
+            )
+        config = config.replace(**{field: getattr(source, field) for field in missing})
+    if tokenizer is None:
+        tokenizer = tokenizers.read_tokenizer(path, _ids(config))
+    around = _AROUND_SOURCES.get(pair.decoder.kind)
+    if tokenizer is None or around is None:
+        return config, tokenizer, {}
+    special_tokens = {"add_bos": True, "add_eos": True}
+    vocabulary = tokenizer.get_vocab()
+    theirs = [vocabulary.get(piece) for piece in around]
+    ours = [config.bos_token_id, config.eos_token_id]
+    chosen = special_tokens.keys() <= {*options, *pair.preprocessor}
+    if None not in theirs and theirs != ours and not chosen:
+        raise ValueError(
+            f"{path} has sources between {' and '.join(around)}, of the ids {theirs}, but outputs "
+            f"between the ids {ours}; both are the same here. To read sources without them, in "
+            "Python: from_huggingface(..., add_bos=False, add_eos=False)."
+        )
+    return config, tokenizer, special_tokens
+
+
+def _read_lone(
+    path: pathlib.Path, stack: configs.Stack, source: str
+) -> tuple[dict[str, np.ndarray], names.DecoderNames]:
+    """The tensors of a lone stack, with what is tied or folded as in ours, and its names."""
+    parts = names.DECODERS[stack.kind]
+    tensors = names.without_prefix(files.read_tensors(path), parts.stack, source)
+    parts = parts._replace(stack="")
+    if stack.is_decoder or stack.kind == configs.BERT_GENERATION:
+        names.tie_head(tensors, parts, stack.config.tie_word_embeddings, source)
+    if stack.kind != configs.BERT_GENERATION:
+        names.fold_embeddings(tensors, stack.first_position, source)
+    return tensors, parts
+
+
+def _ids(config: BertGenerationConfig) -> dict[str, int]:
+    return {field: getattr(config, field) for field in TOKEN_IDS}
 
 
 def _read_stack(path: pathlib.Path) -> configs.Stack:

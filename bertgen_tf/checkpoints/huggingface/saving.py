@@ -59,6 +59,13 @@ def save(
             "model must have BERT's blocks to become a Hugging Face checkpoint: bert-generation "
             "has no place for GPT-2's (norm_first=True). Save a preset."
         )
+    for config in (stack.config for stack in stacks):
+        if config.head_transform not in (None, config.hidden_act):
+            raise ValueError(
+                "model must have a head_transform equal to its hidden_act to become a Hugging Face "
+                f"checkpoint, where BERT has one for both, received {config.head_transform!r} and "
+                f"{config.hidden_act!r}. Save a preset."
+            )
     if getattr(model, "decoder_tokenizer", None) is not None:
         raise ValueError(
             "model must have one tokenizer to become a Hugging Face checkpoint, which has no place "
@@ -74,7 +81,8 @@ def save(
             one.update(more)
         tokenizer = model.tokenizer
     else:
-        config = configs.write_stack(model.config, type(model).__name__)
+        is_decoder = isinstance(model, BertGenerationDecoder)
+        config = configs.write_stack(model.config, is_decoder=is_decoder)
         tensors, sizes = names.tensors_of(model)
 
     def write(path: pathlib.Path) -> None:

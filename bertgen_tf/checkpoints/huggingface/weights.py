@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 
 from bertgen_tf.config import BertGenerationConfig
+from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.network.weights import Rule, named_variables
 
 _LAYER = "encoder.layer.N."
@@ -41,9 +41,9 @@ def _stack_names() -> list[tuple[str, str]]:
 
 # Hugging Face's names of a stack -> ours; N is the number of a layer.
 STACK_NAMES = tuple(_stack_names())
-HEAD_NAME = ("lm_head.bias", "output_bias")
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 POSITION_EMBEDDINGS = "embeddings.position_embeddings.weight"
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 # What checkpoints of encoders also hold: heads, poolers, and cross-attention where they were
 # converted from a stack that is encoder and decoder in one.
 NOT_IN_ENCODER = Rule(
@@ -51,31 +51,72 @@ NOT_IN_ENCODER = Rule(
 )
 
 
+class DecoderNames(NamedTuple):
+    """Where a decoder of one model_type has its stack and its head.
+
+    Attributes:
+        stack, head: prefixes. The head has a `bias`, and a `decoder` with weight and bias, which
+            may be those of the word embeddings and that `bias`.
+        dense, norm: the head's transform, after `head`; None if there is none.
+    """
+
+    stack: str
+    head: str
+    dense: str | None = None
+    norm: str | None = None
+
+    @property
+    def tensors(self) -> list[tuple[str, str]]:
+        """The names of the head -> ours; its matrix is there if it is not tied."""
+        names = [(f"{self.head}bias", "output_bias"), (self.matrix, "output_kernel")]
+        if self.dense is not None:
+            names += _dense(self.head + self.dense, "head_transform/dense")
+            names += _norm(self.head + self.norm, "head_transform/layer_norm")
+        return names
+
+    @property
+    def matrix(self) -> str:
+        """The name of the head's matrix."""
+        return f"{self.head}decoder.weight"
+
+
+DECODERS = {
+    "bert-generation": DecoderNames("bert.", "lm_head."),
+    "bert": DecoderNames("bert.", "cls.predictions.", "transform.dense", "transform.LayerNorm"),
+    "roberta": DecoderNames("roberta.", "lm_head.", "dense", "layer_norm"),
+}
+
+
 def rules(theirs: str = "", ours: str = "") -> list[Rule]:
     """The rules of one stack, whose names begin with these prefixes."""
-    table = []
-    for source, target in STACK_NAMES:
-        pattern = re.escape(theirs + source).replace(r"\.N\.", r"\.(\d+)\.")
-        # TensorFlow's names, which old checkpoints have.
-        pattern = pattern.replace(r"LayerNorm\.weight", r"LayerNorm\.(?:weight|gamma)")
-        pattern = pattern.replace(r"LayerNorm\.bias", r"LayerNorm\.(?:bias|beta)")
-        table.append(Rule(pattern, ours + target.replace("_N/", r"_\1/")))
-    return table
+    return [_rule(theirs + source, ours + target) for source, target in STACK_NAMES]
 
 
-def pair_rules() -> list[Rule]:
+def pair_rules(decoder: DecoderNames) -> list[Rule]:
     """The rules of an encoder-decoder."""
     return [
         *rules("encoder.", "encoder/"),
-        *rules("decoder.bert.", "decoder/"),
-        Rule(re.escape("decoder." + HEAD_NAME[0]), "decoder/" + HEAD_NAME[1]),
+        *decoder_rules(decoder, "decoder.", "decoder/"),
         Rule(r"encoder\.pooler\..*", None),
     ]
 
 
-def decoder_rules() -> list[Rule]:
-    """The rules of a lone decoder, without the prefix `bert.`."""
-    return [*rules(), Rule(re.escape(HEAD_NAME[0]), HEAD_NAME[1])]
+def decoder_rules(decoder: DecoderNames, theirs: str = "", ours: str = "") -> list[Rule]:
+    """The rules of a decoder, whose names begin with these prefixes."""
+    return [
+        *rules(theirs + decoder.stack, ours),
+        *(_rule(theirs + source, ours + target) for source, target in decoder.tensors),
+        # transformers 3 gave decoders one, too.
+        Rule(re.escape(f"{theirs}{decoder.stack}pooler.") + ".*", None),
+    ]
+
+
+def _rule(source: str, target: str) -> Rule:
+    pattern = re.escape(source).replace(r"\.N\.", r"\.(\d+)\.")
+    # TensorFlow's names, which old checkpoints have.
+    pattern = pattern.replace(r"LayerNorm\.weight", r"LayerNorm\.(?:weight|gamma)")
+    pattern = pattern.replace(r"LayerNorm\.bias", r"LayerNorm\.(?:bias|beta)")
+    return Rule(pattern, target.replace("_N/", r"_\1/"))
 
 
 def without_prefix(tensors: dict[str, np.ndarray], prefix: str, source: str) -> dict:
@@ -93,41 +134,61 @@ def without_prefix(tensors: dict[str, np.ndarray], prefix: str, source: str) -> 
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def untie_head(tensors: dict[str, np.ndarray], source: str, decoder: str = "") -> None:
-    """Replaces the names of the tied head with those of what it is tied to.
+def tie_head(
+    tensors: dict[str, np.ndarray],
+    decoder: DecoderNames,
+    tied: bool,
+    source: str,
+    prefix: str = "",
+) -> None:
+    """Leaves each tensor of a decoder's head under one name.
+
+    Args:
+        tensors: of the checkpoint.
+        decoder: its names, after `prefix`.
+        tied: whether the head's matrix is that of the word embeddings.
+        source: the folder, for errors.
+        prefix: "decoder." in a pair.
 
     Raises:
-        ValueError: both are stored, and differ.
+        ValueError: both names of what is tied are stored, and differ.
     """
-    stack = f"{decoder}bert." if decoder else ""
-    ties = {
-        f"{decoder}lm_head.decoder.weight": stack + WORD_EMBEDDINGS,
-        f"{decoder}lm_head.decoder.bias": f"{decoder}lm_head.bias",
-    }
+    bias, alias = f"{prefix}{decoder.head}bias", f"{prefix}{decoder.head}decoder.bias"
+    if not tied:
+        if alias in tensors:  # the one that transformers adds
+            tensors[bias] = tensors.pop(alias)
+        return
+    ties = {prefix + decoder.matrix: f"{prefix}{decoder.stack}{WORD_EMBEDDINGS}", alias: bias}
     for alias, name in ties.items():
         if alias not in tensors:
             continue
         if name in tensors and not np.array_equal(tensors[alias], tensors[name]):
             raise ValueError(
                 f"{source} should hold a softmax that is tied to the word embeddings, but {alias} "
-                f"and {name} differ."
+                f"and {name} differ. If that is meant, set tie_word_embeddings to false in the "
+                "decoder's part of its config.json."
             )
         tensors[name] = tensors.pop(alias)
 
 
-def complete_stacks(tensors: dict[str, np.ndarray]) -> None:
-    """Gives both names to what two equal stacks store under one: transformers 4 drops the other."""
-    for name, other in _counterparts(tensors):
+def complete_stacks(tensors: dict[str, np.ndarray], stack: str) -> None:
+    """Gives both names to what two equal stacks store under one: transformers 4 drops the other.
+
+    Args:
+        tensors: of the checkpoint.
+        stack: prefix of the decoder's stack.
+    """
+    for name, other in _counterparts(tensors, stack):
         tensors.setdefault(other, tensors[name])
 
 
-def unify_shared(tensors: dict[str, np.ndarray], sharing: str) -> list[str]:
+def unify_shared(tensors: dict[str, np.ndarray], sharing: str, stack: str) -> list[str]:
     """The encoder's names of tensors that should be shared but differ between the stacks.
 
     Those that are equal become one array.
     """
     differing = []
-    for name, other in _counterparts(tensors):
+    for name, other in _counterparts(tensors, stack):
         if not name.startswith("encoder.") or other not in tensors:
             continue
         if sharing == "all" or sharing == "word_embeddings" and name.endswith(WORD_EMBEDDINGS):
@@ -179,13 +240,12 @@ def check_sizes(
         )
 
 
-def _counterparts(tensors: dict[str, np.ndarray]) -> Iterable[tuple[str, str]]:
-    encoder, decoder = "encoder.", "decoder.bert."
+def _counterparts(tensors: dict[str, np.ndarray], stack: str) -> Iterable[tuple[str, str]]:
     for name in list(tensors):
-        if name.startswith(encoder):
-            yield name, decoder + name.removeprefix(encoder)
-        elif name.startswith(decoder) and ".crossattention." not in name:
-            yield name, encoder + name.removeprefix(decoder)
+        if name.startswith("encoder.") and not name.startswith("encoder.pooler."):
+            yield name, stack + name.removeprefix("encoder.")
+        elif name.startswith(stack) and ".crossattention." not in name:
+            yield name, "encoder." + name.removeprefix(stack)
 
 
 def fold_embeddings(
@@ -197,7 +257,7 @@ def fold_embeddings(
         ValueError: a tensor is missing, or the two do not fit.
     """
     name = prefix + POSITION_EMBEDDINGS
-    types = f"{prefix}embeddings.token_type_embeddings.weight"
+    types = prefix + TOKEN_TYPES
     positions, type_rows = tensors.get(name), tensors.pop(types, None)
     if (
         positions is None
@@ -215,29 +275,47 @@ def fold_embeddings(
     tensors[name] = positions[first_position:] + type_rows[0]
 
 
+def decoder_kind(config: BertGenerationConfig) -> str:
+    """The model_type under which a decoder is written."""
+    return "bert-generation" if config.head_transform is None else "bert"
+
+
 def tensors_of(
-    layer: keras.Layer, prefix: str = ""
+    layer: BertGenerationEncoder | BertGenerationDecoder, prefix: str = ""
 ) -> tuple[dict[str, Callable[[], np.ndarray]], dict[str, int]]:
     """Hugging Face's tensors of an encoder or decoder: functions that return them, and their bytes.
 
     Args:
-        layer: a `BertGenerationEncoder` or `BertGenerationDecoder`.
+        layer: what to write.
         prefix: "encoder." or "decoder." where it is part of a pair.
     """
     variables = named_variables(layer)
-    head = HEAD_NAME[1] in variables
-    stack = f"{prefix}bert." if head else prefix
-    names = {ours: stack + theirs for theirs, ours in STACK_NAMES}
-    names[HEAD_NAME[1]] = prefix + HEAD_NAME[0]
+    names = {ours: prefix + theirs for theirs, ours in STACK_NAMES}
+    if isinstance(layer, BertGenerationDecoder):
+        kind = decoder_kind(layer.config)
+        decoder = DECODERS[kind]
+        names = {ours: f"{prefix}{decoder.stack}{theirs}" for theirs, ours in STACK_NAMES}
+        names |= {ours: prefix + theirs for theirs, ours in decoder.tensors}
     tensors, sizes = {}, {}
+
+    def add(theirs: str, read: Callable[[], np.ndarray], shape: tuple[int, ...]) -> None:
+        tensors[theirs] = read
+        sizes[theirs] = 4 * int(np.prod(shape))
+
     for name, variable in variables.items():
         match = re.fullmatch(r"layer_(\d+)(/.*)", name)
         if match:
             theirs = names[f"layer_N{match[2]}"].replace(".N.", f".{match[1]}.")
         else:
             theirs = names[name]
-        tensors[theirs] = _reader(variable)
-        sizes[theirs] = 4 * int(np.prod(variable.shape))
+        add(theirs, _reader(variable), variable.shape)
+        if name == "output_bias" and "output_kernel" in variables:  # untied, it has two there
+            add(f"{prefix}{decoder.head}decoder.bias", _reader(variable), variable.shape)
+    if isinstance(layer, BertGenerationDecoder) and kind == "bert":
+        # They are part of the positions here.
+        shape = (1, layer.config.hidden_size)
+        types = f"{prefix}{decoder.stack}{TOKEN_TYPES}"
+        add(types, lambda: np.zeros(shape, np.float32), shape)
     return tensors, sizes
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import bertgen_tf as bg
+from bertgen_tf.checkpoints.huggingface.files import model_type_of
 from tests.helpers import write_checkpoint
 from tests.helpers.huggingface import assert_close
 
@@ -88,9 +89,10 @@ def test_all_that_config_asks_for_in_vain_is_one_error(copy):
         values["decoder"].update(
             position_embedding_type="relative_key", hidden_act="silu", is_decoder=False
         )
-        values["encoder"].update(pruned_heads={"0": [1]}, new_option=7, vocab_size=0)
+        values["encoder"].update(pruned_heads={"0": [1]}, vocab_size=0)
+        values["encoder"]["quantization_config"] = {"quant_method": "fp8", "skip": ["x" * 99]}
         values["encoder"].update(hidden_dropout_prob=2, num_attention_heads="x")
-        values["tie_word_embeddings"] = False
+        values["decoder"]["tie_word_embeddings"] = 0
 
     folder = copy("v4_shared", config=change)
     with pytest.raises(ValueError, match="config.json asks for what is not supported") as error:
@@ -100,11 +102,12 @@ def test_all_that_config_asks_for_in_vain_is_one_error(copy):
         "decoder.hidden_act='silu' (only gelu, gelu_python, gelu_new",
         "decoder.is_decoder=False (only True)",
         "encoder.pruned_heads={'0': [1]} (only {})",
-        "encoder.new_option=7 (unknown)",
+        "encoder.quantization_config={'quant_method': 'fp8', 'skip': ['xxx",
+        "xxx... (only None)",
         "encoder: vocab_size must be an integer of at least 1, received 0",
         "encoder: hidden_dropout_prob must be a number in [0, 1), received 2",
         "encoder: num_attention_heads must be an integer of at least 1, received 'x'",
-        "tie_word_embeddings=False (only True)",
+        "decoder: tie_word_embeddings must be True or False, received 0",
     ):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
@@ -115,7 +118,7 @@ def test_settings_of_generation_are_in_the_same_error(copy):
 
     def change(values):
         values["decoder"].update(hidden_act="silu", num_beam_groups=3)
-        values["encoder"]["new_option"] = 7
+        values["encoder"]["prefix"] = "x"
 
     folder = copy("v4_shared", config=change)
     (folder / "generation_config.json").unlink()
@@ -123,10 +126,10 @@ def test_settings_of_generation_are_in_the_same_error(copy):
         bg.EncoderDecoderModel.from_huggingface(folder)
     assert "\n" not in str(e.value)
     values = json.loads((folder / "config.json").read_text())
-    values["decoder"]["model_type"] = "roberta"
+    values["decoder"]["model_type"] = "gpt2"
     (folder / "config.json").write_text(json.dumps(values))
     (folder / "generation_config.json").write_text('{"guidance_scale": 2}')
-    with pytest.raises(ValueError, match="new_option=7.*'roberta'.*n_config.json.*dance_scale=2"):
+    with pytest.raises(ValueError, match="prefix='x'.*'gpt2'.*n_config.json.*dance_scale=2"):
         bg.EncoderDecoderModel.from_huggingface(folder)
 
 
@@ -193,11 +196,14 @@ def test_positions_of_a_roberta_that_tells_no_padding(checkpoints, copy):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.pop("model_type"), "should have a model_type, one of .* but has None"),
+        (
+            lambda v: (v.pop("model_type"), v.pop("architectures")),
+            "should have a model_type, one of .* but has None",
+        ),
         (lambda v: v.update(model_type="t5"), "but has 't5'"),
         (
-            lambda v: v["decoder"].update(model_type="bert"),
-            r"decoder with model_type 'bert' \(only bert-generation: the head of that decoder",
+            lambda v: v["decoder"].update(model_type="gpt2"),
+            r"decoder with model_type 'gpt2' \(only bert-generation or bert or roberta",
         ),
         (
             lambda v: v.update(encoder=None),
@@ -247,6 +253,76 @@ def test_own_settings_that_fit_no_model(tmp_path, model, own):
     (tmp_path / "out/config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="out/config.json should hold settings under bertgen_tf"):
         bg.EncoderDecoderModel.from_huggingface(tmp_path / "out")
+
+
+# Each alone is on a public checkpoint, and transformers gives the same numbers with it.
+HARMLESS = {
+    "output_past": True,
+    "eos_token_ids": 0,
+    "language": "english",
+    "name": "Bert",
+    "adapters": {"adapters": {}, "config_map": {}},
+    "model_max_length": 512,
+    "embedding_size": 768,
+    "tie_word_embeddings": False,
+    "hidden_act": "gelu_python",
+    "_num_labels": 2,
+    "summary_type": "first",
+    "summary_use_proj": True,
+    "auto_map": {"AutoModel": "modeling.py"},
+    "do_lower_case": True,
+    "classifier_dropout": 0.3,
+    "gradient_checkpointing": True,
+    "num_beams": 4,
+    "torch_dtype": "float16",
+}
+
+
+def test_fields_that_change_nothing(tmp_path, recwarn):
+    """Known ones are ignored, whatever their values; unknown ones are one warning."""
+    read = bg.BertGenerationEncoder.from_huggingface
+    ids = np.arange(6)[None]
+    expected = read(write_checkpoint(tmp_path / "plain"))(ids)
+    folder = write_checkpoint(tmp_path / "more", **HARMLESS)
+    np.testing.assert_array_equal(read(folder)(ids), expected)
+    assert not recwarn.list
+    values = json.loads((folder / "config.json").read_text())
+    del values["model_type"]
+    (folder / "config.json").write_text(json.dumps({**values, "new_option": 7, "team": "x"}))
+    with pytest.warns(UserWarning, match="config.json has fields .*: new_option, team.$") as seen:
+        np.testing.assert_array_equal(read(folder)(ids), expected)
+    assert len(seen) == 1
+
+
+def test_unknown_fields_of_a_pair_are_one_warning(copy):
+    def change(values):
+        values["encoder"]["one"] = 1
+        values["decoder"]["two"] = 2
+        values.update({f"three_{i}": 3 for i in range(30)})
+        values.update(tie_word_embeddings=False, is_decoder=False)  # nobody reads them there
+
+    with pytest.warns(UserWarning, match=": three_0, .*three_19 and 12 more") as seen:
+        bg.EncoderDecoderModel.from_huggingface(copy("v4_shared", config=change))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "bert"),
+        ({"architectures": ["BertGenerationDecoder"]}, "bert-generation"),
+        ({"architectures": ["RobertaModel"], "type_vocab_size": 1}, "roberta"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "gpt2"),
+        ({"architectures": ["EncoderDecoderModel"]}, "encoder-decoder"),
+        ({"type_vocab_size": 2, "directionality": "bidi"}, "bert"),  # Google's bert_config.json
+        ({"type_vocab_size": 1, "pad_token_id": 1}, None),  # perhaps RoBERTa
+        ({"architectures": ["T5Model"], "type_vocab_size": 2}, None),
+        ({"format": "bertgen_tf preset", "model": {}}, None),
+        ({"model_type": "t5", "architectures": ["BertModel"]}, "t5"),
+    ],
+)
+def test_model_type_that_is_not_written(values, kind):
+    assert model_type_of(values) == kind
 
 
 def test_ids_that_nobody_uses(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import bertgen_tf as bg
 from bertgen_tf.checkpoints.huggingface import config as configs
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
-from bertgen_tf.config import TOKEN_IDS
+from bertgen_tf.config import HEAD_FIELDS, TOKEN_IDS
 from tests.helpers.huggingface import assert_same_model, make_pair
 
 
@@ -235,6 +235,6 @@ def test_every_setting_has_its_place():
     """A field that is added to a config and forgotten here would be lost in silence."""
     fields = {*generations.GENERATION_FIELDS, *generations.OWN_GENERATION}
     assert fields == set(bg.GenerationConfig.__dataclass_fields__)
-    fields = {*configs._SIZES, *TOKEN_IDS, "hidden_act", "add_cross_attention"}
+    fields = {*configs._SIZES, *TOKEN_IDS, *HEAD_FIELDS, "hidden_act", "add_cross_attention"}
     ours = {"norm_first", "source_positions", "quantization"}  # such models are not written
     assert fields == set(bg.BertGenerationConfig.__dataclass_fields__) - ours

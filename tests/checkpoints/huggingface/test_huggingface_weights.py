@@ -218,9 +218,9 @@ def test_what_is_shared_is_in_memory_once():
     words = "embeddings.word_embeddings.weight"
     tensors = {f"encoder.{words}": one, f"decoder.bert.{words}": one.copy(), "encoder.x": one}
     tensors["decoder.bert.x"] = one + 1
-    assert names.unify_shared(tensors, "word_embeddings") == []
+    assert names.unify_shared(tensors, "word_embeddings", "decoder.bert.") == []
     assert tensors[f"encoder.{words}"] is tensors[f"decoder.bert.{words}"]
-    assert names.unify_shared(tensors, "all") == ["encoder.x"]
+    assert names.unify_shared(tensors, "all", "decoder.bert.") == ["encoder.x"]
 
 
 def test_the_head_must_be_tied(copy):
