@@ -23,6 +23,7 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
+from bertgen_tf.network import sources
 from bertgen_tf.network.weights import VariablePart, named_variables
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
@@ -107,6 +108,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
         ValueError: it is not a preset, or one of its files is damaged.
     """
     folder = pathlib.Path(folder)
+    sources.handles.check_family(folder, sources.handles.PRESET)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
@@ -212,19 +214,32 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """The config of the model in `folder`, without its vocabulary.
 
     Raises:
-        ValueError: it is not a preset.
+        FileNotFoundError, ValueError: it is not a preset.
     """
     folder = pathlib.Path(folder)
+    config = _read_config(folder)
+    if config is not None:
+        return config
+    sources.handles.check_family(folder, sources.handles.PRESET)
+    raise ValueError(
+        f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
+        f"or is not that of a {FORMAT}."
+    )
+
+
+def has_config(folder: pathlib.Path) -> bool:
+    """Whether a folder has the `config.json` of a preset."""
+    return _read_config(folder) is not None
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["format"] == FORMAT and isinstance(content["model"], dict):
             return content["model"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise ValueError(
-        f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
-        f"or is not that of a {FORMAT}."
-    )
+    return None
 
 
 def _expected_tensors(model: EncoderDecoderModel) -> int:
@@ -250,7 +265,4 @@ def is_preset(folder: pathlib.Path) -> bool:
     """Whether the folder holds a preset, and nothing else that replacing it would delete."""
     names = [name for name, _ in VOCABULARIES.values()]
     ours = {CONFIG_FILE, WEIGHTS_FILE, *names, *(f"decoder-{name}" for name in names)}
-    try:
-        return bool(read_config(folder)) and ours.issuperset(os.listdir(folder))
-    except ValueError:
-        return False
+    return has_config(folder) and ours.issuperset(os.listdir(folder))

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from bertgen_tf.checkpoints import huggingface, presets
-from bertgen_tf.checkpoints.handles import kind_of
+from bertgen_tf.checkpoints.handles import (
+    HUB,
+    HUB_ENCODER,
+    HUB_ORIGINAL,
+    HUGGINGFACE_DECODER,
+    HUGGINGFACE_ENCODER,
+    HUGGINGFACE_PAIR,
+    PRESET,
+    kind_of,
+)
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
 from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
@@ -64,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     source, target, verify = arguments.source, arguments.target, arguments.verify
     kind = kind_of(source)
-    if kind == "preset":
+    if kind == PRESET:
         folders.check_writable(target, huggingface.is_ours, "a Hugging Face checkpoint")
     else:
         presets.check_writable(target)
@@ -74,23 +83,23 @@ def _convert(arguments: argparse.Namespace) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {name:{width}}  {value}")
-    if verify and kind.startswith("TF Hub"):
+    if verify and kind.startswith(HUB):
         print("verified: the module itself gives the same")
-    elif verify and kind == "HuggingFace encoder" and arguments.num_layers is not None:
+    elif verify and kind == HUGGINGFACE_ENCODER and arguments.num_layers is not None:
         print("not compared with Hugging Face's own outputs: not all layers were kept")
-    elif verify and kind != "preset":
-        pair = kind == "HuggingFace encoder-decoder"
+    elif verify and kind != PRESET:
+        pair = kind == HUGGINGFACE_PAIR
         _verify_with_transformers(model if pair else model.encoder, source, source)
 
     def check(path: pathlib.Path) -> None:
-        if kind != "preset":
+        if kind != PRESET:
             _verify_written(model, EncoderDecoderModel.from_preset(path), target)
             return
         written = EncoderDecoderModel.from_huggingface(path)
         _verify_written(with_dtype(model, "float32"), written, target)
         _verify_with_transformers(written, str(path), target)
 
-    save = huggingface.save if kind == "preset" else presets.save
+    save = huggingface.save if kind == PRESET else presets.save
     save(model, target, check=check if verify else None)
     print(f"written: {target}")
 
@@ -151,6 +160,8 @@ def _describe_stack(config: BertGenerationConfig) -> str:
         f"{config.num_hidden_layers} layers, {config.hidden_size} wide, "
         f"{config.num_attention_heads} heads, {config.intermediate_size} inside, "
         f"{config.max_position_embeddings} positions, {config.hidden_act}"
+        + (", a transform before the softmax" if config.head_transform else "")
+        + ("" if config.tie_word_embeddings else ", an output matrix of its own")
         + (f", {config.quantization} matrices" if config.quantization else "")
     )
 
@@ -161,25 +172,25 @@ def _read(arguments: argparse.Namespace, kind: str) -> EncoderDecoderModel:
         for name in WARM_START_FLAGS
         if getattr(arguments, name) is not None
     }
-    if given and kind not in ("TF Hub encoder", "HuggingFace encoder"):
+    if given and kind not in (HUB_ENCODER, HUGGINGFACE_ENCODER):
         raise ValueError(
             f"{flags(given)} applies to an encoder, and {arguments.source} is a {kind}"
         )
-    if arguments.original and kind != "TF Hub original":
+    if arguments.original and kind != HUB_ORIGINAL:
         raise ValueError(f"--original applies to an original, and {arguments.source} is a {kind}")
-    if kind == "preset":
+    if kind == PRESET:
         return EncoderDecoderModel.from_preset(arguments.source)
-    if kind == "TF Hub original":
+    if kind == HUB_ORIGINAL:
         if arguments.original:
             given["original"] = arguments.original
         return EncoderDecoderModel.from_hub(arguments.source, verify=arguments.verify, **given)
-    if kind == "TF Hub encoder":
+    if kind == HUB_ENCODER:
         return EncoderDecoderModel.from_hub(
             encoder=arguments.source, verify=arguments.verify, **given
         )
-    if kind == "HuggingFace encoder":
+    if kind == HUGGINGFACE_ENCODER:
         return EncoderDecoderModel.from_huggingface(encoder=arguments.source, **given)
-    if kind == "HuggingFace decoder":
+    if kind == HUGGINGFACE_DECODER:
         raise ValueError(
             f"{arguments.source} should be an encoder-decoder or an encoder, but is a decoder "
             "alone: in Python, BertGenerationDecoder.from_huggingface reads it"

@@ -1,14 +1,16 @@
 """Readers and writers of model files, as `from_hub`, `export` and the like call them.
 
-The models know no file format: readers build models, so they stand above them. `bertgen_tf`
-connects these modules when it is imported, which happens before any import of its parts. So one
-call goes up, and no import does.
+The models know no file format: readers build models, so they stand above them. One reader knows
+nothing of the others, either: `handles` says what they read. `bertgen_tf` connects these modules
+when it is imported, which happens before any import of its parts. So one call goes up, and no
+import does.
 """
 
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bertgen_tf.checkpoints import handles as handles
     from bertgen_tf.checkpoints import hub as hub
     from bertgen_tf.checkpoints import huggingface as huggingface
     from bertgen_tf.checkpoints import presets as presets

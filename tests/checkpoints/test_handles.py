@@ -1,7 +1,11 @@
 from pathlib import Path
 
+import pytest
+
+import bertgen_tf as bg
+from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.handles import HUB, HUGGINGFACE, PRESET, family_of, kind_of
-from tests.helpers import make_small_model
+from tests.helpers import make_small_model, write_checkpoint
 
 
 def test_names_on_the_huggingface_hub(tmp_path, monkeypatch):
@@ -15,6 +19,9 @@ def test_names_on_the_huggingface_hub(tmp_path, monkeypatch):
     assert family_of("https://example.com/x") == HUB
     assert family_of("a/b/c") == HUB
     assert family_of("name") == HUB
+    assert family_of("bert-base-uncased") == family_of("gpt2") == HUGGINGFACE
+    (tmp_path / "gpt2").mkdir()
+    assert family_of("gpt2") == HUB  # a folder
 
 
 def test_kinds_of_folders(tmp_path, hub_module):
@@ -39,3 +46,79 @@ def test_kinds_of_folders(tmp_path, hub_module):
         Path(hub_module): "TF Hub encoder",
     }
     assert {path: kind_of(path) for path in kinds} == kinds
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, hub_module):
+    """One of each kind."""
+    base = tmp_path_factory.mktemp("handles")
+    model = make_small_model()
+    model.save_to_preset(base / "preset")
+    model.save_to_huggingface(base / "pair")
+    write_checkpoint(base / "bert")
+    (base / "export/3").mkdir(parents=True)
+    for name in ("saved_model.pb", "metadata.json"):
+        (base / "export/3" / name).write_text("{}")
+    model.save(base / "model.keras")
+    return {path.name: str(path) for path in base.iterdir()} | {"module": hub_module}
+
+
+PRESET_IS_READ = r"is a preset: EncoderDecoderModel.from_preset reads it"
+MODULE_IS_READ = "is a TF Hub module: from_hub reads it"
+CHECKPOINT_IS_READ = "is a Hugging Face checkpoint: from_huggingface reads it"
+NAME_IS_READ = "As a name on the Hugging Face hub, from_huggingface reads it: "
+EXPORT_IS_READ = "is an export for serving: bertgen-tf serve"
+KERAS_READS = "is a file of Keras: keras.models.load_model reads it"
+BERT_PAGE = "https://huggingface.co/google-bert/bert-base-uncased"
+
+
+@pytest.mark.parametrize(
+    ("call", "handle", "message"),
+    [
+        ("from_hub", "preset", PRESET_IS_READ),
+        ("from_hub", "pair", CHECKPOINT_IS_READ),
+        ("from_hub", "bert", CHECKPOINT_IS_READ),
+        ("from_hub", "export", EXPORT_IS_READ),
+        ("from_hub", "export/3", EXPORT_IS_READ),
+        ("from_hub", "model.keras", KERAS_READS),
+        ("from_hub", "bert-base-uncased", f"{NAME_IS_READ}'bert-base-uncased'"),
+        ("from_hub", "google-bert/bert-base-uncased", f"{NAME_IS_READ}'google-bert/bert-base-un"),
+        ("from_hub", BERT_PAGE, f"{NAME_IS_READ}'google-bert/bert-base-uncased'"),
+        ("from_hub", "module", r"from_hub\(encoder=...\)|encoder="),
+        ("from_huggingface", "module", MODULE_IS_READ),
+        ("from_huggingface", "https://tfhub.dev/google/bert/1", MODULE_IS_READ),
+        ("from_huggingface", "preset", PRESET_IS_READ),
+        ("from_huggingface", "export/3", EXPORT_IS_READ),
+        ("from_huggingface", "bert", "Pass it as encoder="),
+        ("from_huggingface", BERT_PAGE, f"{NAME_IS_READ}'google-bert/bert-base-uncased'"),
+        ("from_preset", "module", MODULE_IS_READ),
+        ("from_preset", "pair", CHECKPOINT_IS_READ),
+        ("from_preset", "bert", CHECKPOINT_IS_READ),
+        ("from_preset", "export", EXPORT_IS_READ),
+        ("from_preset", "model.keras", KERAS_READS),
+        ("from_preset", "roberta-base", f"{NAME_IS_READ}'roberta-base'"),
+    ],
+)
+def test_what_another_call_reads(folders, call, handle, message):
+    name, _, version = handle.partition("/")
+    handle = "/".join([folders[name], version]) if name in folders else handle
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        getattr(bg.EncoderDecoderModel, call)(handle.rstrip("/"))
+    assert len(str(error.value)) < 300
+
+
+def test_what_another_call_reads_as_a_side(folders):
+    """The same for the keywords, for a single stack, for recipes and on the command line."""
+    model, encoder = bg.EncoderDecoderModel, bg.BertGenerationEncoder
+    for call, message in (
+        (lambda: model.from_hub(encoder=folders["bert"]), CHECKPOINT_IS_READ),
+        (lambda: model.from_huggingface(encoder=folders["module"]), MODULE_IS_READ),
+        (lambda: model.from_huggingface(encoder=folders["pair"]), "EncoderDecoderModel.from_hugg"),
+        (lambda: encoder.from_hub(folders["preset"]), PRESET_IS_READ),
+        (lambda: bg.BertGenerationDecoder.from_huggingface(folders["preset"]), PRESET_IS_READ),
+        (lambda: bg.warm_start("BERT2BERT", encoder=folders["preset"]), PRESET_IS_READ),
+        (lambda: presets.read_config(folders["bert"]), CHECKPOINT_IS_READ),
+        (lambda: kind_of(folders["export"]), EXPORT_IS_READ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -21,6 +21,7 @@ from tensorflow_hub import resolver
 
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
+from bertgen_tf.network import sources
 
 # The largest original is 3.1 GB; an archive that unpacks to more is not such a module.
 MAX_UNPACKED_BYTES = 8 * 2**30
@@ -49,9 +50,10 @@ def resolve(handle: str) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: it cannot be fetched or unpacked, or holds no SavedModel, or the user's cache
-            folder is writable by others, or not at all.
+        ValueError: it is what another call reads, it cannot be fetched or unpacked, or holds no
+            SavedModel, or the user's cache folder is writable by others, or not at all.
     """
+    sources.handles.check_family(handle, sources.handles.HUB)
     is_url = "://" in handle
     is_archive = os.path.isfile(handle) and handle.endswith(_ARCHIVES)
     if not is_url and not is_archive and not os.path.isdir(handle):

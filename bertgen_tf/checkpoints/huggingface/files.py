@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bertgen_tf.checks import first_line
+from bertgen_tf.network import sources
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -48,18 +49,39 @@ _CLASSES = {
     "GPT2": "gpt2",
     "EncoderDecoder": "encoder-decoder",
 }
+# Models that have an `org/` on the hub today, and are found without it, too: patterns -> `org`.
+_FORMER_NAMES = {
+    r"bert-(base|large)-[a-z-]+": "google-bert",
+    r"roberta-(base|large)": "FacebookAI",
+    r"gpt2(-medium|-large|-xl)?": "openai-community",
+}
 # Buffers with the numbers 0, 1, 2 ..., which old versions stored.
 _BUFFERS = r"(.*\.)?embeddings\.(position_ids|token_type_ids)"
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether it is `org/name` of a repository on the hub, and not a path on this machine."""
-    return (
+    """Whether it names a repository on the hub, and not a path on this machine."""
+    return hub_name_in(name) == name
+
+
+def hub_name_in(name: str) -> str | None:
+    """The repository on the hub that a name, or the URL of its page, stands for; None for a path.
+
+    That is `org/name`, or one of the few names of models that had no `org/` once, such as
+    `bert-base-uncased`.
+    """
+    url = re.fullmatch(r"https?://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)(/.*)?", name)
+    if url:
+        return url[1]
+    if os.path.exists(name):
+        return None
+    former = any(re.fullmatch(pattern, name) for pattern in _FORMER_NAMES)
+    is_name = (
         re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
-        and not os.path.exists(name)
         and not os.path.isdir(name.split("/")[0])
         and not name.endswith((".tar.gz", ".tgz"))
     )
+    return name if former or is_name else None
 
 
 def is_huggingface(source: str | os.PathLike) -> bool:
@@ -96,10 +118,12 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
 
     Raises:
         FileNotFoundError: there is neither.
+        ValueError: it is what another call reads.
         ImportError: it is the name of a hub repository, and huggingface_hub is not installed, or
             torch is not and the repository has no safetensors.
     """
     name = os.fspath(name)
+    sources.handles.check_family(name, sources.handles.HUGGINGFACE)
     if os.path.isdir(name):
         return pathlib.Path(name)
     if not is_hub_name(name):
@@ -114,6 +138,9 @@ def resolve(name: str | os.PathLike) -> pathlib.Path:
             f"{name} is not a local folder, and looking for it on the Hugging Face hub needs "
             'huggingface_hub: pip install "bertgen_tf[huggingface]".'
         ) from error
+    for pattern, organisation in _FORMER_NAMES.items():
+        if re.fullmatch(pattern, name):
+            name = f"{organisation}/{name}"
     try:
         folder = pathlib.Path(
             huggingface_hub.snapshot_download(name, allow_patterns=list(PATTERNS))

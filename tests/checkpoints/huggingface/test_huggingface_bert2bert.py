@@ -179,10 +179,11 @@ def test_what_follows_from_reading_one(tmp_path):
         logits.transpose(1, 2), torch.tensor(labels), reduction="none"
     )
     (losses * torch.tensor(TARGET_MASK)).sum().div(TARGET_MASK.sum()).backward()
-    weights = [parameter for parameter in theirs.parameters() if parameter.grad is not None]
     with torch.no_grad():
-        for parameter in weights:
-            parameter.sub_(0.2 * parameter.grad)
+        for name, parameter in theirs.named_parameters():
+            # Token types are in the positions here, and would learn the same once more.
+            if parameter.grad is not None and "token_type" not in name:
+                parameter.sub_(0.2 * parameter.grad)
     for stack in (model.encoder, model.decoder):
         for layer in stack._flatten_layers():
             if isinstance(layer, keras.layers.Dropout):
@@ -203,7 +204,7 @@ def test_export(tmp_path):
     serve = tf.saved_model.load(tmp_path / "export/1").signatures["serving_default"]
     served = serve(tf.constant(CORPUS))
     texts = model.generate(CORPUS, jit_compile=False, **options)
-    assert [text.decode() for text in served["outputs"].numpy().ravel()] == texts
+    assert [text.decode() for text in served["text"].numpy()] == texts
 
 
 def test_lone_decoders(tmp_path):
