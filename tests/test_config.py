@@ -155,6 +155,8 @@ def test_unknown_fields_are_all_named():
         ("layer_norm_eps", 0, "layer_norm_eps must be a number above 0, received 0"),
         ("layer_norm_eps", "1e-12", "layer_norm_eps must be a number above 0, received '1e-12'"),
         ("add_cross_attention", 1, "add_cross_attention must be True or False, received 1"),
+        ("tie_word_embeddings", None, "tie_word_embeddings must be True or False, received None"),
+        ("head_transform", True, "head_transform must be None or one of gelu, .* received True"),
     ],
 )
 def test_model_values_are_checked(field, value, message):

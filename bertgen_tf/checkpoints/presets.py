@@ -101,7 +101,12 @@ def check_writable(folder: str | os.PathLike) -> None:
 
 
 def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderModel) -> Model:
-    """Reads a model that `save` wrote, as a `model_class`.
+    """Reads a model that `save` wrote.
+
+    Args:
+        folder: the preset.
+        model_class: what to build, with the arguments of `EncoderDecoderModel`; a subclass with
+            weights of its own is not supported.
 
     Raises:
         FileNotFoundError: there is no such folder, or one of its files is missing.

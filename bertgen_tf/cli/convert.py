@@ -40,8 +40,8 @@ def add_command(commands: Any) -> None:
 sources:
   a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
                    encoder, which becomes the start of an encoder-decoder
-  Hugging Face     a folder, or a name such as org/name: a BertGeneration encoder-decoder, or a
-                   BertGeneration, BERT or RoBERTa encoder
+  Hugging Face     a folder, or a name such as org/name: an encoder-decoder or an encoder, of
+                   BertGeneration, BERT or RoBERTa
   a preset         what this command or finetune saved; becomes a Hugging Face folder
 
 examples:

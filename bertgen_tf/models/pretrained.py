@@ -146,7 +146,8 @@ def load_encoder_decoder(
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
             decoder and softmax if both come from the same checkpoint.
         cross_attention: as for `build_decoder`.
-        model_class: what to build.
+        model_class: what to build, with the arguments of `EncoderDecoderModel`; a subclass with
+            weights of its own is not supported.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
             unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """

@@ -22,8 +22,9 @@ def new_variables(model: "EncoderDecoderModel") -> list[keras.Variable]:
     """The variables of an `EncoderDecoderModel` that no checkpoint provided at first.
 
     `model.source_checkpoint`, which saved models keep, determines them. A model that was read whole
-    has none. In a warm start they are the side that is not named there, cross-attention and the
-    output bias; without a record, the last two. What both sides share is new if it is new for both.
+    has none. In a warm start they are the side that is not named there, and what no encoder has:
+    cross-attention, the output bias and, where there are any, the head's transform and matrix;
+    without a record, only the latter. What both sides share is new if it is new for both.
     """
     source = model.source_checkpoint
     if "model" in source:
@@ -53,7 +54,8 @@ def freeze(
 
     Args:
         encoder_layers, decoder_layers: the lowest n layers, a list of layers, or "all".
-        embeddings: also the word and position embeddings of both sides, and so the output matrix.
+        embeddings: also the word and position embeddings of both sides, and so the output matrix,
+            unless the decoder has one of its own.
 
     Raises:
         ValueError: there is no such layer, or the model has LoRA adapters, with which every

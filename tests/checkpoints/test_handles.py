@@ -104,7 +104,8 @@ def test_what_another_call_reads(folders, call, handle, message):
     handle = "/".join([folders[name], version]) if name in folders else handle
     with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
         getattr(bg.EncoderDecoderModel, call)(handle.rstrip("/"))
-    assert len(str(error.value)) < 300
+    # A module's error also says what is in it.
+    assert len(str(error.value)) < 300 or (call, name) == ("from_hub", "module")
 
 
 def test_what_another_call_reads_as_a_side(folders):

@@ -9,7 +9,7 @@ import bertgen_tf as bg
 from bertgen_tf.network.layers import write_cache
 from bertgen_tf.network.projections import Dense
 from bertgen_tf.network.weights import named_variables
-from tests.helpers import PIECES, eagerly, make_deep_model
+from tests.helpers import PIECES, eagerly, make_deep_model, make_small_model
 
 RNG = np.random.default_rng(5)
 SOURCE = RNG.integers(6, len(PIECES), (3, 7)).astype(np.int32)
@@ -315,6 +315,70 @@ def test_encoder_and_decoder_save_alone(tmp_path):
         loaded(TARGET, encoder_hidden_states=memory),
         model.decoder(TARGET, encoder_hidden_states=memory),
     )
+
+
+def make_head_model(sharing="none", seed=1):
+    """With the head of BERT: a transform and, unless tied, a matrix of its own."""
+    config = make_small_model(seed=seed).encoder.config
+    keras.utils.set_random_seed(seed)
+    encoder = bg.BertGenerationEncoder(config)
+    config = config.replace(
+        add_cross_attention=True, head_transform="relu", tie_word_embeddings=sharing == "all"
+    )
+    decoder = bg.BertGenerationDecoder(config, encoder if sharing == "all" else None, sharing)
+    for variable in decoder.weights:
+        if variable.name in ("bias", "beta", "output_bias"):
+            variable.assign(np.random.default_rng(seed).normal(0, 0.3, variable.shape))
+    return bg.EncoderDecoderModel(encoder, decoder, bg.BertTokenizer(list(PIECES)))
+
+
+@pytest.mark.parametrize("sharing", ["none", "all"])
+def test_head_with_a_transform(sharing, tmp_path):
+    model = make_head_model(sharing)
+    w = {name: v.numpy() for name, v in named_variables(model.decoder).items()}
+    plain = model.decoder.config.replace(head_transform=None, tie_word_embeddings=True)
+    decoder = bg.BertGenerationDecoder(plain, model.encoder if sharing == "all" else None, sharing)
+    for name, variable in named_variables(decoder).items():
+        variable.assign(w[name])
+    words, bias = decoder.embeddings.word_embeddings.embeddings.numpy(), w["output_bias"]
+    logits = bg.EncoderDecoderModel(model.encoder, decoder)(BATCH).numpy()
+    hidden = np.linalg.lstsq(words, (logits - bias).reshape(-1, len(words)).T)[0].T
+    inner = hidden @ w["head_transform/dense/kernel"].T + w["head_transform/dense/bias"]
+    inner = np.maximum(inner, 0)
+    inner = inner - inner.mean(-1, keepdims=True)
+    inner /= np.sqrt((inner**2).mean(-1, keepdims=True) + plain.layer_norm_eps)
+    inner = inner * w["head_transform/layer_norm/gamma"] + w["head_transform/layer_norm/beta"]
+    expected = inner @ (words if sharing == "all" else w["output_kernel"]).T + bias
+    logits = model(BATCH).numpy()
+    np.testing.assert_allclose(logits, expected.reshape(logits.shape), atol=1e-3)
+
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = make_head_model(sharing, seed=2)
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_array_equal(other(BATCH), logits)
+    trimmed = bg.trim_vocabulary(model, SOURCE.ravel().tolist() + TARGET.ravel().tolist())
+    kept = [model.tokenizer.get_vocab()[piece] for piece in trimmed.tokenizer.get_vocab()]
+    new = {old: i for i, old in enumerate(kept)}
+    batch = {name: np.vectorize(lambda i: new.get(i, i))(ids) for name, ids in BATCH.items()}
+    batch |= {name: BATCH[name] for name in BATCH if name.endswith("mask")}
+    np.testing.assert_allclose(trimmed(batch), logits[..., kept], atol=1e-4)
+
+    bg.freeze(model, embeddings=True)
+    assert model.decoder.head_transform.trainable_variables
+    names = [variable.name for variable in model.decoder.trainable_variables]
+    assert ("output_kernel" in names) == (sharing == "none")
+    bg.unfreeze(model)
+    model.enable_lora(2, targets="head_transform/dense", train_new_weights=False)
+    assert [variable.shape for variable in model.trainable_variables] == [(2, 12), (12, 2)]
+
+
+def test_an_encoder_has_no_head():
+    """Its config says so, whatever it was made of, and a config without a head is as before."""
+    config = make_head_model().decoder.config
+    encoder = bg.BertGenerationEncoder(config)
+    assert encoder.config.head_transform is None and encoder.config.tie_word_embeddings
+    fields = encoder.get_config()["config"].keys()
+    assert not fields & {"head_transform", "tie_word_embeddings", "norm_first"}
 
 
 def test_errors_name_what_was_received(model):

@@ -50,7 +50,8 @@ def load(
         handle, verify: as for `load_original`, which also takes `kwargs` then.
         encoder, decoder, share, cross_attention, num_layers: as for `load_encoder_decoder`, which
             also takes `kwargs` then.
-        model_class: what to build.
+        model_class: what to build, with the arguments of `EncoderDecoderModel`; a subclass with
+            weights of its own is not supported.
 
     Raises:
         ValueError: not exactly one of `handle` and `encoder`, or an option of the other.
@@ -148,7 +149,8 @@ def load_encoder_decoder(
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
             decoder and softmax if both come from the same module.
         cross_attention, num_layers, verify: as for `load_decoder`.
-        model_class: what to build.
+        model_class: what to build, with the arguments of `EncoderDecoderModel`; a subclass with
+            weights of its own is not supported.
         **kwargs: passed on to `EncoderDecoderModel`. `add_bos`, `add_eos` and `mask_first` are True
             unless given (the last if there is a mask token): see `Seq2SeqPreprocessor` for why.
     """
@@ -211,7 +213,8 @@ def load_original(
             all. Only this checks what is not read: how the candidates of a step become answers or
             continue.
         name: of the model.
-        model_class: what to build.
+        model_class: what to build, with the arguments of `EncoderDecoderModel`; a subclass with
+            weights of its own is not supported.
 
     Raises:
         FileNotFoundError: there is no such folder or file.

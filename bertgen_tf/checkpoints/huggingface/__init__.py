@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts."""
+"""Hugging Face checkpoints: encoder-decoders in and out; BERT, RoBERTa, GPT-2 as warm starts."""
 
 from bertgen_tf.checkpoints.huggingface.loading import (
     kind_of,

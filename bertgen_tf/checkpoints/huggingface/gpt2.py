@@ -47,7 +47,7 @@ _FIELDS = {
     "layer_norm_epsilon": "layer_norm_eps",
 }
 # Fields of heads that are not read, or that change nothing; and those that must have one value.
-_HARMLESS = r"summary_.*|n_ctx|reorder_and_upcast_attn|keys_to_ignore_at_inference"
+_HARMLESS = r"n_ctx|predict_special_tokens|reorder_and_upcast_attn"
 _NEUTRAL = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 
 _DENSE = {"weight": "kernel", "bias": "bias"}

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: BertGeneration in and out; BERT, RoBERTa and GPT-2 as warm starts.
+"""Hugging Face checkpoints: encoder-decoders in and out; BERT, RoBERTa, GPT-2 as warm starts.
 
 A checkpoint is a folder as transformers 4 and 5 write it, or `org/name` of one on the hub. What is
 read: `config.json`, `generation_config.json`, weights in safetensors (whole or in shards) or, with
@@ -60,11 +60,14 @@ def load_encoder_decoder(
     """An encoder-decoder read whole from one checkpoint, or warm-started from encoders.
 
     Args:
-        folder: a BertGeneration encoder-decoder. Its start token (`decoder_start_token_id`) is
-            what we call bos. Its generation settings are kept; if they specify no length, it is
+        folder: an encoder-decoder, each side a bert-generation, bert or roberta. Its start token
+            (`decoder_start_token_id`) is what we call bos; a BERT without one has its [CLS] and
+            [SEP] as bos and eos. Its generation settings are kept; if they specify no length, it is
             that of a new model (at most 64 tokens), not transformers' 20. Texts are read up to the
             number of positions, unless `save` stored other lengths; special tokens spelled out in
             them are special tokens, as in transformers, unless `split_special_tokens` is stored.
+            Before a bert or roberta decoder, sources get bos and eos, as from Hugging Face's
+            tokenizers; targets get no second bos, which those add, too.
         encoder, decoder: instead of `folder`, checkpoints of encoders (bert-generation, bert,
             roberta); without `decoder`, the same one for both sides.
         share: one set of variables for both sides, except cross-attention. With `folder`, None
@@ -78,7 +81,8 @@ def load_encoder_decoder(
             checkpoint's, the embeddings follow its pieces: this way a RoBERTa can start a model
             with the SentencePiece vocabulary of the BertGeneration originals. Special tokens are
             matched by role; a piece that the checkpoint lacks gets the mean of all rows.
-        model_class: what to build.
+        model_class: what to build, with the arguments of `EncoderDecoderModel`; a subclass with
+            weights of its own is not supported.
         **kwargs: passed on to `EncoderDecoderModel`. `generation_config` replaces the settings of
             `folder`, including those that are not supported.
 

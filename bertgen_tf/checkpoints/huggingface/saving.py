@@ -29,7 +29,9 @@ def save(
 ) -> None:
     """Writes a checkpoint that transformers 5 loads with `from_pretrained`, and that we read back.
 
-    The folder appears, or is replaced, only when everything is written. Shared variables are
+    The folder appears, or is replaced, only when everything is written. A stack is written as
+    bert-generation; a decoder whose head has a transform as bert, also if it was read from a
+    RoBERTa, whose positions begin later and are otherwise the same. Shared variables are
     written once for each name that transformers has for them. What Hugging Face has no place for is
     stored under the key "bertgen_tf" of `config.json`, which transformers keeps and does not read:
     what the stacks share, the arguments of `Seq2SeqPreprocessor`, and the scorer "gnmt" with its

@@ -135,7 +135,7 @@ def test_pairs(tmp_path, kind, shared, decoder):
     assert model.decoder.sharing == ("all" if shared else "none")
     fast = decoder.get("hidden_act") == "gelu_fast"
     assert model.decoder.config.head_transform == ("gelu_new" if fast else "gelu")
-    assert_same_outputs(model, theirs, [GREEDY, BEAMS])
+    assert_same_outputs(model, theirs, [BEAMS] if shared else [GREEDY])
     model.save_to_preset(tmp_path / "preset")
     assert_same_model(bg.EncoderDecoderModel.from_preset(tmp_path / "preset"), model)
     model.save_to_huggingface(tmp_path / "ours")

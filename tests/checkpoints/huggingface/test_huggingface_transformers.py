@@ -1,9 +1,14 @@
 """The real transformers on what we saved, and we on what it saved; needs the extra `compare`."""
 
+import copy
+
 import numpy as np
 import pytest
 
 import bertgen_tf as bg
+from bertgen_tf import config
+from bertgen_tf.checkpoints.huggingface.config import HIDDEN_ACTS, read_pair, read_stack
+from bertgen_tf.network.layers import activation
 from tests.helpers import CORPUS, PIECES, make_model
 
 torch = pytest.importorskip("torch", reason="needs the extra compare (transformers and torch)")
@@ -176,6 +181,30 @@ def test_sentencepiece_tokenizer(tmp_path, spiece, sep):
     for role in ("pad", "bos", "eos", "unk", "sep"):
         token = getattr(tokenizer, f"{role}_token_id")
         assert getattr(theirs, f"{role}_token_id") == token
+
+
+def test_activations_that_are_one():
+    """Each name that is accepted is one of ours, and none that is refused would be."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.linspace(-1, 1, 2001)])
+    ours = {name: activation(name)(x.numpy()).numpy() for name in config.HIDDEN_ACTS}
+    for name in transformers.activations.ACT2FN:
+        theirs = transformers.activations.ACT2FN[name](x).detach().numpy()
+        near = [n for n, y in ours.items() if np.abs(theirs - y).max() < 1e-5]
+        assert near == [HIDDEN_ACTS[name]] if name in HIDDEN_ACTS else not near
+
+
+def test_what_transformers_writes_is_known(recwarn):
+    """All fields of its classes, with their defaults."""
+    make = {kind: getattr(transformers, f"{kind}Config") for kind in ("Bert", "Roberta", "GPT2")}
+    stacks = [make_config() for make_config in (*make.values(), transformers.BertGenerationConfig)]
+    for stack in stacks:
+        read_stack(stack.to_dict(), stack.model_type)
+    for stack in (stacks[0], stacks[1], stacks[3]):
+        pair = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+            stack, copy.deepcopy(stack)
+        )
+        read_pair(pair.to_dict(), None, stack.model_type)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("kind", ["Bert", "Roberta"])
