@@ -77,7 +77,9 @@ def test_defaults_are_those_of_the_released_models():
         "bos_token_id": 2,
         "eos_token_id": 1,
         "add_cross_attention": False,
+        "tie_word_embeddings": True,
         # Ours:
+        "head_transform": None,
         "norm_first": False,
         "source_positions": None,
         "quantization": None,
