@@ -337,7 +337,7 @@ def test_sharing_pre_norm_stacks():
         ("embd_pdrop", 0.3, "embd_pdrop=0.3"),
         ("n_positions", 27, r"wpe.weight has shape \(26, 12\), not \(27, 12\)"),
         ("n_layer", 5, "there are 4 layers"),
-        ("rotary", 1, "rotary=1"),
+        ("tie_word_embeddings", False, r"tie_word_embeddings=False \(only True\)"),
     ],
 )
 def test_what_cannot_be_followed_is_refused(field, value, words, tmp_path, gpt2):

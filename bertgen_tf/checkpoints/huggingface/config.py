@@ -1,7 +1,7 @@
 """Hugging Face's `config.json` and `generation_config.json`, in and out.
 
 Every field is used, or known to change nothing, or refused: one error lists all that is refused.
-What transformers does not know either changes nothing there, and is one warning here.
+What is not known is ignored, as in transformers, and one warning lists it.
 Versions 3 to 5 of transformers are supported; older ones also write their generation settings, and
 dozens of defaults, into `config.json`.
 """
@@ -348,8 +348,8 @@ def _warn(where: str, unknown: list[str], most: int = 20) -> None:
     if unknown:
         more = f" and {len(unknown) - most} more" if len(unknown) > most else ""
         warnings.warn(
-            f"{where} has fields that neither transformers nor bertgen_tf reads, which change "
-            f"nothing here: {', '.join(unknown[:most])}{more}.",
+            f"{where} has fields that bertgen_tf does not know, and ignores: "
+            f"{', '.join(unknown[:most])}{more}.",
             stacklevel=2,
         )
 
