@@ -233,7 +233,7 @@ def read_pair(
                 f"decoder_start_token_id={padding!r} (only another than RoBERTa's pad_token_id, "
                 "which has a position of its own)"
             )
-        stacks["decoder"] = _stack(decoder, "decoder.", ours, padding)
+        stacks["decoder"] = _stack({**decoder, "is_decoder": True}, "decoder.", ours, padding)
     if encoder is not None:
         for field in ("is_decoder", "add_cross_attention"):
             if encoder.get(field):
