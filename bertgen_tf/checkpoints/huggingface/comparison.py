@@ -99,15 +99,19 @@ def _load(transformers: Any, model: Model, folder: str) -> Any:
     tensors = other.state_dict()
     decoder = getattr(other, "decoder", None)
     stacks = ("encoder.", f"decoder.{getattr(decoder, 'base_model_prefix', '')}.")
-    lacking = []
+    lacking, filled = [], tensors.keys() - info["missing_keys"]
     for name in info["missing_keys"]:
         # transformers 4 stores stacks that are shared once, and transformers 5 cannot share them.
         own, other_side = stacks if name.startswith("encoder.") else stacks[::-1]
         twin = other_side + name.removeprefix(own)
         if isinstance(model, EncoderDecoderModel) and twin in tensors.keys() - info["missing_keys"]:
             tensors[name].copy_(tensors[twin])
+            filled.add(name)
         elif not re.match(r"(.*\.)?pooler\.", name):  # which nothing here reads
             lacking.append(name)
+    # A head that is tied to what was just filled is missing, too.
+    places = {tensors[name].data_ptr() for name in filled}
+    lacking = [name for name in lacking if tensors[name].data_ptr() not in places]
     if lacking:
         raise ValueError(
             f"{folder} should hold all weights of transformers' {type(other).__name__}, but has "
