@@ -242,7 +242,7 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any] | None:
         content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if content["format"] == FORMAT and isinstance(content["model"], dict):
             return content["model"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     return None
 

@@ -365,9 +365,14 @@ def test_hub_names(folder, monkeypatch, model):
         "^org/other is not a local folder and could not be fetched .* OSError: no connection$",
         FileNotFoundError,
     )
-    for name in ("model", "a/b/c", "/org/model", "../model", "https://host/model"):
+    for name in ("model", "a/b/c", "/org/model", "../model"):
         refused(name, "but there is no such folder", FileNotFoundError)
+    refused("https://host/model", "is a TF Hub module: from_hub reads it")
     assert len(calls) == 2
+    for name in ("bert-base-uncased", "roberta-large", "gpt2"):
+        refused(name, f"/{name} is not a local folder", FileNotFoundError)
+    names = ["google-bert/bert-base-uncased", "FacebookAI/roberta-large", "openai-community/gpt2"]
+    assert [name for name, _ in calls[2:]] == names
     # A pickle is fetched only where there is nothing else, and torch to read it.
     (folder / "model.safetensors").unlink()
     calls.clear()
