@@ -1,8 +1,9 @@
 """What both tokenizers share: the calls of Hugging Face's tokenizers, and checks of input."""
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -11,6 +12,26 @@ Ids = tf.Tensor | tf.RaggedTensor
 
 # Hugging Face's order.
 ROLES = ("bos", "eos", "unk", "sep", "pad", "mask")
+_ADDED_OPTIONS = ("special", "normalized", "lstrip", "rstrip")
+
+# White space in the sense of Unicode.
+_SPACES = r"[\s\x0b\x{85}\p{Z}]+"
+
+
+class Spelled(NamedTuple):
+    """A token that stands for itself in a text.
+
+    Attributes:
+        text: how it is spelled there.
+        token, id: its piece in the vocabulary.
+        lstrip, rstrip: whether white space before, or after it, belongs to it.
+    """
+
+    text: str
+    token: str
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class TextTokenizer(tf.Module):
@@ -28,13 +49,28 @@ class TextTokenizer(tf.Module):
         pad_token_id, bos_token_id, eos_token_id, unk_token_id: int.
         sep_token, mask_token: str, or None if the vocabulary has none.
         sep_token_id, mask_token_id: int or None.
+        added_tokens: dictionaries, see `checked_added_tokens`.
+        split_special_tokens: bool.
     """
 
     _frames = False  # whether `encode` can put special tokens around a text
 
-    def __init__(self, pieces: Sequence[str], tokens: dict[str, str], name: str, where: str):
+    def __init__(
+        self,
+        pieces: Sequence[str],
+        tokens: dict[str, str],
+        name: str,
+        where: str,
+        *,
+        added_tokens: Sequence[str | Mapping[str, Any]],
+        split_special_tokens: bool,
+    ):
         """Takes the pieces in the order of their ids; `tokens` maps roles to pieces."""
         super().__init__(name=name)
+        if not isinstance(split_special_tokens, bool):
+            raise TypeError(
+                f"`split_special_tokens` must be True or False; received {split_special_tokens!r}."
+            )
         optional = ["sep", "mask"]
         index = {piece: i for i, piece in enumerate(pieces)}
         ids = find_specials(index.get, tokens, optional, where)
@@ -48,6 +84,9 @@ class TextTokenizer(tf.Module):
         self.vocab_size: int = len(pieces)
         # Not a list: tf.Module would wrap it and walk through it at each export.
         self._vocabulary = np.array(pieces, dtype=object)
+        self._added_tokens = checked_added_tokens(added_tokens, index)
+        self._added_ids = tuple(index[token["content"]] for token in self._added_tokens)
+        self.split_special_tokens = split_special_tokens
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -78,14 +117,20 @@ class TextTokenizer(tf.Module):
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Ids of the existing special tokens, each once."""
+        """Ids of the existing special tokens, each once, the added ones last."""
         ids = [getattr(self, f"{role}_token_id") for role in ROLES]
+        added = zip(self._added_tokens, self._added_ids, strict=True)
+        ids += [i for token, i in added if token["special"]]
         return list(dict.fromkeys(i for i in ids if i is not None))
 
     @property
     def all_special_tokens(self) -> list[str]:
         """The pieces of `all_special_ids`."""
         return self._vocabulary[self.all_special_ids].tolist()
+
+    @property
+    def added_tokens(self) -> list[dict[str, Any]]:
+        return [dict(token) for token in self._added_tokens]
 
     def get_vocab(self) -> dict[str, int]:
         """Returns the id of each piece."""
@@ -167,6 +212,19 @@ class TextTokenizer(tf.Module):
         texts = self.decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
         return [texts] if isinstance(texts, str) else texts
 
+    def _spelled(self, normalized: bool) -> list[Spelled]:
+        """The tokens that a text can spell out, before it is normalised or after."""
+        found = [
+            Spelled(token["content"], token["content"], i, token["lstrip"], token["rstrip"])
+            for token, i in zip(self._added_tokens, self._added_ids, strict=True)
+            if token["normalized"] == normalized
+            and not (token["special"] and self.split_special_tokens)
+        ]
+        if not normalized and not self.split_special_tokens:
+            special = set(self.all_special_ids) - set(self._added_ids)
+            found += [Spelled(self._vocabulary[i], self._vocabulary[i], i) for i in special]
+        return found
+
     def _checked(self, ids: Any) -> int | list[int]:
         ids = _plain(ids)
         row = [ids] if isinstance(ids, int) else ids
@@ -179,6 +237,43 @@ class TextTokenizer(tf.Module):
                 "Remove padding such as -100 first."
             )
         return ids
+
+
+def checked_added_tokens(
+    tokens: Sequence[str | Mapping[str, Any]], index: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Added tokens with all their options, which are those of Hugging Face's `AddedToken`.
+
+    Args:
+        tokens: pieces, or dictionaries: `content`, the piece; `special` (False): it is skipped by
+            `skip_special_tokens` and is text if `split_special_tokens`; `normalized` (not special):
+            it is looked for in the normalised text; `lstrip` and `rstrip` (False): it takes in the
+            white space before it, or after it.
+        index: the ids of the pieces.
+
+    Raises:
+        TypeError, ValueError: not such tokens, or not pieces of the vocabulary.
+    """
+    checked = []
+    for token in tokens:
+        options = {"content": token} if isinstance(token, str) else dict(token)
+        for name, default in zip(_ADDED_OPTIONS, (False, None, False, False), strict=True):
+            options.setdefault(name, not options["special"] if default is None else default)
+        content = options.get("content")
+        wrong = [name for name in options if name not in ("content", *_ADDED_OPTIONS)]
+        wrong += [name for name in _ADDED_OPTIONS if not isinstance(options[name], bool)]
+        if wrong:
+            raise ValueError(
+                f"`added_tokens` may have content and, True or False, {', '.join(_ADDED_OPTIONS)}; "
+                f"received {content!r} with {wrong[0]}={options[wrong[0]]!r}."
+            )
+        if not content or content not in index:
+            raise ValueError(
+                f"`added_tokens` must be pieces of the vocabulary, each with an id; received "
+                f"{content!r}. Append it to the vocabulary."
+            )
+        checked.append(options)
+    return checked
 
 
 def _plain(ids: Any) -> Any:
@@ -229,6 +324,47 @@ def text_vector(text: Any) -> tuple[tf.Tensor, bool]:
         )
     scalar = text.shape.rank == 0
     return _sanitize(tf.reshape(text, [1]) if scalar else text), scalar
+
+
+def read_around(
+    text: tf.Tensor,
+    tokens: Sequence[Spelled],
+    values: Sequence[Any],
+    read: Callable[[tf.Tensor], tf.RaggedTensor],
+) -> tf.RaggedTensor:
+    """Reads texts in which some tokens are spelled out: the longest one wins.
+
+    Args:
+        text: strings [batch], valid UTF-8.
+        tokens: what may be spelled out.
+        values: what each token becomes.
+        read: strings [parts] -> [parts, None], for the text between tokens.
+
+    Returns:
+        ragged [batch, None], in the type of what `read` returns.
+    """
+    if not tokens:
+        return read(text)
+    spellings = [token.text for token in tokens]
+    pattern = "|".join(map(re.escape, sorted(spellings, key=len, reverse=True)))
+    # Split at a byte that no UTF-8 text has; `tf_text.regex_split` would end the text at a NUL.
+    parts = tf.strings.split(
+        tf.strings.regex_replace(text, f"({pattern})", b"\xff\\1\xff"), sep=b"\xff"
+    )
+    found = tf.equal(parts.flat_values[:, tf.newaxis], spellings)
+    rest = tf.where(tf.reduce_any(found, axis=1), "", parts.flat_values)
+    # Before and after each token there is a part of its row, so neighbours are of the same row.
+    for strips, shift, space in (
+        ([token.lstrip for token in tokens], -1, rf"{_SPACES}$"),
+        ([token.rstrip for token in tokens], 1, rf"^{_SPACES}"),
+    ):
+        if any(strips):
+            beside = tf.roll(tf.reduce_any(found & strips, axis=1), shift, axis=0)
+            rest = tf.where(beside, tf.strings.regex_replace(rest, space, ""), rest)
+    pieces = read(rest)
+    each = tf.broadcast_to(tf.constant(values, pieces.dtype), tf.shape(found))
+    pieces = tf.concat([tf.ragged.boolean_mask(each, found), pieces], axis=1)
+    return parts.with_flat_values(pieces).merge_dims(1, 2)
 
 
 def visible_ids(ids: Any, eos: int, hidden: Sequence[int], vocab_size: int):

@@ -3,8 +3,7 @@
 import base64
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from bertgen_tf.tokenizers.interface import (
     TextTokenizer,
     kept_ids,
     one_string,
+    read_around,
     read_file,
     text_vector,
     visible_ids,
@@ -65,6 +65,9 @@ class BertGenerationTokenizer(TextTokenizer):
             False, as in Hugging Face: as the special token, cut out before SentencePiece sees the
             rest. True: as ordinary text, as for the TF Hub originals, so that nobody can smuggle
             an eos into a source.
+        added_tokens: further pieces that are cut out of a text before SentencePiece sees the rest:
+            each the piece itself, or a dictionary of Hugging Face's options, `content`, `special`,
+            `normalized` (which changes nothing here), `lstrip` and `rstrip`.
         sp_model_kwargs: sampling of pieces while training, with Hugging Face's names:
             `enable_sampling` (bool), `nbest_size` (over 1: sample among the best; below 0, the
             default: among all; BPE models ignore it), `alpha` (default 0.1: smoothing, in BPE
@@ -72,7 +75,7 @@ class BertGenerationTokenizer(TextTokenizer):
             with a seed that cannot be set; generate and export with a tokenizer that does not.
 
     Attributes:
-        sp_model_kwargs, split_special_tokens: as given.
+        sp_model_kwargs, split_special_tokens, added_tokens: as given.
         mask_token_id: None, for the interface of `BertTokenizer`. See `TextTokenizer` for the rest.
 
     Raises:
@@ -91,6 +94,7 @@ class BertGenerationTokenizer(TextTokenizer):
         unk_token: str = "<unk>",
         sep_token: str = "<::::>",
         split_special_tokens: bool = False,
+        added_tokens: Sequence[str | Mapping[str, Any]] = (),
         sp_model_kwargs: dict[str, Any] | None = None,
     ):
         where = "The SentencePiece model" if isinstance(proto, bytes) else os.fspath(proto)
@@ -105,10 +109,6 @@ class BertGenerationTokenizer(TextTokenizer):
                 "`proto` must be a SentencePiece model; received "
                 f"{len(content)} bytes that are not one ({where}): {error}"
             ) from error
-        if not isinstance(split_special_tokens, bool):
-            raise TypeError(
-                f"`split_special_tokens` must be True or False; received {split_special_tokens!r}."
-            )
         tokens = {
             "pad": pad_token,
             "bos": bos_token,
@@ -117,11 +117,17 @@ class BertGenerationTokenizer(TextTokenizer):
             "sep": sep_token,
         }
         pieces = [piece.piece for piece in model.pieces]
-        super().__init__(pieces, tokens, "bert_generation_tokenizer", where)
+        super().__init__(
+            pieces,
+            tokens,
+            "bert_generation_tokenizer",
+            where,
+            added_tokens=added_tokens,
+            split_special_tokens=split_special_tokens,
+        )
         self._proto = content
         self._processor = processor
         self._sp_model_kwargs = dict(sp_model_kwargs or {})
-        self.split_special_tokens = split_special_tokens
         nbest_size, alpha = _sampling(self._sp_model_kwargs, model)
         with tf.init_scope():
             resource = _SentencepieceModel(content, None)
@@ -147,7 +153,7 @@ class BertGenerationTokenizer(TextTokenizer):
             int32 [length] for a scalar, ragged int32 [batch, None] for a vector.
         """
         text, scalar = text_vector(text)
-        ids = self._pieces(text, self._tokenizer, self.all_special_ids)
+        ids = self._pieces(text, self._tokenizer, "id")
         return ids[0] if scalar else ids
 
     def detokenize(self, ids: Any) -> tf.Tensor:
@@ -168,7 +174,7 @@ class BertGenerationTokenizer(TextTokenizer):
     def tokenize(self, text: str) -> list[str]:
         """Returns the pieces of one string; what the vocabulary lacks stays as written."""
         text, _ = text_vector(one_string(text))
-        pieces = self._pieces(text, self._surfaces, self.all_special_tokens)
+        pieces = self._pieces(text, self._surfaces, "token")
         return [piece.decode("utf-8") for piece in pieces[0].numpy()]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | list[int]:
@@ -218,7 +224,7 @@ class BertGenerationTokenizer(TextTokenizer):
         model = sentencepiece_model_pb2.ModelProto.FromString(self._proto)
         normal = [i for i, piece in enumerate(model.pieces) if piece.type == piece.NORMAL]
         always = {i for i, piece in enumerate(model.pieces) if piece.type != piece.NORMAL}
-        always |= set(self.all_special_ids)
+        always |= {*self.all_special_ids, *self._added_ids}
         if normal:
             always.add(min(normal, key=lambda i: model.pieces[i].score))
             always.add(max(normal, key=lambda i: model.pieces[i].score))
@@ -245,31 +251,23 @@ class BertGenerationTokenizer(TextTokenizer):
         return {
             **{f"{role}_token": piece for role, piece in self._tokens.items()},
             "split_special_tokens": self.split_special_tokens,
+            "added_tokens": self.added_tokens,
             "sp_model_kwargs": self.sp_model_kwargs,
         }
 
     def _pieces(
-        self, text: tf.Tensor, tokenizer: tf_text.SentencepieceTokenizer, specials: Sequence[Any]
+        self,
+        text: tf.Tensor,
+        tokenizer: tf_text.SentencepieceTokenizer,
+        field: str,
     ) -> tf.RaggedTensor:
         """Pieces [batch, None] of strings [batch], in the type of `tokenizer`.
 
-        `specials` are the special tokens in that type.
+        `field` of `Spelled` has that type.
         """
-        if self.split_special_tokens:
-            return tokenizer.tokenize(text)
-        spelled = sorted(self.all_special_tokens, key=len, reverse=True)  # the longest one wins
-        pattern = "|".join(map(re.escape, spelled))
-        # Split at a byte that no UTF-8 text has; `tf_text.regex_split` would end the text at a NUL.
-        parts = tf.strings.split(
-            tf.strings.regex_replace(text, f"({pattern})", b"\xff\\1\xff"), sep=b"\xff"
-        )
-        found = tf.equal(parts.flat_values[:, tf.newaxis], self.all_special_tokens)
-        rest = tf.where(tf.reduce_any(found, axis=1), "", parts.flat_values)
-        values = tf.broadcast_to(tf.constant(specials, tokenizer.out_type), tf.shape(found))
-        pieces = tf.concat(
-            [tf.ragged.boolean_mask(values, found), tokenizer.tokenize(rest)], axis=1
-        )
-        return parts.with_flat_values(pieces).merge_dims(1, 2)
+        tokens = [*self._spelled(False), *self._spelled(True)]
+        values = [getattr(token, field) for token in tokens]
+        return read_around(text, tokens, values, tokenizer.tokenize)
 
     def _spelling(self, token: str) -> bytes:
         if self._processor.is_byte(self._processor.piece_to_id(token)):
