@@ -112,7 +112,7 @@ class TextNormalizer(tf.Module):
                 self._stages.append(_Table(changes))
                 changes.clear()
 
-        for name in [name for step in steps for name in _parts(step)]:
+        for name in [name for step in steps for name in step_parts(step)]:
             if name in _BY_TENSORFLOW:
                 end_table()
                 self._stages.append(name)
@@ -142,8 +142,8 @@ class TextNormalizer(tf.Module):
         return text if codes is None else tf.strings.unicode_encode(codes, "UTF-8")
 
 
-def _parts(step: Step) -> list[str]:
-    """The names in `_changes` that a step consists of, in the order of Hugging Face's library."""
+def step_parts(step: Step) -> list[str]:
+    """What a step consists of, in the order of Hugging Face's library."""
     if step["type"] != "BertNormalizer":
         return [step["type"]]
     strip = step["lowercase"] if step["strip_accents"] is None else step["strip_accents"]

@@ -15,14 +15,17 @@ from typing import Any
 
 from bertgen_tf.checkpoints.huggingface import generation_settings as generations
 from bertgen_tf.checkpoints.huggingface import gpt2
-from bertgen_tf.checkpoints.huggingface.files import CONFIG_FILE, GENERATION_FILE, model_type_of
+from bertgen_tf.checkpoints.huggingface.files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    OWN,
+    model_type_of,
+)
 from bertgen_tf.checkpoints.huggingface.weights import decoder_kind
 from bertgen_tf.config import OWN_FIELDS, TOKEN_IDS, BertGenerationConfig, GenerationConfig
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
-# The key in config.json for what Hugging Face has no place for.
-OWN = "bertgen_tf"
 ENCODER_DECODER = "encoder-decoder"
 BERT_GENERATION = "bert-generation"
 

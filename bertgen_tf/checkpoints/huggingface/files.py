@@ -20,6 +20,8 @@ from bertgen_tf.checks import first_line
 from bertgen_tf.network import sources
 
 CONFIG_FILE = "config.json"
+# The key in JSON files for what Hugging Face has no place for.
+OWN = "bertgen_tf"
 GENERATION_FILE = "generation_config.json"
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"

@@ -328,7 +328,7 @@ def load_encoder_with_tokenizer(
         # A BERT's configuration has no bos and eos, or ids that were never used.
         ids = _ids(stack.config) if not stack.missing_ids and stack.kind != "bert" else None
         try:
-            own = tokenizers.read_tokenizer(path, ids)
+            own = tokenizers.read_tokenizer(path, ids, rows=stack.config.vocab_size)
         except ValueError:
             # Of another size, it cannot be another reading of the same vocabulary.
             if tokenizer is None or tokenizer.vocab_size != stack.config.vocab_size:
@@ -367,7 +367,7 @@ def _text_of_pair(
     """The decoder's config with all ids, the tokenizer, and which special tokens sources get."""
     config, missing = pair.decoder.config, pair.decoder.missing_ids
     if missing:  # BERT has no start and end tokens of a target, so its [CLS] and [SEP] serve
-        source = tokenizer or tokenizers.read_tokenizer(path, None)
+        source = tokenizer or tokenizers.read_tokenizer(path, None, rows=config.vocab_size)
         if source is None:
             raise ValueError(
                 f"{path} has no {' and '.join(missing)} of its decoder, and no vocabulary to take "
@@ -375,7 +375,7 @@ def _text_of_pair(
             )
         config = config.replace(**{field: getattr(source, field) for field in missing})
     if tokenizer is None:
-        tokenizer = tokenizers.read_tokenizer(path, _ids(config))
+        tokenizer = tokenizers.read_tokenizer(path, _ids(config), rows=config.vocab_size)
     around = _AROUND_SOURCES.get(pair.decoder.kind)
     if tokenizer is None or around is None:
         return config, tokenizer, {}

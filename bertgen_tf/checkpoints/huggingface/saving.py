@@ -17,7 +17,7 @@ from bertgen_tf.training import lora
 # What `save` writes.
 _OURS = (
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
-    r"|model\.safetensors\.index\.json|spiece\.model|vocab\.txt|tokenizer_config\.json"
+    r"|model\.safetensors\.index\.json|spiece\.model|vocab\.txt|tokenizer(_config)?\.json"
 )
 
 

@@ -47,6 +47,9 @@ def test_word_pieces_of_transformers_5(tmp_path):
     assert tokenizer.get_config() == expected.get_config()
     values["normalizer"]["lowercase"] = False
     (folder / "tokenizer.json").write_text(json.dumps(values))
+    # As in transformers, what its configuration says comes first.
+    assert bg.EncoderDecoderModel.from_huggingface(encoder=str(folder)).tokenizer.lowercase
+    (folder / "tokenizer_config.json").unlink()
     tokenizer = bg.EncoderDecoderModel.from_huggingface(encoder=str(folder)).tokenizer
     assert not tokenizer.lowercase
 
@@ -54,7 +57,7 @@ def test_word_pieces_of_transformers_5(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", '{"strip_accents": false}', "not support strip_accents=False"),
+        ("tokenizer_config.json", '{"never_split": ["a"]}', "not support never_split="),
         ("tokenizer_config.json", '{"unk_token": "<what>"}', "not found: unk_token='<what>'"),
         ("added_tokens.json", '{"<new>": 80}', "Tokens were added .* lacks: '<new>'"),
         ("tokenizer_config.json", "{", "tokenizer_config.json should be a JSON file"),
