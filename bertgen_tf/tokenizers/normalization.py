@@ -227,6 +227,7 @@ class _Table(tf.Module):
     def __init__(self, changes: Iterable[_Change]):
         super().__init__()
         rows, numbers = _rows(tuple(changes))
+        self._decomposes = any(_LEAD in row for row in rows)
         self._numbers = _Lookup(numbers)
         with tf.init_scope():
             self._rows = tf.ragged.constant(rows, tf.int32)
@@ -236,15 +237,21 @@ class _Table(tf.Module):
         rows = tf.gather(self._rows, self._numbers(codes.flat_values))
         kept = tf.repeat(codes.flat_values, rows.row_lengths())
         values = tf.where(rows.flat_values == _SELF, kept, rows.flat_values)
-        syllable = kept - _SYLLABLES.start
-        vowel = syllable // _TAIL_COUNT % _VOWEL_COUNT
-        for part, code in (
-            (_LEAD, _LEADS + syllable // (_TAIL_COUNT * _VOWEL_COUNT)),
-            (_VOWEL, _VOWELS + vowel),
-            (_TAIL, _TAILS + syllable % _TAIL_COUNT),
-        ):
-            values = tf.where(rows.flat_values == part, code, values)
-        return codes.with_flat_values(rows.with_flat_values(values)).merge_dims(1, 2)
+        if self._decomposes:
+            syllable = kept - _SYLLABLES.start
+            for part, code in (
+                (_LEAD, _LEADS + syllable // (_TAIL_COUNT * _VOWEL_COUNT)),
+                (_VOWEL, _VOWELS + syllable // _TAIL_COUNT % _VOWEL_COUNT),
+                (_TAIL, _TAILS + syllable % _TAIL_COUNT),
+            ):
+                values = tf.where(rows.flat_values == part, code, values)
+        return _with_parts(codes, values, rows.row_splits)
+
+
+def _with_parts(codes: tf.RaggedTensor, values: tf.Tensor, splits: tf.Tensor) -> tf.RaggedTensor:
+    """Code points [batch, None], in place of each of which there are some of `values`."""
+    splits = tf.gather(splits, codes.row_splits)
+    return tf.RaggedTensor.from_row_splits(values, splits, validate=False)
 
 
 @functools.lru_cache(maxsize=16)
@@ -336,9 +343,9 @@ class _Boundaries(tf.Module):
         """Code points [batch, None] -> code points [batch, None]."""
         kinds = self._kinds(codes.flat_values)
         before = tf.concat([kinds[:1], kinds[:-1]], axis=0)  # across rows, which does no harm
-        counts = 1 + tf.cast(kinds != before, codes.row_splits.dtype)
-        first = tf.ragged.range(counts).flat_values == 0
-        space = first & (tf.repeat(counts, counts) == 2)
-        values = tf.where(space, _SPACE, tf.repeat(codes.flat_values, counts))
-        rows = tf.RaggedTensor.from_row_lengths(values, counts)
-        return codes.with_flat_values(rows).merge_dims(1, 2)
+        meets = kinds != before
+        parts = tf.stack([tf.fill(tf.shape(kinds), _SPACE), codes.flat_values], axis=1)
+        kept = tf.stack([meets, tf.ones_like(meets)], axis=1)
+        counts = 1 + tf.cast(meets, codes.row_splits.dtype)
+        splits = tf.concat([tf.zeros_like(counts[:1]), tf.cumsum(counts)], axis=0)
+        return _with_parts(codes, tf.boolean_mask(parts, kept), splits)

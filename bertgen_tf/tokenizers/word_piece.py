@@ -48,10 +48,10 @@ class BertTokenizer(TextTokenizer):
 
     - `"tf_hub"` gives the ids of TF Hub's preprocessing modules, which run the same op,
       `tf_text.BertTokenizer` (`FastBertTokenizer` disagrees with them on some Unicode spaces and
-      marks). `lowercase` folds letters: ß becomes ss, ς σ, ² 2, ½ 1⁄2, ﬁ fi. Control and zero-width
-      characters separate words. Words over 100 bytes are unknown. Special tokens that are spelled
-      out in a text are text. With `lowercase=False` one thing differs from the op: every Unicode
-      space separates words, as in BERT's own tokenizer.
+      marks). `lowercase` folds letters: ß becomes ss, ς σ, ² 2, ½ 1⁄2, ﬁ fi. Control characters
+      separate words; so do, without `lowercase`, those of no width. Words over 100 bytes are
+      unknown. Special tokens that are spelled out in a text are text. With `lowercase=False` one
+      thing differs from the op: every Unicode space separates words, as in BERT's own tokenizer.
     - `"huggingface"` gives the ids of Hugging Face's `BertTokenizer` for every text. `lowercase`
       makes letters lower-case and removes accents; ß, ς, ², ½ and ﬁ stay. Control and zero-width
       characters vanish. Words over 100 characters are unknown. Special tokens that are spelled out

@@ -109,15 +109,16 @@ def check_answers(tokenizer, answers: dict, different: set[str] = frozenset()) -
 
     `different` are texts whose ids differ on purpose.
     """
-    for row in answers["texts"]:
+    texts = [row["text"] for row in answers["texts"]]
+    encoded = [tokenizer.encode(text) for text in texts]
+    for row, own in zip(answers["texts"], encoded, strict=True):
         text, ids = row["text"], row["ids"]
-        same = [tokenizer.tokenize(text) == row["tokens"], tokenizer.encode(text) == ids]
+        same = [tokenizer.tokenize(text) == row["tokens"], own == ids]
         assert same == [text not in different] * 2, text
         assert tokenizer.decode(ids) == row["decoded"]
         if text not in different:
             assert tokenizer.convert_tokens_to_ids(row["tokens"]) == ids
-    texts = [row["text"] for row in answers["texts"]]
-    assert tokenizer(texts).to_list() == [tokenizer.encode(text) for text in texts]
+    assert tokenizer(texts).to_list() == encoded
     for row in answers["rows"]:
         ids = row["ids"]
         assert tokenizer.convert_ids_to_tokens(ids) == row["tokens"]

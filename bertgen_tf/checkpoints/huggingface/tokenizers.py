@@ -274,8 +274,7 @@ def _added_tokens(
         tokens.append({"content": content, **{f: token[f] for f in FLAGS[:-1] if f in token}})
     if wrong:
         raise ValueError(
-            f"Tokens were added that the model's vocabulary lacks: "
-            f"{', '.join(map(repr, wrong[:6]))}."
+            f"Tokens were added that the vocabulary lacks: {', '.join(map(repr, wrong[:6]))}."
         )
     return list(index)[len(pieces) :], tokens
 
