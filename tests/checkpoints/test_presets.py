@@ -54,12 +54,20 @@ def preset(saved, tmp_path) -> Path:
         ("all", "bert"),
         ("word_embeddings", "sentencepiece"),
         ("all", "none"),
+        ("all", "huggingface"),
     ],
 )
 def test_round_trip(sharing, kind, spiece, tmp_path):
     options = {}
     if kind == "sentencepiece":
         options["make_tokenizer"] = lambda: bg.BertGenerationTokenizer(spiece)
+    elif kind == "huggingface":
+        options["make_tokenizer"] = lambda: bg.BertTokenizer(
+            list(PIECES),
+            normalization=[{"type": "NFC"}, {"type": "Lowercase"}],
+            pre_tokenizer="WhitespaceSplit",
+            added_tokens=["house"],
+        )
     model = make_model(
         sharing,
         max_source_length=11,
@@ -71,7 +79,8 @@ def test_round_trip(sharing, kind, spiece, tmp_path):
     if kind == "none":
         model = bg.EncoderDecoderModel(model.encoder, model.decoder)
     model.save_to_preset(tmp_path / "new/preset")
-    vocabulary = {"bert": ["vocab.txt"], "sentencepiece": ["spiece.model"], "none": []}[kind]
+    vocabularies = {"sentencepiece": ["spiece.model"], "none": []}
+    vocabulary = vocabularies.get(kind, ["vocab.txt"])
     files = sorted(os.listdir(tmp_path / "new/preset"))
     assert files == ["config.json", "model.weights.h5", *vocabulary]
     # No vocabulary in config.json, and no path of the machine that wrote it.

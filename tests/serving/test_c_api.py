@@ -17,7 +17,7 @@ import bertgen_tf as bg
 from bertgen_tf.generation.compiled import hypotheses_to_text
 from bertgen_tf.tokenizers.byte_pair import sentencepiece_from_byte_pair
 from tests.helpers import EXPORT_OPTIONS as OPTIONS
-from tests.helpers import FURTHER, GOLDEN, WORDS, c_program, make_model
+from tests.helpers import FURTHER, GOLDEN, PIECES, WORDS, c_program, make_model
 from tests.helpers.c_program import Failure, Program
 from tests.helpers.serving_exports import write_export
 
@@ -373,3 +373,15 @@ def test_ops_of_byte_pair_vocabularies(tmp_path):
 
     graph = there_and_back.get_concrete_function().graph.as_graph_def()
     assert "SentencepieceTokenizeOp" in check_ops(graph)
+
+
+def test_the_normalization_of_huggingface(program, tmp_path):
+    """Its tables of characters are ops of TensorFlow alone."""
+    tokenizer = bg.BertTokenizer(list(PIECES), normalization="huggingface", added_tokens=["bird"])
+    model = make_model(make_tokenizer=lambda: tokenizer)
+    path = Path(bg.export_saved_model(model, tmp_path / "1", check=False, **OPTIONS))
+    assert {"RaggedGather", "UnicodeDecode"} <= check_ops(c_program.read_meta_graph(path).graph_def)
+    texts = [*TEXTS, "the\u200b[SEP]  man BIRD", "a\u1e14\U0001d165\u0344\u302e b"]
+    with Program(program, path, xla=False) as server:
+        answer = server("serving_default", text=texts)
+    check(answer, expected(model, "serving_default", texts))

@@ -207,6 +207,32 @@ def test_special_tokens_in_texts_are_found_in_the_graph(unigram_proto):
     assert finding(ordinary).to_list() == plain(ordinary).to_list()
 
 
+def test_added_tokens():
+    proto = train_sentencepiece(user_defined_symbols=["<::::>", "<hl>", "<q>"])
+    plain = BertGenerationTokenizer(proto)
+    added = [
+        {"content": "<hl>", "special": True, "lstrip": True},
+        {"content": "<q>", "normalized": False, "rstrip": True},
+    ]
+    tokenizer = BertGenerationTokenizer(proto, added_tokens=added)
+    text = "the clock \u3000<hl> <q> \n\u0085tower<hl>"
+    expected = [
+        *plain.tokenize("the clock"), "<hl>", *plain.tokenize(" "),
+        "<q>", *plain.tokenize("tower"), "<hl>",
+    ]  # fmt: skip
+    assert tokenizer.tokenize(text) == expected
+    assert tokenizer.encode(text) == tokenizer.convert_tokens_to_ids(expected)
+    assert tokenizer.decode(tokenizer.encode("<q><hl>"), skip_special_tokens=True) == "<q>"
+    config = json.loads(json.dumps(tokenizer.get_config()))
+    again = BertGenerationTokenizer.from_config(config)
+    assert again.encode(text) == tokenizer.encode(text) and again.get_config() == config
+    split = BertGenerationTokenizer.from_config({**config, "split_special_tokens": True})
+    assert split.encode("the <hl><q>") == plain.encode("the <hl><q>")
+    assert tokenizer.subset([])[0].tokenize(" <hl><q> ") == ["<hl>", "<q>"]
+    with pytest.raises(ValueError, match="`added_tokens` must be pieces .* received 'no'"):
+        BertGenerationTokenizer(proto, added_tokens=["no"])
+
+
 def test_the_longest_special_token_is_found(unigram_proto):
     model = sentencepiece_model_pb2.ModelProto.FromString(unigram_proto)
     model.pieces[3].piece, model.pieces[1].piece = "<", "<>"

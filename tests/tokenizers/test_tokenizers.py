@@ -247,7 +247,7 @@ LOADER = """
 import sys, tensorflow as tf, tensorflow_text
 module = tf.saved_model.load(sys.argv[1])
 texts = tf.constant(["the old clocks, don't strike!", "", b"\\xff caf\\xc3\\xa9"])
-for name in ("bert", "unigram"):
+for name in ("bert", "huggingface", "unigram"):
     out = getattr(module, name)(texts)
     print(out["ids"].numpy().tolist(), out["text"].numpy().tolist())
 assert "bertgen_tf" not in sys.modules
@@ -272,6 +272,9 @@ def test_export_needs_no_other_file(bert, unigram, tmp_path):
     expected = ""
     tokenizers = {
         "bert": BertTokenizer(vocabulary),
+        "huggingface": BertTokenizer(
+            vocabulary, normalization="huggingface", added_tokens=["clock"]
+        ),
         "unigram": BertGenerationTokenizer(model),
     }
     for name, tokenizer in tokenizers.items():
