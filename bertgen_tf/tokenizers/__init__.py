@@ -1,12 +1,15 @@
 """Tokenizers that run inside the TensorFlow graph, over tensorflow-text.
 
 Two classes with one interface: `BertGenerationTokenizer` (SentencePiece, as in the BertGeneration
-checkpoints) and `BertTokenizer` (WordPiece, as in the BERT modules of TF Hub). Both turn strings
-into ids and ids into strings with graph ops only, are tracked by `tf.saved_model.save`, and embed
-their vocabulary in the export, which needs no other file.
+checkpoints) and `BertTokenizer` (WordPiece, as in the BERT modules of TF Hub, or as in Hugging
+Face: `normalization`). Both turn strings into ids and ids into strings with graph ops only, are
+tracked by `tf.saved_model.save`, and embed their vocabulary in the export, which needs no other
+file.
 
 Any bytes are accepted as text: invalid UTF-8 is replaced by U+FFFD. Special tokens are never added
-by `__call__`, and a special token that is spelled out in the text is ordinary text.
+by `__call__`. A special token that is spelled out in a text is ordinary text or special, as
+`split_special_tokens` says; the readers of checkpoints set it: ordinary for TF Hub, special for
+Hugging Face unless the checkpoint says otherwise.
 
 For Python values both have the calls of Hugging Face's classes of the same names, except where a
 docstring says otherwise; `bertgen_tf.tokenizers.interface` lists the calls.
