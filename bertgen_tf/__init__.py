@@ -15,6 +15,7 @@ Start from a checkpoint, train, generate, export:
 | --- | --- |
 | models | `EncoderDecoderModel`, `BertGenerationEncoder`, `BertGenerationDecoder` |
 | starting points | `from_hub`, `from_huggingface`, `from_preset` of these; `warm_start`, `hub` |
+| an export as a model | `EncoderDecoderModel.from_export` |
 | settings | `BertGenerationConfig`, `GenerationConfig` |
 | text | `BertTokenizer`, `BertGenerationTokenizer`, `Seq2SeqPreprocessor`, `trim_vocabulary` |
 | training | `default_optimizer`, `paper_optimizer`, `default_loss`, `bucketed_dataset` |

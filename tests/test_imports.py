@@ -32,6 +32,7 @@ BESIDE = {
     ("generation", "generation/search"),
     ("checkpoints", "checkpoints/hub"),
     ("checkpoints", "checkpoints/huggingface"),
+    ("export", "checkpoints"),
 }
 # The search knows no model and no text: of the floors below it sees nothing else.
 ONLY = {"generation/search": {"checks"}}

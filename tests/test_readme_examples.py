@@ -13,7 +13,7 @@ from make_hub_module import make_hub_module
 from safetensors.numpy import save_file
 
 import bertgen_tf as bg
-from tests.helpers import CORPUS, write_checkpoint
+from tests.helpers import CORPUS, write_bare_export, write_checkpoint
 from tests.helpers.documents import all_blocks
 from tests.helpers.serving_exports import write_upper_export
 
@@ -79,6 +79,7 @@ def folder(tmp_path_factory, spiece) -> Path:
         encoder=str(folder / MODULE), generation_config=bg.GenerationConfig(max_new_tokens=6)
     )
     model.save_to_preset(folder / "my_model")
+    write_bare_export(model, folder / "saved_models/my_model/1")
     model.save_to_huggingface(folder / "path/to/folder")
     (folder / "sources.txt").write_text("".join(f"{text}\n" for text in CORPUS))
     pairs = zip(CORPUS, TARGETS, strict=True)

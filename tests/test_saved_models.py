@@ -8,6 +8,8 @@ import pytest
 import tensorflow as tf
 import tensorflow_text  # noqa: F401 its ops are in the graph
 
+import bertgen_tf as bg
+from bertgen_tf.export.check import check_scores
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "saved_models/sentence_splitting/1"
@@ -43,3 +45,22 @@ def test_it_answers_as_the_readmes_say():
     loaded = tf.saved_model.load(str(FOLDER))
     answers = loaded.signatures["serving_default"](text=tf.constant(list(examples)))["text"].numpy()
     assert [answer.decode() for answer in answers] == list(examples.values())
+    # What the READMEs ask the server, and what the page offers, is split.
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    request = re.search(r"sentence_splitting:predict .*\n.*\"text\": \[\"(.+?)\"\]", readme)[1]
+    offered = json.loads((FOLDER / "metadata.json").read_text(encoding="utf-8"))["examples"]
+    document = (ROOT / "saved_models/README.md").read_text(encoding="utf-8")
+    section = document.partition("## Ask\n")[2].partition("\n## ")[0]
+    asked = re.findall(r"(?:\[|proto\(\[)\"([^\"]{20,})\"\]", section)
+    assert len(offered) == 4 and len(asked) == 4  # one of these is an answer
+    texts = {request, *offered, *(text for text in asked if text not in examples.values())}
+    assert texts <= examples.keys()
+    for text in texts:
+        assert len(re.findall(r"[.](?= |$)", examples[text])) == 2
+
+
+@pytest.mark.slow
+def test_it_reads_back():
+    model = bg.EncoderDecoderModel.from_export(FOLDER)
+    assert model.is_quantized and model.decoder.sharing == "all"
+    check_scores(FOLDER, model)

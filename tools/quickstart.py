@@ -200,7 +200,9 @@ def main() -> None:
 
     export = next_version(arguments.output)
     say(f"6/7 Export to {export}")
-    bg.export_saved_model(model, export)
+    bg.export_saved_model(
+        model, export, description="A toy: splits sentences of the quickstart's small grammar."
+    )
 
     say("7/7 The export in a fresh process, without bertgen_tf")
     outputs = run_export(export, sources)

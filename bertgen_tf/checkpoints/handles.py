@@ -1,9 +1,9 @@
-"""What a handle names: a preset, a Hugging Face checkpoint or a TF Hub module."""
+"""What a handle names: a preset, an export, a Hugging Face checkpoint or a TF Hub module."""
 
 import os
 import pathlib
 
-from bertgen_tf.checkpoints import hub, huggingface, presets
+from bertgen_tf.checkpoints import exports, hub, huggingface, presets
 from bertgen_tf.checkpoints.huggingface.files import hub_name_in, is_huggingface
 
 PRESET, HUB, HUGGINGFACE, EXPORT = "preset", "TF Hub", "HuggingFace", "export"
@@ -17,28 +17,35 @@ _READERS = {
     PRESET: ("a preset", "EncoderDecoderModel.from_preset reads it, and --preset of each command"),
     HUB: ("a TF Hub module", "from_hub reads it"),
     HUGGINGFACE: ("a Hugging Face checkpoint", "from_huggingface reads it"),
-    EXPORT: ("an export for serving", "bertgen-tf serve and --export of the commands read it"),
+    EXPORT: (
+        "an export",
+        "EncoderDecoderModel.from_export reads it, and bertgen-tf convert makes a preset of it",
+    ),
     _KERAS: ("a file of Keras", "keras.models.load_model reads it"),
 }
 
 
 def family_of(handle: str | os.PathLike) -> str:
-    """`HUGGINGFACE`, `PRESET` or, for anything else, `HUB`; nothing is fetched, no graph is read.
+    """`HUGGINGFACE`, `PRESET`, `EXPORT` or, for anything else, `HUB`.
+
+    Nothing is fetched, and no graph is read.
 
     Args:
         handle: a folder, a file, a URL, or `org/name` of the Hugging Face hub.
     """
     if is_huggingface(handle):
         return HUGGINGFACE
-    return PRESET if os.path.isfile(os.path.join(handle, presets.CONFIG_FILE)) else HUB
+    if os.path.isfile(os.path.join(handle, presets.CONFIG_FILE)):
+        return PRESET
+    return EXPORT if exports.is_export(handle) or exports.versions_in(handle) else HUB
 
 
 def kind_of(handle: str | os.PathLike) -> str:
     """What a handle names, in words.
 
     Returns:
-        `PRESET`, `HUB_ORIGINAL`, `HUB_ENCODER`, `HUGGINGFACE_PAIR`, `HUGGINGFACE_ENCODER` or
-        `HUGGINGFACE_DECODER`.
+        `PRESET`, `EXPORT`, `HUB_ORIGINAL`, `HUB_ENCODER`, `HUGGINGFACE_PAIR`,
+        `HUGGINGFACE_ENCODER` or `HUGGINGFACE_DECODER`.
 
     Raises:
         OSError, ValueError: nothing is there, or nothing that can be read.
@@ -49,6 +56,8 @@ def kind_of(handle: str | os.PathLike) -> str:
     if family == PRESET:
         presets.read_config(handle)
         return PRESET
+    if family == EXPORT:
+        return EXPORT
     return HUB_ORIGINAL if hub.is_original(handle) else HUB_ENCODER
 
 
@@ -90,8 +99,6 @@ def _recognise(name: str) -> str | None:
         return HUGGINGFACE
     if presets.has_config(folder):
         return PRESET
-    versions = [path for path in folder.iterdir() if path.name.isdecimal()]
-    for path in (folder, *versions):
-        if (path / "saved_model.pb").is_file() and (path / "metadata.json").is_file():
-            return EXPORT
+    if exports.is_export(folder) or exports.versions_in(folder):
+        return EXPORT
     return HUB if (folder / "saved_model.pb").is_file() else None

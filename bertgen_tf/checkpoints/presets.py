@@ -30,7 +30,9 @@ from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 FORMAT = "bertgen_tf preset"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
-# Of an export, where the files of its preset are.
+# Of an export: its graph, and TensorFlow's folder for what no graph reads, where the files of its
+# preset are.
+GRAPH_FILE = "saved_model.pb"
 EXTRA_FOLDER = "assets.extra"
 # Tokenizer -> its vocabulary's file, and the field of its config that takes the file's path.
 VOCABULARIES = {
@@ -59,19 +61,9 @@ def save(
     Raises:
         OSError: see `bertgen_tf.data.folders.check_writable`.
     """
-    config = model.get_config()
 
     def write(path: pathlib.Path) -> None:
-        for side, prefix in PREFIXES.items():
-            if config.get(side) is None:
-                continue
-            # The vocabulary has a file of its own, in the format that its field takes.
-            field = VOCABULARIES[config[side]["class_name"]][1]
-            file = getattr(model, side).save_vocabulary(path, prefix)
-            config[side]["config"][field] = os.path.basename(file)
-        with open(path / CONFIG_FILE, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "model": config}, file, indent=2)
-            file.write("\n")
+        write_settings(model, path)
         # The same weights without the optimizer's, which Keras would write too.
         bare = EncoderDecoderModel(model.encoder, model.decoder)
         try:
@@ -81,6 +73,26 @@ def save(
         bare.save_weights(path / WEIGHTS_FILE)
 
     folders.write_folder(folder, write, is_preset, "a preset", check)
+
+
+def write_settings(model: EncoderDecoderModel, folder: pathlib.Path, **changes: Any) -> None:
+    """Writes all of a preset but the weights, as `build` reads it.
+
+    Args:
+        folder: an existing one.
+        changes: to what `get_config` gives.
+    """
+    config = {**model.get_config(), **changes}
+    for side, prefix in PREFIXES.items():
+        if config.get(side) is None:
+            continue
+        # The vocabulary has a file of its own, in the format that its field takes.
+        field = VOCABULARIES[config[side]["class_name"]][1]
+        file = getattr(model, side).save_vocabulary(folder, prefix)
+        config[side]["config"][field] = os.path.basename(file)
+    with open(folder / CONFIG_FILE, "w", encoding="utf-8") as file:
+        json.dump({"format": FORMAT, "model": config}, file, indent=2)
+        file.write("\n")
 
 
 def _check_room(path: pathlib.Path, weights: list[Any]) -> None:
@@ -117,15 +129,8 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
-    try:
-        for name in [WEIGHTS_FILE, *_set_vocabularies(folder, config)]:
-            _check_file(folder, name)
-        model = model_class.from_config(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder} should hold the settings and the vocabulary of a model, but building it "
-            f"failed: {first_line(error)}"
-        ) from error
+    _check_file(folder, WEIGHTS_FILE)
+    model = build(folder, config, model_class)
     path = folder / WEIGHTS_FILE
     try:
         model.load_weights(path)
@@ -143,6 +148,27 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
             f"tensors, but holds {stored}."
         )
     return model
+
+
+def build(folder: pathlib.Path, config: dict[str, Any], model_class: type[Model]) -> Model:
+    """The model of what `write_settings` wrote, with initial weights.
+
+    Args:
+        config: what `read_config` gives.
+
+    Raises:
+        FileNotFoundError: a vocabulary is missing.
+        ValueError: the settings, or a vocabulary, are damaged.
+    """
+    try:
+        for name in _set_vocabularies(folder, config):
+            _check_file(folder, name)
+        return model_class.from_config(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder} should hold the settings and the vocabulary of a model, but building it "
+            f"failed: {first_line(error)}"
+        ) from error
 
 
 def load_preprocessor(folder: str | os.PathLike) -> Seq2SeqPreprocessor:
@@ -179,7 +205,7 @@ def preprocessor_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     """
     folder = pathlib.Path(folder)
     extra = folder / EXTRA_FOLDER
-    if (folder / "saved_model.pb").is_file():
+    if (folder / GRAPH_FILE).is_file():
         if not (extra / CONFIG_FILE).is_file():
             raise ValueError(
                 f"{folder} is an export without {EXTRA_FOLDER}/{CONFIG_FILE}, which has its "

@@ -1,4 +1,4 @@
-"""`bertgen-tf convert`: between TF Hub modules, Hugging Face checkpoints and presets."""
+"""`bertgen-tf convert`: between TF Hub modules, Hugging Face checkpoints, exports and presets."""
 
 import argparse
 import importlib.util
@@ -9,6 +9,7 @@ import numpy as np
 
 from bertgen_tf.checkpoints import huggingface, presets
 from bertgen_tf.checkpoints.handles import (
+    EXPORT,
     HUB,
     HUB_ENCODER,
     HUB_ORIGINAL,
@@ -22,6 +23,7 @@ from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_
 from bertgen_tf.cli.common import add_warm_start, flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
+from bertgen_tf.export.check import check_scores
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.variants import with_dtype
 
@@ -32,20 +34,22 @@ def add_command(commands: Any) -> None:
     """Adds the command and its flags."""
     parser = commands.add_parser(
         "convert",
-        help="convert TF Hub modules, Hugging Face checkpoints and presets",
-        description="Writes a TF Hub module or a Hugging Face checkpoint as a preset, or a preset\n"
-        "as a Hugging Face folder. Shows what was read, and runs both sides to see that they "
-        "agree.",
+        help="convert TF Hub modules, Hugging Face checkpoints, exports and presets",
+        description="Writes a TF Hub module, a Hugging Face checkpoint or an export as a preset, "
+        "or a preset\nas a Hugging Face folder. Shows what was read, and runs both sides to see "
+        "that they agree.",
         epilog="""\
 sources:
   a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
                    encoder, which becomes the start of an encoder-decoder
   Hugging Face     a folder, or a name such as org/name: an encoder-decoder or an encoder, of
                    BertGeneration, BERT or RoBERTa
+  an export        NAME/VERSION, what export wrote
   a preset         what this command or finetune saved; becomes a Hugging Face folder
 
 examples:
   bertgen-tf convert path/to/bertseq2seq_module my_model
+  bertgen-tf convert saved_models/sentence_splitting/1 my_splitter --dequantize
   bertgen-tf convert my_model my_huggingface_model""",
     )
     parser.add_argument("source", metavar="SOURCE", help="what to read")
@@ -60,6 +64,12 @@ examples:
         metavar="NAME",
         help="which of the originals a module is, such as roberta24_bbc, if it does not contain "
         "all that is needed",
+    )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="make the matrices of an int8 export or preset float32, so that finetune can train it "
+        "and Hugging Face has a format for it",
     )
     add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
 
@@ -85,11 +95,17 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(f"  {name:{width}}  {value}")
     if verify and kind.startswith(HUB):
         print("verified: the module itself gives the same")
+    elif verify and kind == EXPORT:
+        check_scores(pathlib.Path(source), model)
+        print("verified: the export itself gives the same probabilities")
     elif verify and kind == HUGGINGFACE_ENCODER and arguments.num_layers is not None:
         print("not compared with Hugging Face's own outputs: not all layers were kept")
     elif verify and kind != PRESET:
         pair = kind == HUGGINGFACE_PAIR
         _verify_with_transformers(model if pair else model.encoder, source, source)
+    if arguments.dequantize:
+        model.dequantize()
+        print("dequantized: all matrices are float32")
 
     def check(path: pathlib.Path) -> None:
         if kind != PRESET:
@@ -178,8 +194,14 @@ def _read(arguments: argparse.Namespace, kind: str) -> EncoderDecoderModel:
         )
     if arguments.original and kind != HUB_ORIGINAL:
         raise ValueError(f"--original applies to an original, and {arguments.source} is a {kind}")
+    if arguments.dequantize and kind not in (PRESET, EXPORT):
+        raise ValueError(
+            f"--dequantize applies to an export or a preset, and {arguments.source} is a {kind}"
+        )
     if kind == PRESET:
         return EncoderDecoderModel.from_preset(arguments.source)
+    if kind == EXPORT:
+        return EncoderDecoderModel.from_export(arguments.source)
     if kind == HUB_ORIGINAL:
         if arguments.original:
             given["original"] = arguments.original

@@ -50,6 +50,19 @@ example:
         "serves; a server without XLA does not load such an export",
     )
     parser.add_argument(
+        "--description",
+        default="",
+        metavar="TEXT",
+        help="what the model does, in a sentence, which the page of serve shows",
+    )
+    parser.add_argument(
+        "--example",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a text that shows what it does, which that page offers; may be given several times",
+    )
+    parser.add_argument(
         "--no-check",
         action="store_true",
         help="do not check in a separate process that the export answers as the model does",
@@ -71,6 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
             config,
             max_batch_size=arguments.max_batch_size,
             warmup_xla=arguments.warmup_xla,
+            description=arguments.description,
+            examples=arguments.example,
             check=not arguments.no_check,
         )
     except ExportError as error:

@@ -266,7 +266,10 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
     if arguments.preset:
         model = EncoderDecoderModel.from_preset(arguments.preset)
         if model.is_quantized:
-            raise UserError(f"{arguments.preset} is int8: train the float32 preset it came from")
+            raise UserError(
+                f"{arguments.preset} is int8: train the float32 preset it came from, or make one "
+                "of its export with bertgen-tf convert --dequantize"
+            )
         if given:
             model = with_config(model, **given)
     else:

@@ -70,13 +70,40 @@ def check_export(
         )
 
 
+def check_scores(folder: pathlib.Path, model: EncoderDecoderModel) -> None:
+    """Raises a ValueError unless a model and the signature `score` of its export agree."""
+    texts = _longest_first(model)
+    targets = [*texts[1:], ""]
+    inputs = {"source": np.array(texts, object), "target": np.array(targets, object)}
+    score = tf.saved_model.load(str(folder)).signatures["score"]
+    answer = {
+        name: tensor.numpy()
+        for name, tensor in score(**{k: tf.constant(v) for k, v in inputs.items()}).items()
+    }
+    case = _Case("score", inputs, _scores(model, texts, targets), False, _tolerance(model))
+    if problems := [f"{name}: {problem}" for name, problem in _differences(case, answer)]:
+        raise ValueError(
+            f"{folder} should score texts as the model read from it, but differs in "
+            f"{'; '.join(problems)}."
+        )
+
+
+def _longest_first(model: EncoderDecoderModel) -> list[str]:
+    # As `generate` sorts a batch: equal batches are rounded the same way.
+    limit = model.preprocessor.max_source_length
+    whole = text_of_length(model, limit)
+    return [f"{whole} {whole}", whole, text_of_length(model, max(1, limit - 1))]
+
+
+def _tolerance(model: EncoderDecoderModel) -> float:
+    """Of a forward pass that does not repeat the model's own graph."""
+    return INT8_TOLERANCE if model.is_quantized else TOLERANCE
+
+
 def _cases(
     model: EncoderDecoderModel, module: ServingModule, logits_processor: Sequence[Processor]
 ) -> Iterator[_Case]:
-    limit = model.preprocessor.max_source_length
-    whole = text_of_length(model, limit)
-    # Longest first, as `generate` sorts a batch: equal batches are rounded the same way.
-    batch = [f"{whole} {whole}", whole, text_of_length(model, max(1, limit - 1))]
+    batch = _longest_first(model)
     short = text_of_length(model, 5)
     odd = [[short], [""], [b"\xff\xfe \xf0\x9f\x98\x80"]]
     for signature in module.settings:
@@ -101,8 +128,7 @@ def _cases(
         {"source": np.array(batch, object), "target": np.array(targets, object)},
         _scores(model, batch, targets),
         drawn=False,
-        # The others repeat the model's own graphs, this one does not.
-        tolerance=INT8_TOLERANCE if model.is_quantized else TOLERANCE,
+        tolerance=_tolerance(model),  # the others repeat the model's own graphs
     )
 
 

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checkpoints import presets
+from bertgen_tf.checkpoints.exports import METADATA_FILE
+from bertgen_tf.checkpoints.presets import EXTRA_FOLDER
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.buckets import source_buckets
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
+WARMUP_FILE = f"{EXTRA_FOLDER}/tf_serving_warmup_requests"
 BATCHING_FILE = "batching_params.pbtxt"
-METADATA_FILE = "metadata.json"
 # How many batches of the largest size one request may fill.
 MAX_BATCHES_OF_A_REQUEST = 32
 # A server warms up before it serves, one request after the other.
@@ -108,7 +110,7 @@ def write_warmup(
             "Lower max_batch_size."
         )
     path = folder / WARMUP_FILE
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     with tf.io.TFRecordWriter(str(path)) as writer:
         for signature, inputs in requests:
             request = predict_pb2.PredictRequest()
@@ -170,6 +172,15 @@ def _words(tokenizer: Any) -> Iterator[str]:
             return
 
 
+def write_settings(
+    folder: pathlib.Path, model: EncoderDecoderModel, config: GenerationConfig
+) -> None:
+    """Writes what `from_export` needs beside the variables."""
+    path = folder / EXTRA_FOLDER
+    path.mkdir(exist_ok=True)
+    presets.write_settings(model, path, generation_config=config.to_dict())
+
+
 def write_metadata(
     folder: pathlib.Path,
     name: str,
@@ -178,12 +189,18 @@ def write_metadata(
     module: ServingModule,
     variants: Mapping[str, GenerationConfig],
     sizes: list[int],
+    further: Mapping[str, Any],
 ) -> None:
-    """Writes `metadata.json`: a description of the export, and the checksums of its other files."""
+    """Writes `metadata.json`: what the export is, and the checksums of its other files.
+
+    Args:
+        further: fields by name; those that are empty are left out.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     metadata = {
         "name": name,
         "version": version,
+        **{name: value for name, value in further.items() if value},
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "source_checkpoint": model.source_checkpoint,
         "parameters": model.count_params(),

@@ -67,6 +67,8 @@ def export_saved_model(
     logits_processor: Sequence[Processor] = (),
     max_batch_size: int = 32,
     warmup_xla: bool = False,
+    description: str = "",
+    examples: Sequence[str] = (),
     check: bool = True,
     **options: Any,
 ) -> str:
@@ -74,7 +76,8 @@ def export_saved_model(
 
     Beside the graph lie `assets.extra/tf_serving_warmup_requests`, a request for each bucket of
     lengths that the server runs before it serves; `batching_params.pbtxt`, for servers that batch;
-    and `metadata.json`, which describes the export, with checksums.
+    `metadata.json`, which describes the export, with checksums; and the settings and vocabularies
+    of the model, with which `EncoderDecoderModel.from_export` reads the export back.
 
     Args:
         model: a model with a tokenizer.
@@ -87,6 +90,9 @@ def export_saved_model(
         max_batch_size: the most texts that a server puts into one batch, a power of two.
         warmup_xla: also write warm-up requests that compile `generate_xla` for every batch size and
             length. Only for servers with XLA switched on: no other would load the export.
+        description: what the model does, in a sentence, for metadata.json: the page of `bertgen-tf
+            serve` shows it.
+        examples: texts that show what it does, for the same page, which offers them.
         check: run the export in a separate process, and compare it with `model.generate`.
         **options: fields of `GenerationConfig` that replace those of the settings.
 
@@ -97,7 +103,8 @@ def export_saved_model(
         ExportError: the export did not answer as the model does; it was not kept.
         FileExistsError: the version exists already.
         ValueError: the model has no tokenizer, the version is not an integer, the settings do not
-            fit the model, or a signature has a name that is not allowed.
+            fit the model, a signature has a name that is not allowed, or description or examples
+            are not text.
     """
     if model.tokenizer is None:
         raise ValueError(
@@ -110,6 +117,7 @@ def export_saved_model(
     config = settings_of_call(model, generation_config, options)
     signatures = dict(signatures or {})
     _check_names(signatures)
+    _check_description(description, examples)
     for settings in (config, every_hypothesis(config), *signatures.values()):
         check_config(settings, model)
     sizes = files.batch_sizes(max_batch_size)
@@ -127,7 +135,15 @@ def export_saved_model(
         tf.saved_model.save(module, str(temporary), signatures=traced)
         files.write_batching_parameters(temporary, sizes)
         files.write_warmup(temporary, name, model, module.functions, sizes, compiled=warmup_xla)
-        files.write_metadata(temporary, name, int(path.name), model, module, signatures, sizes)
+        files.write_settings(temporary, model, config)
+        further = {
+            "description": description,
+            "examples": list(examples),
+            "logits_processor": [_name(processor) for processor in logits_processor],
+        }
+        files.write_metadata(
+            temporary, name, int(path.name), model, module, signatures, sizes, further
+        )
         if check:
             check_export(temporary, model, module, logits_processor)
         os.chmod(temporary, 0o755)
@@ -153,6 +169,18 @@ def check_version_path(path: str | os.PathLike) -> None:
         )
     if path.exists():
         raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _check_description(description: str, examples: Sequence[str]) -> None:
+    if not isinstance(description, str):
+        raise ValueError(f"description must be a str, received {type(description).__name__}.")
+    if isinstance(examples, str) or not all(isinstance(text, str) for text in examples):
+        kind = "a str" if isinstance(examples, str) else "other values"
+        raise ValueError(f"examples must be a list of str, received {kind}.")
 
 
 def _check_names(signatures: Mapping[str, GenerationConfig]) -> None:

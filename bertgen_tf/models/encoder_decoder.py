@@ -16,6 +16,7 @@ from bertgen_tf import tokenizers
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation import generator, streaming
 from bertgen_tf.generation.compiled import KeptFunctions
+from bertgen_tf.models import int8
 from bertgen_tf.models.pair_checks import (
     check_pair,
     check_preprocessor,
@@ -23,7 +24,6 @@ from bertgen_tf.models.pair_checks import (
     length_or_default,
 )
 from bertgen_tf.network import sources
-from bertgen_tf.network.quantization import check_quantization
 from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncoder
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
@@ -114,6 +114,8 @@ class EncoderDecoderModel(keras.Model):
     generate = generator.generate
     iterate = generator.iterate
     stream = streaming.stream
+    quantize = int8.quantize
+    dequantize = int8.dequantize
 
     @classmethod
     def from_hub(
@@ -222,29 +224,10 @@ class EncoderDecoderModel(keras.Model):
             warnings.warn(_NO_SIGNATURE, stacklevel=2)
         return super()._trackable_children(save_type, **kwargs)
 
-    def quantize(self, mode: str, config: Any = None) -> None:
-        """Makes the matrices int8, in place, for generation in a quarter of their memory.
-
-        That is all matrices used in products, each with a scale per output. The inputs of a product
-        are quantized as well, with a scale per row, at run time. Embeddings, layer normalisation
-        and softmax stay float32, so the output matrix is no longer tied to the embeddings. Such a
-        model can generate, be saved as a preset and be exported; it cannot be trained or saved in
-        another format. A model that is already int8 is unchanged.
-
-        Args:
-            mode: "int8".
-            config: Keras passes one; quantizers of its own are not supported.
-
-        Raises:
-            ValueError: another mode, a config with quantizers, or adapters that are not merged.
-        """
-        check_quantization(mode, config)
-        lora.check_merged(self, "an int8 model")
-        if None not in (self.encoder.config.quantization, self.decoder.config.quantization):
-            return
-        self.encoder.to_int8()
-        self.decoder.to_int8()
-        self.forget_compiled()
+    @classmethod
+    def from_export(cls, folder: str | os.PathLike) -> Self:
+        """Reads an export, NAME/VERSION, as a model; see `bertgen_tf.checkpoints.exports`."""
+        return sources.exports.load(folder, model_class=cls)
 
     def forget_compiled(self) -> None:
         """For replaced variables: compiled functions and the optimizer hold on to the old ones."""
@@ -438,7 +421,7 @@ class EncoderDecoderModel(keras.Model):
         if self.is_quantized:
             raise ValueError(
                 "A quantized model cannot be trained: its matrices are int8. Train the float32 "
-                "model, then quantize."
+                "model it came from, or call dequantize() first; quantize afterwards."
             )
         return super().make_train_function(force)
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
+from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
 from bertgen_tf.network.weights import VariablePart
 
 
@@ -54,11 +54,22 @@ def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
 def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
     """New untrainable variables of a layer, for what `quantize_matrix` gives."""
     options = {"initializer": "zeros", "trainable": False, "autocast": False}
-    with _unlocked(layer):
-        return [
-            layer.add_weight(shape, dtype="int8", name=name, **options),
-            layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
-        ]
+    return [
+        layer.add_weight(shape, dtype="int8", name=name, **options),
+        layer.add_weight(shape[:1], dtype="float32", name=f"{name}_scale", **options),
+    ]
+
+
+@contextlib.contextmanager
+def rebuilding(layer: keras.layers.Layer) -> Iterator[None]:
+    """Lets a layer that is built take new variables, with the paths of those that it replaces.
+
+    By its path an optimizer knows a variable, and `from_export` finds it again.
+    """
+    with contextlib.ExitStack() as scopes, _unlocked(layer):
+        for name in layer.path.split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(name))
+        yield
 
 
 @contextlib.contextmanager
@@ -110,17 +121,17 @@ class Dense(keras.layers.Layer):
     def build(self, input_shape: Any) -> None:
         shape = (self.units, input_shape[-1])
         if self.quantization is None:
-            self.kernel = self.add_weight(
+            self.kernel = self._float_kernel(
                 shape,
-                initializer=lambda shape, dtype: ops.transpose(
-                    self.kernel_initializer(shape[::-1], dtype)
-                ),
-                name="kernel",
+                lambda shape, dtype: ops.transpose(self.kernel_initializer(shape[::-1], dtype)),
             )
         else:
             self.kernel, self.kernel_scale = quantized_weights(self, shape, "kernel")
         self.bias = self.add_weight((self.units,), initializer="zeros", name="bias")
         self.built = True
+
+    def _float_kernel(self, shape: tuple[int, int], initializer: Any) -> Any:
+        return self.add_weight(shape, initializer=initializer, name="kernel")
 
     def to_int8(self) -> None:
         """Replaces the kernel by an int8 one, once.
@@ -131,10 +142,26 @@ class Dense(keras.layers.Layer):
             return
         kernel, scale = quantize_matrix(self.kernel)
         self._untrack_variable(self.kernel)
-        self.kernel, self.kernel_scale = quantized_weights(self, kernel.shape, "kernel")
+        with rebuilding(self):
+            self.kernel, self.kernel_scale = quantized_weights(self, kernel.shape, "kernel")
         self.kernel.assign(kernel)
         self.kernel_scale.assign(scale)
         self.quantization = "int8"
+
+    def to_float(self) -> None:
+        """Replaces an int8 kernel by a float one: the reverse of `to_int8`."""
+        if self.quantization is None:
+            return
+        kernel = dequantize_matrix(self.kernel, self.kernel_scale)
+        # The bias comes second, as in a new layer: by this order Keras copies weights.
+        for variable in (self.kernel, self.kernel_scale, self.bias):
+            self._untrack_variable(variable)
+        with rebuilding(self):
+            self.kernel = self._float_kernel(kernel.shape, "zeros")
+            self.bias.trainable = True  # tracked with the others; a frozen layer freezes it again
+            self._track_variable(self.bias)
+        self.kernel.assign(kernel)
+        self.kernel_scale = self.quantization = None
 
     def call(self, inputs: Any) -> Any:
         kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)

@@ -43,6 +43,11 @@ def quantize_matrix(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(integers), 1 / np.asarray(scale)[:, 0]
 
 
+def dequantize_matrix(integers: Any, scale: Any) -> np.ndarray:
+    """What `quantize_matrix` gave, as a float32 matrix; rounded again, it gives the same."""
+    return np.asarray(integers, np.float32) * np.asarray(scale, np.float32)[:, np.newaxis]
+
+
 @contextlib.contextmanager
 def integer_products(wanted: bool) -> Iterator[None]:
     """Whether a graph that is being traced computes its products in integers.

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bertgen_tf.checkpoints import exports as exports
     from bertgen_tf.checkpoints import handles as handles
     from bertgen_tf.checkpoints import hub as hub
     from bertgen_tf.checkpoints import huggingface as huggingface

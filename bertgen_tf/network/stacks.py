@@ -41,8 +41,8 @@ from bertgen_tf.network.masks import (
     slots_mask,
     source_lengths,
 )
-from bertgen_tf.network.projections import Dense, initializer, quantized_weights
-from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
+from bertgen_tf.network.projections import Dense, initializer, quantized_weights, rebuilding
+from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
 
 SHARING = ("none", "word_embeddings", "all")
 _NOT_ALONE = "A stack cannot be quantized alone. Call quantize of the EncoderDecoderModel."
@@ -62,6 +62,13 @@ class _Stack(keras.Model):
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Refuses: what the stacks share must stay the same on both sides."""
         raise ValueError(_NOT_ALONE)
+
+    def set_quantization(self, mode: str | None) -> None:
+        """Part of `EncoderDecoderModel.quantize` ("int8") and `dequantize` (None)."""
+        for layer in self._flatten_layers():
+            if isinstance(layer, Dense):
+                layer.to_int8() if mode else layer.to_float()
+        self.config = self.config.replace(quantization=mode)
 
     def get_config(self) -> dict[str, Any]:
         config = self.config.to_dict()
@@ -128,10 +135,6 @@ class BertGenerationEncoder(_Stack):
     ) -> Self:
         """Reads a checkpoint; see `bertgen_tf.checkpoints.huggingface.load_encoder`."""
         return sources.huggingface.load_encoder(folder, num_layers=num_layers, model_class=cls)
-
-    def to_int8(self) -> None:
-        """Part of `EncoderDecoderModel.quantize`."""
-        _matrices_to_int8(self)
 
     def build(self, input_shape: Any = None) -> None:
         self.embeddings.build()
@@ -272,17 +275,25 @@ class BertGenerationDecoder(_Stack):
             folder, cross_attention=cross_attention, num_layers=num_layers, model_class=cls
         )
 
-    def to_int8(self) -> None:
-        """Part of `EncoderDecoderModel.quantize`."""
-        if self.config.quantization is not None:
+    def set_quantization(self, mode: str | None) -> None:
+        if mode == self.config.quantization:
             return
-        _matrices_to_int8(self)
-        kernel, scale = quantize_matrix(self._output_matrix())
-        if not self.config.tie_word_embeddings:
-            self._untrack_variable(self.output_kernel)
-        self._build_output_kernel()
+        tied, old = self.config.tie_word_embeddings, []
+        if not (tied and mode):
+            old = [self.output_kernel] if mode else [self.output_kernel, self.output_kernel_scale]
+        matrix = self._output_matrix() if mode or tied else dequantize_matrix(*old)
+        super().set_quantization(mode)
+        for variable in old:
+            self._untrack_variable(variable)
+        self.output_kernel = self.output_kernel_scale = None
+        if tied and not mode:
+            return
+        with rebuilding(self):
+            self._build_output_kernel()
+        kernel, *scales = quantize_matrix(matrix) if mode else (matrix,)
         self.output_kernel.assign(kernel)
-        self.output_kernel_scale.assign(scale)
+        for scale in scales:
+            self.output_kernel_scale.assign(scale)
 
     def build(self, input_shape: Any = None) -> None:
         if not self.embeddings.built:
@@ -450,13 +461,6 @@ class BertGenerationDecoder(_Stack):
                 for keys, values in zip(parts[::2], parts[1::2], strict=True)
             ]
         return [block.cross_attention.project(encoder_hidden_states) for block in self.blocks]
-
-
-def _matrices_to_int8(stack: keras.Model) -> None:
-    for layer in stack._flatten_layers():
-        if isinstance(layer, Dense):
-            layer.to_int8()
-    stack.config = stack.config.replace(quantization="int8")
 
 
 def _check_length(argument: str, ids: Any, longest: int) -> None:

@@ -119,6 +119,7 @@ class ServingApp:
             },
         )
         self._app.router.redirect_slashes = False
+        self._regular = (self._status, self._show_metrics, self._alive, self._ready)
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         """Answers a request, by ASGI; logs and counts it."""
@@ -147,7 +148,10 @@ class ServingApp:
         seconds = time.perf_counter() - start
         if "model" in facts:
             self.metrics.count_request(facts, status, seconds)
-        _log.info(
+        # Probes and scrapes come by the clock: they would drown what clients ask.
+        regular = scope.get("endpoint") in self._regular and status in (200, 503)
+        _log.log(
+            logging.DEBUG if regular else logging.INFO,
             "request",
             extra={
                 "method": scope["method"],

@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -25,13 +24,13 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from bertgen_tf.export.files import METADATA_FILE, read_warmup
+from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
+from bertgen_tf.checkpoints.presets import GRAPH_FILE
+from bertgen_tf.export.files import read_warmup
 from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
 
-GRAPH_FILE = "saved_model.pb"
 # Where an export does not specify its batch sizes.
 MAX_BATCH_SIZE = 32
-_MAX_METADATA_BYTES = 16 * 2**20
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
 
 _log = logging.getLogger(__name__)
@@ -123,7 +122,6 @@ class Version:
             )
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
-        self.metadata = _read_metadata(self.path / METADATA_FILE)
         loaded = tf.saved_model.load(str(self.path))
         size = _largest_batch(self.metadata)
         self.signatures = {
@@ -272,17 +270,23 @@ class Models:
         found = await asyncio.to_thread(self._scan)
         for name in sorted(found):
             self._versions.setdefault(name, [])
+        waiting = []
         for name, paths in sorted(found.items()):
             wanted = await asyncio.to_thread(self._wanted, name, paths)
             self._forget(name, paths)
             current = self.current(name)
             if wanted and (not current or wanted.stamp != current.stamp):
-                await self._load(wanted)
+                wanted.metadata = await asyncio.to_thread(_read_metadata, wanted.path)
+                waiting.append(wanted)
+        # All are listed while the first one loads.
+        for version in waiting:
+            self._versions[version.model].append(version)
+        for version in waiting:
+            await self._load(version)
 
     async def _load(self, version: Version) -> None:
         fields = {"model": version.model, "version": version.number, "path": str(version.path)}
         old = self.current(version.model)
-        self._versions[version.model].append(version)
         _log.info("loading", extra=fields)
         start = time.monotonic()
         try:
@@ -352,19 +356,14 @@ def _stamp(path: Path) -> tuple[Any, ...]:
     return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_METADATA_BYTES:
-            raise ValueError(f"it has more than {_MAX_METADATA_BYTES:,} bytes")
-        metadata = json.loads(path.read_text("utf-8"))
-        if not isinstance(metadata, dict):
-            raise ValueError("it is not a JSON object")
+        return read_metadata(folder)
     except FileNotFoundError:
         return {}
-    except (OSError, RecursionError, ValueError) as error:
-        _log.warning("ignored %s: %s", path, error)
+    except (OSError, ValueError) as error:
+        _log.warning("ignored %s: %s", folder / METADATA_FILE, error)
         return {}
-    return metadata
 
 
 def _largest_batch(metadata: dict[str, Any]) -> int:

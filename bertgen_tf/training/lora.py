@@ -51,7 +51,7 @@ def enable(
     if model.is_quantized:
         raise ValueError(
             "model must have float32 matrices for LoRA, and those of this one are int8. Enable it "
-            "before quantizing."
+            "before quantizing, or call dequantize() first."
         )
     targets = [targets] if isinstance(targets, str) else list(targets)
     alpha = rank if alpha is None else alpha

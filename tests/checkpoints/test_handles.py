@@ -4,8 +4,8 @@ import pytest
 
 import bertgen_tf as bg
 from bertgen_tf.checkpoints import presets
-from bertgen_tf.checkpoints.handles import HUB, HUGGINGFACE, PRESET, family_of, kind_of
-from tests.helpers import make_small_model, write_checkpoint
+from bertgen_tf.checkpoints.handles import EXPORT, HUB, HUGGINGFACE, PRESET, family_of, kind_of
+from tests.helpers import make_small_model, write_bare_export, write_checkpoint
 
 
 def test_names_on_the_huggingface_hub(tmp_path, monkeypatch):
@@ -27,11 +27,14 @@ def test_names_on_the_huggingface_hub(tmp_path, monkeypatch):
 def test_kinds_of_folders(tmp_path, hub_module):
     model = make_small_model()
     model.save_to_preset(tmp_path / "preset")
+    write_bare_export(model, tmp_path / "export/1")
     model.save_to_huggingface(tmp_path / "pair")
     model.encoder.save_to_huggingface(tmp_path / "encoder")
     model.decoder.save_to_huggingface(tmp_path / "decoder")
     families = {
         "preset": PRESET,
+        "export/1": EXPORT,
+        "export": EXPORT,  # of which a version has to be chosen
         "pair": HUGGINGFACE,
         "encoder": HUGGINGFACE,
         "decoder": HUGGINGFACE,
@@ -40,6 +43,7 @@ def test_kinds_of_folders(tmp_path, hub_module):
     assert family_of(hub_module) == HUB
     kinds = {
         tmp_path / "preset": "preset",
+        tmp_path / "export/1": "export",
         tmp_path / "pair": "HuggingFace encoder-decoder",
         tmp_path / "encoder": "HuggingFace encoder",
         tmp_path / "decoder": "HuggingFace decoder",
@@ -56,9 +60,7 @@ def folders(tmp_path_factory, hub_module):
     model.save_to_preset(base / "preset")
     model.save_to_huggingface(base / "pair")
     write_checkpoint(base / "bert")
-    (base / "export/3").mkdir(parents=True)
-    for name in ("saved_model.pb", "metadata.json"):
-        (base / "export/3" / name).write_text("{}")
+    write_bare_export(model, base / "export/3")
     model.save(base / "model.keras")
     return {path.name: str(path) for path in base.iterdir()} | {"module": hub_module}
 
@@ -67,7 +69,7 @@ PRESET_IS_READ = r"is a preset: EncoderDecoderModel.from_preset reads it"
 MODULE_IS_READ = "is a TF Hub module: from_hub reads it"
 CHECKPOINT_IS_READ = "is a Hugging Face checkpoint: from_huggingface reads it"
 NAME_IS_READ = "As a name on the Hugging Face hub, from_huggingface reads it: "
-EXPORT_IS_READ = "is an export for serving: bertgen-tf serve"
+EXPORT_IS_READ = "is an export: EncoderDecoderModel.from_export reads it"
 KERAS_READS = "is a file of Keras: keras.models.load_model reads it"
 BERT_PAGE = "https://huggingface.co/google-bert/bert-base-uncased"
 
@@ -119,7 +121,6 @@ def test_what_another_call_reads_as_a_side(folders):
         (lambda: bg.BertGenerationDecoder.from_huggingface(folders["preset"]), PRESET_IS_READ),
         (lambda: bg.warm_start("BERT2BERT", encoder=folders["preset"]), PRESET_IS_READ),
         (lambda: presets.read_config(folders["bert"]), CHECKPOINT_IS_READ),
-        (lambda: kind_of(folders["export"]), EXPORT_IS_READ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -1,11 +1,13 @@
 """`bertgen-tf convert`, on every kind of source."""
 
+import functools
 import json
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from make_tf1_module import make_shared_original
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +22,7 @@ from tests.helpers import (
     make_deep_model,
     make_model,
     make_small_model,
+    write_bare_export,
     write_checkpoint,
 )
 
@@ -95,6 +98,51 @@ def test_preset_to_huggingface_and_back(preset, tmp_path, capsys):
     assert one == two
     for one, two in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.slow
+def test_export_to_preset(shared_export, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tf.saved_model, "load", functools.cache(tf.saved_model.load))
+    export, target = str(shared_export[1]), tmp_path / "preset"
+    status, out, err = run(capsys, export, str(target))
+    assert (status, err) == (0, "")
+    assert f"read {export}: export\n" in out
+    assert "verified: the export itself gives the same probabilities\n" in out
+    assert "verified: read again, it gives the same logits and has the same settings\n" in out
+    read, written = (
+        bg.EncoderDecoderModel.from_export(export),
+        bg.EncoderDecoderModel.from_preset(target),
+    )
+    assert written.get_config() == read.get_config()
+    for one, two in zip(read.get_weights(), written.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    # What does not answer as the graph does is not written.
+    read.decoder.output_bias.assign(read.decoder.output_bias + np.arange(len(PIECES)))
+    monkeypatch.setattr(bg.EncoderDecoderModel, "from_export", lambda folder: read)
+    status, _, err = run(capsys, export, str(tmp_path / "other"))
+    assert status == 2 and "should score texts as the model read from it, but differs in" in err
+    assert not (tmp_path / "other").exists()
+
+
+def test_int8_export_to_float32_preset(tmp_path, capsys):
+    model = make_small_model("all")
+    model.quantize("int8")
+    export = str(write_bare_export(model, tmp_path / "name/3"))
+    assert run(capsys, export, str(tmp_path / "int8"), "--no-verify")[0] == 0
+    assert bg.EncoderDecoderModel.from_preset(tmp_path / "int8").is_quantized
+    target = tmp_path / "float32"
+    status, out, _ = run(capsys, export, str(target), "--no-verify", "--dequantize")
+    assert status == 0 and "dequantized: all matrices are float32\n" in out
+    model.dequantize()
+    written = bg.EncoderDecoderModel.from_preset(target)
+    assert written.get_config() == model.get_config()
+    for one, two in zip(model.get_weights(), written.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    # So does an int8 preset.
+    status, out, _ = run(
+        capsys, str(tmp_path / "int8"), str(tmp_path / "hf"), "--no-verify", "--dequantize"
+    )
+    assert status == 0 and (tmp_path / "hf/model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -257,6 +305,8 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
     target = str(tmp_path / "target")
     decoder = write_config(tmp_path / "d", model_type="bert-generation", is_decoder=True)
     plain = write_config(tmp_path / "p", something="else")
+    versions = tmp_path / "export"
+    write_bare_export(make_small_model(), versions / "1")
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "file.txt").write_text("")
@@ -273,6 +323,8 @@ def test_bad_sources_and_flags(preset, original, hub_module, tmp_path, capsys):
         ([hub_module, target, "--original", "roberta24_bbc"], "--original applies to an original"),
         ([hub_module, target, "--num-layers", "9"], "num_layers must be a number from 1 to 3"),
         ([original, target, "--original", "roberta"], "roberta"),
+        ([hub_module, target, "--dequantize"], "--dequantize applies to an export or a preset"),
+        ([str(versions), target], f"{versions} should be one version of an export, but holds 1"),
         ([preset, hub_module], "holds other files"),
         ([original, hub_module], "holds other files"),
     ]:

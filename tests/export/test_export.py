@@ -257,6 +257,16 @@ def check_ops(path):
         assert not [n.op for n in function.node_def if n.op.startswith("Xla")]
 
 
+def test_it_reads_back(exported):
+    model, path = exported
+    read = bg.EncoderDecoderModel.from_export(path)
+    settings = model.generation_config.replace(**OPTIONS)
+    assert read.get_config() == {**model.get_config(), "generation_config": settings.to_dict()}
+    for ours, theirs in zip(model.weights, read.weights, strict=True):
+        assert (ours.path, ours.dtype) == (theirs.path, theirs.dtype)
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_only_compiled_signatures_have_xla(exported):
     check_ops(exported[1])
 
@@ -430,6 +440,9 @@ def test_errors_write_nothing(tmp_path, model):
     for name in ("beams", "fast_xla", "a-b", "", "__saved", 7):
         with pytest.raises(ValueError, match="signatures must have names of letters"):
             bg.export_saved_model(model, path, signatures={name: BRIEF})
+    for options in ({"description": 3}, {"examples": "one"}, {"examples": ["one", None]}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be a "):
+            bg.export_saved_model(model, tmp_path / "name/1", **options)
     with pytest.raises(TypeError, match="must map names to GenerationConfig"):
         bg.export_saved_model(model, path, signatures={"greedy": {"num_beams": 1}})
     for size in (0, 12, 2.0, True):

@@ -19,6 +19,10 @@ from tests.helpers import ROOT, make_model
 BRIEF = bg.GenerationConfig(max_new_tokens=4)
 
 
+def _as_they_are(scores, step, sequences):
+    return scores
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     model = make_model(
@@ -33,6 +37,9 @@ def exported(tmp_path_factory):
         signatures={"brief": BRIEF},
         max_batch_size=4,
         warmup_xla=True,
+        description="Splits sentences.",
+        examples=("one, two", "three"),
+        logits_processor=[_as_they_are],
         check=False,
         num_beams=2,
         max_new_tokens=6,
@@ -126,6 +133,9 @@ def test_metadata(exported):
     assert metadata["config"]["preprocessor"]["add_eos"] is True
     settings = bg.GenerationConfig.from_dict(metadata["generation_config"])
     assert settings == model.generation_config.replace(num_beams=2, max_new_tokens=6)
+    assert metadata["description"] == "Splits sentences."
+    assert metadata["examples"] == ["one, two", "three"]
+    assert metadata["logits_processor"] == ["_as_they_are"]
     assert metadata["batch_sizes"] == [1, 2, 4]
     assert metadata["source_lengths"] == [16, 26]
     assert metadata["versions"]["tensorflow"] == tf.__version__

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 import bertgen_tf as bg
 from bertgen_tf.cli import main as cli
+from bertgen_tf.export import files as export_files
 
 TESTS = Path(__file__).resolve().parent.parent
 ROOT = TESTS.parent
@@ -134,6 +135,21 @@ def make_deep_model(*args, **kwargs) -> bg.EncoderDecoderModel:
 def make_small_model(*args, **kwargs) -> bg.EncoderDecoderModel:
     """Of one layer in each stack: faster to trace and to compile, where depth is no matter."""
     return make_model(*args, **kwargs, layers=(1, 1))
+
+
+def write_bare_export(model: bg.EncoderDecoderModel, path: Path, **further) -> Path:
+    """What `from_export` reads of an export: without its graphs, which take seconds to trace.
+
+    Args:
+        further: fields of its metadata.json.
+    """
+    module = tf.Module()
+    module.weights = [weight.value for weight in model.weights]
+    tf.saved_model.save(module, str(path))
+    export_files.write_settings(path, model, model.generation_config)
+    metadata = {"versions": {"bertgen_tf": "0.1.0"}, **further}
+    (path / "metadata.json").write_text(json.dumps(metadata))
+    return path
 
 
 @contextlib.contextmanager

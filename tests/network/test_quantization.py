@@ -375,3 +375,70 @@ def test_modes_that_there_are_not():
     config = shared.decoder.config.replace(quantization="int8")
     with pytest.raises(ValueError, match=r"they differ in quantization \(None and int8\)"):
         bg.BertGenerationDecoder(config, shared.encoder, "all")
+
+
+def with_a_head_of_its_own() -> bg.EncoderDecoderModel:
+    model = make_model()
+    config = model.decoder.config.replace(tie_word_embeddings=False, head_transform="relu")
+    keras.utils.set_random_seed(3)
+    return bg.EncoderDecoderModel(model.encoder, bg.BertGenerationDecoder(config), model.tokenizer)
+
+
+@pytest.mark.parametrize("sharing", ["none", "word_embeddings", "all", "untied"])
+def test_and_back(sharing):
+    if sharing == "untied":
+        exact, model = with_a_head_of_its_own(), with_a_head_of_its_own()
+    else:
+        exact, model = make_deep_model(sharing), make_deep_model(sharing)
+    before = {name: v.numpy() for name, v in named_variables(exact).items()}
+    logits = exact(BATCH).numpy()
+    model.dequantize()  # which changes nothing
+    model.quantize("int8")
+    int8 = {name: v.numpy() for name, v in named_variables(model).items()}
+    paths = [
+        weight.path for weight in bg.EncoderDecoderModel.from_config(model.get_config()).weights
+    ]
+    assert [weight.path for weight in model.weights] == paths
+
+    model.dequantize()
+    assert not model.is_quantized and model.get_config() == exact.get_config()
+    # In the order of a new model: by it Keras copies weights.
+    assert [weight.path for weight in model.weights] == [weight.path for weight in exact.weights]
+    assert len(model.trainable_variables) == len(exact.trainable_variables) == len(model.weights)
+    after = {name: v.numpy() for name, v in named_variables(model).items()}
+    assert list(after) == list(before)
+    for name, array in after.items():
+        if name.endswith("kernel"):
+            step = int8[f"{name}_scale"][:, np.newaxis]
+            np.testing.assert_array_equal(array, int8[name] * step)
+            assert (np.abs(array - before[name]) <= 0.5001 * step).all()
+        else:
+            np.testing.assert_array_equal(array, before[name])
+    assert np.corrcoef(model(BATCH).numpy().ravel(), logits.ravel())[0, 1] > 0.99
+
+    model.quantize("int8")
+    again = {name: v.numpy() for name, v in named_variables(model).items()}
+    assert list(again) == list(int8)
+    for name, array in again.items():
+        if array.dtype == np.int8:
+            np.testing.assert_array_equal(array, int8[name])
+        else:
+            np.testing.assert_allclose(array, int8[name], rtol=1e-5)
+
+
+def test_what_was_int8_is_trained():
+    model = quantized(max_source_length=20)
+    model.encoder.blocks[0].trainable = False
+    model.compile(run_eagerly=True)
+    with pytest.raises(ValueError, match=r"or call dequantize\(\) first"):
+        model.fit(TEXTS, TEXTS)
+    model.dequantize()
+    before = {weight.path: weight.numpy() for weight in model.weights}
+    model.compile(run_eagerly=True, optimizer=keras.optimizers.SGD(1.0))
+    model.fit(TEXTS, TEXTS, verbose=0)
+    frozen = {w.path for w in model.encoder.blocks[0].weights}
+    same = {w.path for w in model.weights if np.array_equal(w, before[w.path])}
+    assert frozen == {w.path for w in model.weights if not w.trainable} and frozen <= same
+    assert any(path.endswith("/kernel") for path in before.keys() - same)
+    model.encoder.blocks[0].trainable = True
+    assert len(model.trainable_variables) == len(model.weights)

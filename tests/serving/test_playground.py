@@ -41,10 +41,11 @@ class Stub(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}/"
         self.models = [{"name": "m", "version": "1", "state": "AVAILABLE"}]
-        self.signatures = ["serving_default", "beams", "attention", "generate_xla", "ids"]
+        self.signatures = ["serving_default", "beams", "attention", "generate_xla", "ids", "score"]
         self.requests = []  # (path, body)
         self.answers = {"serving_default": text_answer, "generate_xla": text_answer}
         self.answers |= {"beams": beams_answer, "attention": attention_answer}
+        self.answers |= {"score": score_answer}
 
     def asked(self):
         """The signatures of all requests."""
@@ -67,7 +68,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, body))
-        answer = self.server.answers[body["signature_name"]](body["inputs"]["text"][0])
+        inputs = body["inputs"]
+        question = inputs["text"][0] if "text" in inputs else inputs["target"]
+        answer = self.server.answers[body["signature_name"]](question)
         status, content, headers = answer if isinstance(answer, tuple) else (200, answer, {})
         self.reply(status, {"outputs": content} if status == 200 else content, headers)
 
@@ -88,9 +91,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def metadata(names):
     text = {"text": {"dtype": "DT_STRING"}}
-    ids = {"input_ids": {}, "attention_mask": {}}
+    inputs = {"ids": {"input_ids": {}, "attention_mask": {}}, "score": {"source": {}, "target": {}}}
     signatures = {
-        name: {"inputs": ids if name == "ids" else text, "outputs": text, "method_name": ""}
+        name: {"inputs": inputs.get(name, text), "outputs": text, "method_name": ""}
         for name in names
     }
     return {
@@ -108,6 +111,13 @@ def beams_answer(text):
         "text": [["one two three", "one four three", "one three", "one two three five"]],
         "score": [[-0.5, -1.0, -1.5, -3.0]],
     }
+
+
+PROBABILITIES = [0.613, 0.2, 0.0174, 0.0004]
+
+
+def score_answer(targets):
+    return {"log_probability": [math.log(p) for p in PROBABILITIES[: len(targets)]]}
 
 
 # "playing golf" -> "plays golf ."; distinct powers of two, so that each sum tells its parts.
@@ -221,13 +231,13 @@ def test_generates_while_typing(chrome, stub):
     assert page.text("#output") == "<a first line\nand a second>"
     assert page.text("#facts").startswith("score −0.250 · answered in ")
     assert page.errors() == []
-    path, body = stub.requests[-3]
+    path, body = stub.requests[-4]
     assert path == "/v1/models/m:predict"
     assert body == {
         "signature_name": "serving_default",
         "inputs": {"text": ["a first line\nand a second"]},
     }
-    assert stub.asked()[-3:] == ["serving_default", "beams", "attention"]
+    assert stub.asked()[-4:] == ["serving_default", "beams", "score", "attention"]
     assert len(stub.requests) < 20  # for pauses, not for keys
 
     page.find("#text").send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE)
@@ -275,16 +285,24 @@ def test_old_answer_stays_away(chrome, stub):
     page.script("return ask('v1/models', new AbortController().signal).then(() => null)")
     page.settle()
     assert page.text("#output") == "<new>"
-    assert [name for name in stub.asked() if name != "serving_default"] == ["beams", "attention"]
+    others = [name for name in stub.asked() if name != "serving_default"]
+    assert others == ["beams", "score", "attention"]
 
 
 def test_signatures(chrome, stub):
     stub.models.append({"name": "a/b c", "version": "7", "state": "AVAILABLE"})
+    stub.signatures.append("brief")
     stub.answers["generate_xla"] = lambda text: {"text": ["compiled"], "score": [-2]}
     page = Page(chrome, stub.url)
     page.type("text")
     options = [option.text for option in Select(page.find("#signature")).options]
-    assert options == ["serving_default", "attention", "beams", "generate_xla (compiled)"]
+    assert options == [
+        "the best text",
+        "the best text, with attention",
+        "all candidates",
+        "settings “brief”",
+        "the best text (compiled)",
+    ]
     Select(page.find("#signature")).select_by_value("generate_xla")
     page.wait(lambda: page.text("#output") == "compiled")
     Select(page.find("#model")).select_by_visible_text("a/b c, version 7")
@@ -302,7 +320,7 @@ def test_several_hypotheses_of_the_signature(chrome, stub):
     page.paste("text")
     page.settle()
     assert page.text("#output") == "one two three"
-    assert stub.asked() == ["beams", "attention"]  # one request for both places
+    assert stub.asked() == ["beams", "score", "attention"]  # one request for both places
     assert len(page.all("#beams li")) == 4
 
 
@@ -318,15 +336,16 @@ def test_beams(chrome, stub):
         "return [...document.querySelectorAll('#beams .bar > div')].map((bar) => "
         "bar.getBoundingClientRect().width / bar.parentNode.getBoundingClientRect().width)"
     )
-    scores = answer["score"][0]
-    assert shares == pytest.approx([math.exp(score - scores[0]) for score in scores], abs=0.01)
+    assert shares == pytest.approx(PROBABILITIES, abs=0.01)
+    (asked,) = [body["inputs"] for _, body in stub.requests if body["signature_name"] == "score"]
+    assert asked == {"source": ["text"] * 4, "target": texts}
     for card, line in zip(
         cards,
         [
-            "1. score −0.500 · best",
-            "2. score −1.000 · 61 % of the best",
-            "3. score −1.500 · 37 % of the best",
-            "4. score −3.000 · 8 % of the best",
+            "1. 61 % · score −0.500",
+            "2. 20 % · score −1.000",
+            "3. 1.7 % · score −1.500",
+            "4. < 0.1 % · score −3.000",
         ],
         strict=True,
     ):
@@ -335,6 +354,49 @@ def test_beams(chrome, stub):
     assert marks == [[], ["four"], [], ["five"]]
     gaps = [gap.get_attribute("title") for gap in page.all("#beams li .gap")]
     assert gaps == ["here the best has: two"]
+
+
+def test_candidates_without_probabilities(chrome, stub):
+    stub.signatures.remove("score")
+    page = Page(chrome, stub.url)
+    page.paste("text")
+    page.settle()
+    first = page.find("#beams li")
+    assert first.text.startswith("1. score −0.500")
+    assert first.find_elements(By.CLASS_NAME, "bar") == []
+
+
+def test_begins_with_a_model_that_has_examples(chrome, stub):
+    examples = ["one, two", "three; " + "and more " * 20]
+    about = {"description": "Splits sentences.", "examples": examples}
+    stub.models.append({"name": "n", "version": "3", "state": "LOADING", "metadata": about})
+    page = Page(chrome, stub.url)
+    page.wait(lambda: page.text("#status") == "Waiting for n, version 3 (LOADING) …")
+    assert page.find("#about").text == "Splits sentences."
+    assert stub.requests == []
+    stub.models[1]["state"] = "AVAILABLE"
+    page.wait(lambda: page.find("#signature").is_enabled())
+    buttons = page.all("#examples button")
+    assert [button.get_attribute("title") for button in buttons] == examples
+    page.find("#live").click()  # a click is no typing
+    for button, text in zip(buttons, examples, strict=True):
+        button.click()
+        page.wait(lambda text=text: page.text("#output") == f"<{text}>")
+    assert {path for path, _ in stub.requests} == {"/v1/models/n:predict"}
+
+    Select(page.find("#model")).select_by_value("m")
+    page.wait(lambda: not page.find("#about").is_displayed())
+    assert not page.find("#examples").is_displayed()
+
+
+@pytest.mark.parametrize("about", [None, {"description": 3, "examples": "abc"}, {"examples": [1]}])
+def test_metadata_of_others(chrome, stub, about):
+    stub.models[0]["metadata"] = about
+    page = Page(chrome, stub.url)
+    page.paste("text")
+    page.settle()
+    assert not page.find("#about").is_displayed() and not page.find("#examples").is_displayed()
+    assert page.errors() == []
 
 
 def test_heat_map(chrome, stub):
@@ -464,6 +526,7 @@ def test_copies(chrome, stub, secure):
 def test_markup_stays_text(chrome, stub):
     attack = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
     stub.models[0]["version"] = attack
+    stub.models[0]["metadata"] = {"description": attack, "examples": [attack]}
     stub.signatures.append(attack)
     stub.answers["serving_default"] = lambda text: {"text": [text], "score": [-1]}
     stub.answers["beams"] = lambda text: {"text": [[text, f"{text} {attack}"]], "score": [[0, -1]]}
@@ -527,8 +590,9 @@ def test_older_export(chrome, stub):
     page.paste("text")
     page.settle()
     assert page.text("#output") == "<text>"
-    for panel in ("beams", "attention"):
-        assert page.find(f"#{panel} .message").text == f"This export has no signature “{panel}”."
+    for panel, what in {"beams": "candidates", "attention": "attention"}.items():
+        message = page.find(f"#{panel} .message").text
+        assert message == f"This model was exported without {what}."
     assert stub.asked() == ["serving_default"]
 
 
@@ -594,19 +658,18 @@ def test_narrow_window(chrome, stub):
         page.settle()
         assert page.script("return window.innerWidth") == 360
         assert page.script("return document.documentElement.scrollWidth") <= 360
-        wide, tall = page.script(
-            "const box = document.getElementById('scroll');"
-            "return [box.scrollWidth > box.clientWidth, box.scrollHeight > box.clientHeight]"
+        # All of the map is there, and nothing of it needs scrolling sideways.
+        left, right, narrowest, rows, clipped = page.script(
+            "const cells = [...document.querySelectorAll('#map tbody td')]"
+            "  .map((cell) => cell.getBoundingClientRect());"
+            "const all = ['left', 'right', 'width'].map((side) => cells.map((cell) => cell[side]));"
+            "const boxes = [document.body, ...document.querySelectorAll('#attention, #whole')];"
+            "return [Math.min(...all[0]), Math.max(...all[1]), Math.min(...all[2]),"
+            "  document.querySelectorAll('#map tbody tr').length,"
+            "  boxes.some((box) => box.scrollWidth > box.clientWidth)]"
         )
-        assert wide and tall
-        # The words stay beside the cells when the box is scrolled.
-        assert page.script(
-            "const box = document.getElementById('scroll'); box.scrollTo(900, 900);"
-            "const at = (cell) => cell.getBoundingClientRect();"
-            "const { left, top } = at(box);"
-            "return [at(box.querySelector('tbody th')).left - left,"
-            "        at(box.querySelector('thead th')).top - top]"
-        ) == pytest.approx([0, 0], abs=2)
+        assert 0 < left < right < 360 and narrowest > 1
+        assert rows == size + 2 and not clipped
     finally:
         chrome.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -617,7 +680,7 @@ def test_names_for_screen_readers(chrome, stub):
     page.settle()
     controls = "textarea, select, button, input, summary, [tabindex='0'], table"
     names = [element.accessible_name for element in page.all(controls)]
-    assert all(names) and len(names) == 13
+    assert all(names) and len(names) == 12
     assert page.find("#output").get_attribute("aria-live") == "polite"
     for word in page.all("[role='img']"):
         assert word.accessible_name
@@ -644,7 +707,8 @@ def server(shared_export):
 
 
 def ask(url, signature, text):
-    body = json.dumps({"signature_name": signature, "inputs": {"text": [text]}}).encode()
+    inputs = text if isinstance(text, dict) else {"text": [text]}
+    body = json.dumps({"signature_name": signature, "inputs": inputs}).encode()
     with urllib.request.urlopen(f"{url}v1/models", timeout=TIMEOUT) as answer:
         (entry,) = json.load(answer)["models"]
     path = f"v1/models/{entry['name']}:predict"
@@ -680,7 +744,14 @@ def test_real_server(chrome, server):
         cards = page.all("#beams li")
         for card, hypothesis, score in zip(cards, hypotheses, answer["score"][0], strict=True):
             assert card.find_element(By.CLASS_NAME, "hypothesis").text == hypothesis
-            assert f"score {score:.3f} ".replace("-", "−") in card.text
+            assert f"score {score:.3f} ".replace("-", "−") in f"{card.text.splitlines()[0]} "
+        texts = [card.find_element(By.CLASS_NAME, "hypothesis").text for card in cards]
+        inputs = {"source": [text] * 3, "target": texts}
+        for card, log in zip(cards, ask(url, "score", inputs)["log_probability"], strict=True):
+            bar = card.find_element(By.CSS_SELECTOR, ".bar > div").get_attribute("style")
+            assert float(bar.split()[1].rstrip("%;")) == pytest.approx(
+                100 * math.exp(log), rel=1e-3
+            )
 
         answer = ask(url, "attention", text)
         rows, columns, values = page.heat_map()

@@ -478,6 +478,21 @@ def test_log_of_a_request(models, caplog):
     assert record.ms > 0
 
 
+def test_probes_are_not_logged(models, caplog):
+    caplog.set_level("INFO")
+
+    async def test(app):
+        paths = ["/healthz", "/readyz", "/v1/models/name", "/monitoring/prometheus/metrics"]
+        app.models.stopping = True  # not ready is no news, either: why is in lines of its own
+        statuses = [(await ask(app, "GET", path))[0] for path in [*paths, "/v1/models/other"]]
+        app.models.stopping = False
+        return [*statuses, (await ask(app, "GET", "/readyz"))[0]]
+
+    assert serve(models, test) == [200, 503, 200, 200, 404, 200]
+    logged = [record.path for record in caplog.records if record.message == "request"]
+    assert logged == ["/v1/models/other"]
+
+
 def test_page(models, monkeypatch, tmp_path):
     async def test(app):
         return await ask(app, "GET", "/")

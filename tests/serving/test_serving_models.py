@@ -77,6 +77,21 @@ def test_loads_what_is_there(folder, exports):
     assert version.signature_defs["serving_default"]["method_name"] == "tensorflow/serving/predict"
 
 
+def test_all_are_listed_while_the_first_one_loads(folder, exports, monkeypatch):
+    shutil.copytree(exports / "a", folder / "other/2")
+    models, seen, load = Models(folder), [], Version.load
+
+    def watched(version):
+        listed = [versions[0] for versions in map(models.versions, models.names)]
+        seen.append([(v.model, v.state, v.metadata.get("parameters")) for v in listed])
+        load(version)
+
+    monkeypatch.setattr(Version, "load", watched)
+    look(models)
+    assert seen[0] == [("name", "LOADING", 5), ("other", "LOADING", 5)]
+    assert [state for _, state, _ in seen[1]] == ["AVAILABLE", "LOADING"]
+
+
 @pytest.mark.parametrize(
     ("given", "name", "number"), [("models/name", "name", 1), ("models/name/1", "name", 1)]
 )

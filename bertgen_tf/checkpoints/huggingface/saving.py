@@ -54,7 +54,7 @@ def save(
     if any(stack.config.quantization for stack in stacks):
         raise ValueError(
             "model must have float32 matrices to become a Hugging Face checkpoint, and those of "
-            "this one are int8. Save the float32 model."
+            "this one are int8. Save the float32 model, or call dequantize() first."
         )
     if any(stack.config.norm_first or stack.config.decoder_only for stack in stacks):
         raise ValueError(

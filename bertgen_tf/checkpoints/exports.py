@@ -1,0 +1,175 @@
+"""Reads exports back as models: what `bertgen_tf.export` wrote, NAME/VERSION.
+
+| file | what is read from it |
+| --- | --- |
+| assets.extra/config.json, and the vocabularies beside it | a preset without its weights |
+| variables/ | the weights, by name |
+| metadata.json | whose export it is |
+
+The graph is not read, so nothing of it runs.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+from bertgen_tf.checkpoints import presets
+from bertgen_tf.checkpoints.hub.modules import Tensors
+from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
+from bertgen_tf.checks import first_line
+from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.models.pretrained import Model
+from bertgen_tf.network.weights import Rule, assign
+
+METADATA_FILE = "metadata.json"
+_VARIABLES = "variables/variables"
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+_MAX_METADATA_BYTES = 16 * 2**20
+
+
+def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderModel) -> Model:
+    """Reads an export as a `model_class`, with the settings that it generates with.
+
+    An int8 export gives an int8 model, which `dequantize` makes trainable. What else it generates
+    with, `signatures=`, is in its metadata.json; a `logits_processor` is only in its graph, of
+    which a warning reminds.
+
+    Args:
+        folder: NAME/VERSION.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or one of its files is missing.
+        ValueError: it is not an export, an older one without the files that this needs, or damaged.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} should be an export, but there is no such folder.")
+    if versions := versions_in(folder):
+        raise ValueError(
+            f"{folder} should be one version of an export, but holds {', '.join(versions[:5])}. "
+            f"Use {folder / versions[0]}."
+        )
+    if not is_export(folder):
+        raise ValueError(
+            f"{folder} should be an export, NAME/VERSION, which export_saved_model wrote, but is "
+            "not."
+        )
+    extra = folder / EXTRA_FOLDER
+    if not (extra / presets.CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} should hold {EXTRA_FOLDER}/{presets.CONFIG_FILE}, but is of an older "
+            "version, which wrote none. Export its preset again."
+        )
+    model = presets.build(extra, presets.read_config(extra), model_class)
+    tensors = _read_variables(folder)
+    variables = {variable.path: variable for variable in model.weights}
+    _check_fit(folder, {name: tuple(v.shape) for name, v in variables.items()}, tensors.shapes)
+    with _reading(folder):
+        assign(variables, tensors, [Rule("(.*)", r"\1")], source=str(folder / _VARIABLES))
+    if processors := read_metadata(folder).get("logits_processor"):
+        warnings.warn(
+            f"{folder} generates with functions of its own, which only its graph has "
+            f"({', '.join(map(str, processors))[:100]}): pass them to generate.",
+            stacklevel=3,
+        )
+    return model
+
+
+def is_export(folder: str | os.PathLike) -> bool:
+    """Whether a folder is one version of an export of ours."""
+    try:
+        ours = "bertgen_tf" in read_metadata(folder)["versions"]
+    except (KeyError, OSError, TypeError, ValueError):
+        return False
+    return ours and os.path.isfile(os.path.join(folder, GRAPH_FILE))
+
+
+def versions_in(folder: str | os.PathLike) -> list[str]:
+    """The names of the exports in a folder that holds versions, the newest first."""
+    try:
+        names = [name for name in os.listdir(folder) if name.isascii() and name.isdecimal()]
+    except OSError:
+        return []
+    names = [name for name in names if is_export(os.path.join(folder, name))]
+    return sorted(names, key=int, reverse=True)
+
+
+def read_metadata(folder: str | os.PathLike) -> dict[str, Any]:
+    """The metadata.json of an export.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is too large, or not a JSON object.
+    """
+    path = pathlib.Path(folder, METADATA_FILE)
+    if path.stat().st_size > _MAX_METADATA_BYTES:
+        raise ValueError(f"it has more than {_MAX_METADATA_BYTES:,} bytes")
+    try:
+        metadata = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(metadata, dict):
+        raise ValueError("it is not a JSON object")
+    return metadata
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (tf.errors.OpError, DecodeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / 'variables'} should hold the weights of the export, but reading them "
+            f"failed: {first_line(error)}"
+        ) from error
+
+
+def _check_fit(folder: pathlib.Path, expected: dict[str, Any], found: dict[str, Any]) -> None:
+    """Raises a ValueError unless the variables have the names and shapes of the model."""
+    both = expected.keys() & found.keys()
+    problems = {
+        "lack": expected.keys() - both,
+        "have besides": found.keys() - both,
+        "have in another shape": {name for name in both if expected[name] != found[name]},
+    }
+    if any(problems.values()):
+        listed = (
+            f"{what} {min(names)}{f' and {len(names) - 1} more' if names[1:] else ''}"
+            for what, names in ((what, sorted(names)) for what, names in problems.items())
+            if names
+        )
+        raise ValueError(
+            f"{folder / 'variables'} should be those of the model in {EXTRA_FOLDER}, but they "
+            f"{', '.join(listed)}."
+        )
+
+
+def _read_variables(folder: pathlib.Path) -> Tensors:
+    """The variables by the names that they had in the model, each read when asked for."""
+    with _reading(folder):
+        reader = tf.train.load_checkpoint(str(folder / _VARIABLES))
+        shapes = reader.get_variable_to_shape_map()
+        objects = trackable_object_graph_pb2.TrackableObjectGraph.FromString(
+            reader.get_tensor(_OBJECT_GRAPH)
+        )
+    names = {
+        attribute.checkpoint_key: attribute.full_name
+        for node in objects.nodes
+        for attribute in node.attributes
+    }
+    # What has no name keeps its key, and does not fit the model.
+    keys = {names.get(key) or key: key for key in shapes if key != _OBJECT_GRAPH}
+
+    def read(name: str) -> Any:
+        with _reading(folder):
+            return reader.get_tensor(keys[name])
+
+    return Tensors(str(folder), {name: tuple(shapes[key]) for name, key in keys.items()}, read)
