@@ -21,6 +21,11 @@ HEAD_FIELDS = ("head_transform", "tie_word_embeddings")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
+# Texts that are generated together.
+BATCH_SIZE = 32
+# What a training does with targets that are too long, and which devices it takes.
+LONG_TARGETS = ("cut", "skip", "error")
+STRATEGIES = ("auto", "none", "mirrored", "tpu")
 
 
 class _Config:

@@ -21,14 +21,13 @@ import h5py
 from bertgen_tf import tokenizers
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
+from bertgen_tf.data.preset_config import CONFIG_FILE, FORMAT, find_config
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import sources
 from bertgen_tf.network.weights import VariablePart, named_variables
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 
-FORMAT = "bertgen_tf preset"
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
 # Of an export: its graph, and TensorFlow's folder for what no graph reads, where the files of its
 # preset are.
@@ -248,7 +247,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError, ValueError: it is not a preset.
     """
     folder = pathlib.Path(folder)
-    config = _read_config(folder)
+    config = find_config(folder)
     if config is not None:
         return config
     sources.handles.check_family(folder, sources.handles.PRESET)
@@ -260,17 +259,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
 
 def has_config(folder: pathlib.Path) -> bool:
     """Whether a folder has the `config.json` of a preset."""
-    return _read_config(folder) is not None
-
-
-def _read_config(folder: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        if content["format"] == FORMAT and isinstance(content["model"], dict):
-            return content["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    return None
+    return find_config(folder) is not None
 
 
 def _expected_tensors(model: EncoderDecoderModel) -> int:

@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import pathlib
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +19,7 @@ from bertgen_tf.checkpoints.handles import (
     kind_of,
 )
 from bertgen_tf.checkpoints.huggingface.comparison import Check, Model, compare_with_huggingface
-from bertgen_tf.cli.common import add_warm_start, flags, user_errors
+from bertgen_tf.cli.flags.errors import flags, user_errors
 from bertgen_tf.config import BertGenerationConfig, GenerationConfig
 from bertgen_tf.data import folders
 from bertgen_tf.export.check import check_scores
@@ -28,50 +27,6 @@ from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.variants import with_dtype
 
 WARM_START_FLAGS = ("share", "cross_attention", "num_layers")
-
-
-def add_command(commands: Any) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "convert",
-        help="convert TF Hub modules, Hugging Face checkpoints, exports and presets",
-        description="Writes a TF Hub module, a Hugging Face checkpoint or an export as a preset, "
-        "or a preset\nas a Hugging Face folder. Shows what was read, and runs both sides to see "
-        "that they agree.",
-        epilog="""\
-sources:
-  a TF Hub module  a folder, a .tar.gz or a URL: an original (google/bertseq2seq/*), or a BERT
-                   encoder, which becomes the start of an encoder-decoder
-  Hugging Face     a folder, or a name such as org/name: an encoder-decoder or an encoder, of
-                   BertGeneration, BERT or RoBERTa
-  an export        NAME/VERSION, what export wrote
-  a preset         what this command or finetune saved; becomes a Hugging Face folder
-
-examples:
-  bertgen-tf convert path/to/bertseq2seq_module my_model
-  bertgen-tf convert saved_models/sentence_splitting/1 my_splitter --dequantize
-  bertgen-tf convert my_model my_huggingface_model""",
-    )
-    parser.add_argument("source", metavar="SOURCE", help="what to read")
-    parser.add_argument(
-        "target", metavar="TARGET", help="folder to write: new, empty, or of the same kind"
-    )
-    parser.add_argument(
-        "--no-verify", dest="verify", action="store_false", help="convert without running anything"
-    )
-    parser.add_argument(
-        "--original",
-        metavar="NAME",
-        help="which of the originals a module is, such as roberta24_bbc, if it does not contain "
-        "all that is needed",
-    )
-    parser.add_argument(
-        "--dequantize",
-        action="store_true",
-        help="make the matrices of an int8 export or preset float32, so that finetune can train it "
-        "and Hugging Face has a format for it",
-    )
-    add_warm_start(parser.add_argument_group("a BERT encoder as the start of both sides"))
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -15,25 +15,15 @@ import keras
 import tensorflow as tf
 
 from bertgen_tf import finetuning
-from bertgen_tf import metrics as scores
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.recipes import warm_start
 from bertgen_tf.checks import first_line
-from bertgen_tf.cli.common import (
-    PROGRAM,
-    UserError,
-    complain,
-    flags,
-    note,
-    read_preset_config,
-    scoring_options,
-    user_errors,
-)
-from bertgen_tf.cli.finetune_arguments import SETTINGS
-from bertgen_tf.cli.finetune_arguments import add_command as add_command
+from bertgen_tf.cli.flags.common import scoring_options
+from bertgen_tf.cli.flags.errors import PROGRAM, UserError, complain, flags, note, user_errors
+from bertgen_tf.cli.flags.finetune import COLUMNS, SETTINGS, normalizes_itself
 from bertgen_tf.data import data_presets, resumable, text_files
-from bertgen_tf.finetuning import callbacks
+from bertgen_tf.finetuning import callbacks, diagnosis
 from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import (
     ADAPTER_FILE,
@@ -49,9 +39,6 @@ from bertgen_tf.training import freezing
 from bertgen_tf.training.losses import default_loss
 from bertgen_tf.training.optimizers import default_optimizer, paper_optimizer
 
-COLUMNS = ("source_column", "target_column")
-SCORING = ("lowercase", "tokenize", "rouge_tokenize", "normalize_with")
-HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
 START = "model to start from"
 
 Pairs = list[tuple[str, str]]
@@ -65,7 +52,11 @@ def run(arguments: argparse.Namespace) -> None:
     """
     # First, what would otherwise fail after hours of training.
     folder = RunFolder(arguments.output)
-    _check_flags(arguments)
+    with user_errors():
+        if arguments.preset:
+            presets.read_config(arguments.preset)
+        if arguments.normalize_with and not normalizes_itself(arguments):
+            presets.preprocessor_files(arguments.normalize_with)
     # Before TensorFlow does anything: workers meet here.
     replicas = finetuning.Replicas(_make_strategy(arguments))
     with _errors(replicas):
@@ -101,6 +92,8 @@ def _finetune(
     if begun:
         with user_errors():
             folder.check_same(settings)
+    elif replicas.is_chief and arguments.resume:
+        complain(f"{folder.path} holds no training to continue: starting with the first step")
     run = _Run(arguments, replicas, folder, model, begun, training, validation)
     with folder.lock() if replicas.is_chief else contextlib.nullcontext():
         if replicas.is_chief and not begun:
@@ -117,58 +110,8 @@ def _finetune(
             ) from error
         if replicas.is_chief:
             folder.end()
+            run.judge()
         replicas.add([0])  # none leaves before the model is saved
-
-
-def _check_flags(arguments: argparse.Namespace) -> None:
-    if not (arguments.preset or arguments.encoder or (arguments.recipe and arguments.decoder)):
-        raise UserError("one of the arguments --encoder --preset is required")
-    if arguments.lora_rank and (arguments.freeze or arguments.unfreeze_every):
-        raise UserError("--lora-rank freezes all that is pre-trained: leave --freeze out")
-    if arguments.preset:
-        given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
-        if given:
-            raise UserError(f"{flags(given)} applies to --encoder only, not to --preset")
-        read_preset_config(arguments.preset)
-    names = ("metrics", "monitor", "patience", "validate_every")
-    given = [name for name in names if getattr(arguments, name) is not None]
-    if given and not arguments.validation and not arguments.data:
-        raise UserError(f"{flags(given)} needs --validation")
-    given = [name for name in COLUMNS if getattr(arguments, name) is not None]
-    if given and not (arguments.train or arguments.validation):
-        raise UserError(f"{flags(given)} applies to --train and --validation only")
-    if arguments.data:
-        preset = data_presets.find(arguments.data)
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(arguments, name) is None:
-                setattr(arguments, name, getattr(preset, name))
-    elif arguments.data_folder or arguments.reverse:
-        given = ["data_folder"] if arguments.data_folder else ["reverse"]
-        raise UserError(f"{flags(given)} applies to --data only")
-    with user_errors():
-        if arguments.metrics is not None:
-            arguments.metrics = scores.expand(arguments.metrics)
-    if arguments.patience is not None and arguments.monitor is None:
-        arguments.monitor = "loss"
-    if arguments.monitor not in (None, "loss", "accuracy", *(arguments.metrics or ())):
-        if arguments.monitor not in scores.METRICS:
-            raise UserError(
-                f"--monitor must be loss, accuracy or one of {', '.join(scores.METRICS)}, "
-                f"received {arguments.monitor!r}"
-            )
-        arguments.metrics = (*(arguments.metrics or ()), arguments.monitor)
-    given = [name for name in SCORING if getattr(arguments, name) is not None]
-    if given and not arguments.metrics:
-        raise UserError(f"{flags(given)} needs --metrics")
-    if arguments.normalize_with and not _normalizes_itself(arguments):
-        with user_errors():
-            presets.preprocessor_files(arguments.normalize_with)
-
-
-def _normalizes_itself(arguments: argparse.Namespace) -> bool:
-    """Whether --normalize-with is the model to be, as it will be for `evaluate`."""
-    output, folder = arguments.output, arguments.normalize_with
-    return bool(folder) and os.path.realpath(folder) == os.path.realpath(output)
 
 
 def _make_strategy(arguments: argparse.Namespace) -> tf.distribute.Strategy:
@@ -228,7 +171,7 @@ def _settings(
     settings |= {flags([name]): getattr(arguments, name) for name in SETTINGS}
     folder = arguments.normalize_with
     if folder:
-        files = [] if _normalizes_itself(arguments) else presets.preprocessor_files(folder)
+        files = [] if normalizes_itself(arguments) else presets.preprocessor_files(folder)
         settings[flags(["normalize_with"])] = resumable.digest(*files) if files else "itself"
     return settings
 
@@ -277,8 +220,6 @@ def _start_model(arguments: argparse.Namespace) -> EncoderDecoderModel:
         given["num_layers"] = arguments.num_layers
         handles = {"encoder": arguments.encoder, "decoder": arguments.decoder}
         if arguments.recipe:
-            if arguments.share:
-                raise UserError("--recipe specifies whether the sides share: leave --share out")
             model = warm_start(arguments.recipe, **handles, **given)
         else:
             read = EncoderDecoderModel.from_hub
@@ -356,6 +297,9 @@ class _Run:
         self.steps_per_epoch = min(every, self.steps)
         self._compile()
         self.best: callbacks.KeepBest | None = None
+        self.samples: callbacks.GenerateCallback | None = None
+        # Of the epoch whose weights are saved.
+        self.epoch, self.results = 0, {}
         self.callbacks: list[keras.callbacks.Callback] = []
         if replicas.is_chief:
             self._describe()
@@ -399,12 +343,12 @@ class _Run:
         if arguments.metrics:
             sources, references = zip(*validation[: arguments.metrics_pairs], strict=True)
             options = scoring_options(arguments)
-            if _normalizes_itself(arguments):
+            if normalizes_itself(arguments):
                 options["normalize"] = self.model.preprocessor.normalize
             elif arguments.normalize_with:
                 preprocessor = presets.load_preprocessor(arguments.normalize_with)
                 options["normalize"] = preprocessor.normalize
-            samples = callbacks.GenerateCallback(
+            samples = self.samples = callbacks.GenerateCallback(
                 sources, references, arguments.metrics, folder=folder / "samples", **options
             )
             self.callbacks.append(samples)
@@ -425,21 +369,30 @@ class _Run:
             KeyboardInterrupt: with a message on how to resume.
         """
         steps, seconds = self.arguments.checkpoint_every
-        history = finetuning.train(
-            self.model,
-            self.data,
-            steps=self.steps,
-            steps_per_epoch=self.steps_per_epoch,
-            validation=self.held_out,
-            callbacks=self.callbacks,
-            folder=self.folder,
-            save_every=finetuning.Interval(steps, seconds),
-            resume=self.begun,
-            complain=complain,
-        )
+        try:
+            history = finetuning.train(
+                self.model,
+                self.data,
+                steps=self.steps,
+                steps_per_epoch=self.steps_per_epoch,
+                validation=self.held_out,
+                callbacks=self.callbacks,
+                folder=self.folder,
+                save_every=finetuning.Interval(steps, seconds),
+                resume=self.begun,
+                complain=complain,
+            )
+        finally:
+            for callback in self.callbacks:
+                if isinstance(callback, callbacks.Log):
+                    callback.end_line()
         if self.held_out is not None and self.replicas.is_chief:
-            place = -1 if self.best is None else self.best.best_epoch - 1
-            loss, accuracy = (history[f"val_{name}"][place] for name in ("loss", "accuracy"))
+            self.epoch = self.best.best_epoch if self.best else 0
+            self.epoch = self.epoch or len(history["val_loss"])
+            loss, accuracy = (
+                history[f"val_{name}"][self.epoch - 1] for name in ("loss", "accuracy")
+            )
+            self.results = {"loss": loss, "accuracy": accuracy}
             which = "" if self.best is None else f" (best: epoch {self.best.best_epoch})"
             print(f"validation{which}: loss {loss:.4f} a token, {accuracy:.1%} of the tokens right")
 
@@ -466,6 +419,26 @@ class _Run:
         print(
             f"saved to {output}; try it:\n  {PROGRAM} generate --preset {shlex.quote(str(output))}"
         )
+
+    def judge(self) -> None:
+        """Says in a line, if the model has not learnt to answer, what usually helps."""
+        arguments, samples = self.arguments, self.samples
+        if self.held_out is None:
+            return
+        problem = diagnosis.find_problem(
+            self.data,
+            self.held_out,
+            self.results,
+            arguments.monitor or "loss",
+            label_smoothing=arguments.label_smoothing,
+            samples=[] if samples is None else samples.read(self.epoch),
+            **({} if samples is None else samples.options),
+        )
+        if problem is not None:
+            helps = ["more --steps" if arguments.steps else "more --epochs", "more pairs"]
+            if not arguments.preset and arguments.cross_attention != "self_attention":
+                helps.append("--cross-attention self_attention")
+            complain(f"{problem}; what usually helps: {', '.join(helps)}")
 
 
 @contextlib.contextmanager

@@ -6,19 +6,24 @@ traceback.
 
 import argparse
 import contextlib
+import importlib
 import os
+import signal
 import sys
-from typing import Any, NoReturn
-
-import tensorflow as tf
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 from bertgen_tf import __version__
-from bertgen_tf.cli import convert, evaluate, export, finetune, generate, serve
-from bertgen_tf.cli.common import PROGRAM, UserError, complain, in_flags
+from bertgen_tf.cli import startup
+from bertgen_tf.cli.flags import convert, evaluate, export, finetune, generate, serve
+from bertgen_tf.cli.flags.errors import PROGRAM, UserError, complain, in_flags
+from bertgen_tf.cli.flags.parser import Parser
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
-# In the order of the help. Each has `add_command` and `run`.
-_COMMANDS = {
+# In the order of the help. Each has `add_command` and `check`, and a module in `bertgen_tf.cli` of
+# the same name has `run`.
+_FLAGS = {
     "finetune": finetune,
     "generate": generate,
     "evaluate": evaluate,
@@ -36,18 +41,21 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         the exit code: 0, 2 for a user error, 130 after Ctrl-C, 141 when the reader of the output
-        went away.
+        went away, 143 after SIGTERM.
     """
-    tf.get_logger().setLevel("ERROR")  # its warnings are advice to programmers
     try:
         try:
             arguments = make_parser().parse_args(argv)
-            _COMMANDS[arguments.command].run(arguments)
+            _FLAGS[arguments.command].check(arguments)
+            with startup.quiet(complain), _ended_by_signals():
+                importlib.import_module(f"bertgen_tf.cli.{arguments.command}").run(arguments)
         finally:
             sys.stdout.flush()
     except SystemExit as stop:  # from argparse
         return stop.code
     except KeyboardInterrupt as stop:
+        if sys.stderr.isatty():
+            print(end="\r", file=sys.stderr)  # over ^C
         complain(str(stop) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
@@ -64,9 +72,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Lets SIGTERM and a terminal that is closed end the process as Ctrl-C does: tidily."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        sys.exit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    # nohup, say, has a signal ignored.
+    numbers = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `command` in what it returns is the name of a command, such as finetune."""
-    parser = _Parser(
+    parser = Parser(
         prog=PROGRAM,
         description="Sequence-to-sequence models warm-started from BERT: fine-tune one on pairs of "
         "texts,\ngenerate text with it, score it, export it for TensorFlow Serving, convert it.",
@@ -74,17 +104,6 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in _COMMANDS.values():
+    for module in _FLAGS.values():
         module.add_command(commands)
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """One-line errors, no abbreviated options, descriptions as they are written."""
-
-    def __init__(self, **kwargs: Any):
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{PROGRAM}: error: {message} (see {self.prog} --help)\n")

@@ -1,81 +1,12 @@
-"""`bertgen-tf serve`: its flags, and what it needs; the server is `bertgen_tf.serving.server`."""
+"""`bertgen-tf serve`: what it needs; the server is `bertgen_tf.serving.server`."""
 
 import argparse
 from collections.abc import Callable
 from typing import Any
 
-from bertgen_tf.cli import values
-from bertgen_tf.cli.common import user_errors
+from bertgen_tf.cli.flags.errors import user_errors
 
-_DESCRIPTION = """\
-Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
-together, and a page in the browser to try the models. Ctrl-C or SIGTERM ends it, once all that it
-accepted is answered."""
-_EPILOG = """\
-FOLDER holds the exports, NAME/VERSION, such as saved_models. It can also be one model, NAME, or one
-export, NAME/VERSION. The highest version of each model is served. Versions and models added later
-are loaded while the others answer. Signatures that end in _xla are compiled when they are first
-asked for a batch size and a length; all other requests wait until that is done.
-
-paths:
-  /                                 the page
-  /v1/models                        all models
-  /v1/models/NAME[/versions/V]      state; with /metadata: signatures; with :predict: answers
-  /healthz, /readyz                 200 if it is alive; if every model is loaded
-  /monitoring/prometheus/metrics    for Prometheus
-
-example:
-  bertgen-tf serve saved_models
-  curl http://localhost:8501/v1/models/my_model:predict -d '{"inputs": {"text": ["a text"]}}'"""
 _PACKAGES = ("h11", "prometheus_client", "starlette", "uvicorn")
-
-
-def add_command(commands: Any) -> None:
-    """Adds the command and its flags."""
-    parser = commands.add_parser(
-        "serve",
-        help="serve exports on this machine",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    parser.add_argument("folder", metavar="FOLDER", help="see below")
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on (default: %(default)s, for this machine only; 0.0.0.0 for "
-        "everybody who can reach it: there is no password)",
-    )
-    where.add_argument(
-        "--port", type=_port, default=8501, metavar="N", help="0 for a free one (default: 8501)"
-    )
-    times = parser.add_argument_group("times, in seconds")
-    for flag, default, text in (
-        ("--poll-seconds", 2.0, "between checks for new versions"),
-        ("--request-timeout", 30.0, "until a request is given up, with status 504"),
-        ("--shutdown-timeout", 30.0, "to answer what was accepted before it ends"),
-    ):
-        times.add_argument(
-            flag,
-            type=values.positive_number,
-            default=default,
-            metavar="X",
-            help=f"{text} (default: {default:g})",
-        )
-    limits = parser.add_argument_group("limits")
-    for flag, default, text in (
-        ("--max-body-bytes", 4 * 2**20, "of a request; more gets status 413"),
-        ("--max-texts", 1024, "of a request; more gets 413"),
-        ("--max-queued-texts", 4096, "waiting for their turn; more gets 503"),
-        ("--max-connections", 512, "open at a time; more gets 503"),
-    ):
-        limits.add_argument(
-            flag,
-            type=values.at_least(1),
-            default=default,
-            metavar="N",
-            help=f"{text} (default: {default:,})",
-        )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -102,9 +33,3 @@ def _find_serve() -> Callable[..., Any]:
             f"serve needs the package {error.name}: pip install 'bertgen_tf[serving]'"
         ) from error
     return serve
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected an integer of at most 65535, received {text!r}")
-    return int(text)

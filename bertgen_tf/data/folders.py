@@ -6,10 +6,11 @@ The folders appear, or are replaced, only when complete.
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def write_folder(
@@ -33,10 +34,7 @@ def write_folder(
     """
     check_writable(folder, is_ours, kind)
     folder = pathlib.Path(folder).resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    old = temporary.with_name(f"{temporary.name}-old")
-    try:
+    with temporary_folder(folder) as temporary:
         probe = temporary / "probe"
         probe.touch()
         mode = probe.stat().st_mode
@@ -47,15 +45,34 @@ def write_folder(
         if check is not None:
             check(temporary)
         os.chmod(temporary, 0o755)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
+        old = temporary.with_name(f"{temporary.name}-old")
+        try:
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+        finally:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder beside `folder`, of the user alone, which the block fills and renames to it.
+
+    If the block raises, nothing is left: neither that folder nor those above it that were made.
+    """
+    made = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
     except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # another has put something there
+                parent.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_writable(
@@ -89,6 +106,23 @@ def check_writable(
         raise PermissionError(
             f"folder must lie in a folder that can be written, but {parent} cannot."
         )
+
+
+def check_version_path(path: str | os.PathLike) -> None:
+    """Raises unless `path` is a new version, `NAME/VERSION`.
+
+    Raises:
+        FileExistsError: the version exists already.
+        ValueError: the version is not an integer.
+    """
+    path = pathlib.Path(path)
+    if not re.fullmatch("[0-9]{1,18}", path.name):
+        raise ValueError(
+            "path must end in an integer version, because TensorFlow Serving looks for nothing "
+            f'else, received {str(path)!r}. Use "{path}/1".'
+        )
+    if path.exists():
+        raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
 
 
 def users_cache(name: str) -> str:

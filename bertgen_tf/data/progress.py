@@ -49,3 +49,21 @@ def show_progress(
             sys.stderr.write("\n")
         else:
             show()
+
+
+class EmptyOutputs:
+    """Counts outputs that are empty, though what they were generated from is not."""
+
+    def __init__(self) -> None:
+        self.count = self.total = 0
+
+    def add(self, source: str, output: str | list[str]) -> None:
+        """One more output, or the outputs of one text, the best first."""
+        best = output if isinstance(output, str) else output[0]
+        self.count += bool(source.strip()) and not best.strip()
+        self.total += 1
+
+    def report(self, complain: Callable[[str], None]) -> None:
+        """Says so, if there are any."""
+        if self.count:
+            complain(f"{self.count:,} of {self.total:,} outputs are empty")

@@ -39,14 +39,13 @@ tensorflow-text, which TensorFlow Serving has and `import tensorflow_text` bring
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
+from bertgen_tf.data.folders import check_version_path, temporary_folder
 from bertgen_tf.export import files
 from bertgen_tf.export.check import ExportError, check_export
 from bertgen_tf.export.signatures import COMPILED, OWN_NAMES, ServingModule, every_hypothesis
@@ -55,7 +54,7 @@ from bertgen_tf.generation.settings import check_config, settings_of_call
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.training import lora
 
-__all__ = ["ExportError", "check_version_path", "export_saved_model"]
+__all__ = ["ExportError", "export_saved_model"]
 
 
 def export_saved_model(
@@ -70,6 +69,7 @@ def export_saved_model(
     description: str = "",
     examples: Sequence[str] = (),
     check: bool = True,
+    verbose: int = 0,
     **options: Any,
 ) -> str:
     """Writes `model` as a SavedModel, which appears at `path` only when it is complete.
@@ -94,6 +94,7 @@ def export_saved_model(
             serve` shows it.
         examples: texts that show what it does, for the same page, which offers them.
         check: run the export in a separate process, and compare it with `model.generate`.
+        verbose: 1 prints each step when it begins.
         **options: fields of `GenerationConfig` that replace those of the settings.
 
     Returns:
@@ -122,16 +123,21 @@ def export_saved_model(
         check_config(settings, model)
     sizes = files.batch_sizes(max_batch_size)
     name = path.resolve().parent.name
-    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def show(step: str) -> None:
+        if verbose:
+            print(step, flush=True)
+
     # A server that polls the folder skips names that are not integers.
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with temporary_folder(path) as temporary:
+        show("tracing the signatures")
         module = ServingModule(model, config, signatures, logits_processor)
         # Traced here: what `save` traces itself would be traced again for the description.
         traced = {
             signature: function.get_concrete_function()
             for signature, function in module.functions.items()
         }
+        show("writing graphs and weights")
         tf.saved_model.save(module, str(temporary), signatures=traced)
         files.write_batching_parameters(temporary, sizes)
         files.write_warmup(temporary, name, model, module.functions, sizes, compiled=warmup_xla)
@@ -145,30 +151,11 @@ def export_saved_model(
             temporary, name, int(path.name), model, module, signatures, sizes, further
         )
         if check:
+            show("checking in a separate process that it answers as the model does")
             check_export(temporary, model, module, logits_processor)
         os.chmod(temporary, 0o755)
         temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return str(path)
-
-
-def check_version_path(path: str | os.PathLike) -> None:
-    """Raises unless `path` is a new version, `NAME/VERSION`.
-
-    Raises:
-        FileExistsError: the version exists already.
-        ValueError: the version is not an integer.
-    """
-    path = pathlib.Path(path)
-    if not re.fullmatch("[0-9]{1,18}", path.name):
-        raise ValueError(
-            "path must end in an integer version, because TensorFlow Serving looks for nothing "
-            f'else, received {str(path)!r}. Use "{path}/1".'
-        )
-    if path.exists():
-        raise FileExistsError(f"path must be a new version, but {path} exists. Use another number.")
 
 
 def _name(function: Any) -> str:

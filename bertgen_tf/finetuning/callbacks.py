@@ -15,9 +15,8 @@ import tensorflow as tf
 
 from bertgen_tf import metrics as scores
 from bertgen_tf.checks import check_integer
-from bertgen_tf.config import GenerationConfig
+from bertgen_tf.config import BATCH_SIZE, GenerationConfig
 from bertgen_tf.finetuning.state import RunFolder, load_tensors, save_tensors
-from bertgen_tf.generation.generator import BATCH_SIZE
 
 _INTERVAL = 10.0  # seconds between lines, where there is no terminal
 _SHOWN = 8  # texts for TensorBoard
@@ -92,10 +91,18 @@ class GenerateCallback(keras.callbacks.Callback):
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"epoch-{epoch + 1:04d}.jsonl", "w", encoding="utf-8") as file:
+        with open(self._file(epoch + 1), "w", encoding="utf-8") as file:
             for row in zip(self.sources, self.outputs, self.references, strict=True):
                 values = dict(zip(("source", "output", "reference"), row, strict=True))
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
+
+    def read(self, epoch: int) -> list[dict[str, Any]]:
+        """What was written for an epoch, counted from 1: source, output and reference of each."""
+        with open(self._file(epoch), encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def _file(self, epoch: int) -> pathlib.Path:
+        return self.folder / f"epoch-{epoch:04d}.jsonl"
 
 
 class KeepBest(keras.callbacks.Callback):
@@ -182,17 +189,18 @@ class Log(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._began = self._shown = time.monotonic()
+        if self._first:
+            self._write(f"continuing after step {self._first:,} of {self.steps:,}\n")
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if not self.file.isatty():
             return
         per_epoch = self.params["steps"]
-        # The bar of a resumed epoch covers what is left of it.
-        left = min((epoch + 1) * per_epoch, self.steps) - self.step
+        self._epoch_start = epoch * per_epoch
+        target = min(self._epoch_start + per_epoch, self.steps) - self._epoch_start
         time_left = f", {self._time_left()} left" if self.step > self._first else ""
         self._write(f"Epoch {epoch + 1}/{self.params['epochs']}{time_left}\n")
-        self._bar = keras.utils.Progbar(left, stateful_metrics=["loss", "accuracy", "tokens/s"])
-        self._bar_start = self.step
+        self._bar = _Bar(target, self.step - self._epoch_start)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self.step += 1
@@ -201,7 +209,7 @@ class Log(keras.callbacks.Callback):
             shown = {"loss": "loss", "accuracy": "accuracy", "tokens_per_second": "tokens/s"}
             values = [(new, logs[name]) for name, new in shown.items() if name in logs]
             # The final one comes with the results of the epoch.
-            self._bar.update(self.step - self._bar_start, values, finalize=False)
+            self._bar.update(self.step - self._epoch_start, values, finalize=False)
         if time.monotonic() - self._shown >= _INTERVAL:
             self._shown = time.monotonic()
             if self._bar is None:
@@ -210,12 +218,16 @@ class Log(keras.callbacks.Callback):
             self._log(logs)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._bar is not None:
-            self._write("\n")
-            self._bar = None
+        self.end_line()
         self._write(f"epoch {epoch + 1} of {self.params['epochs']}: {_describe(logs or {})}\n")
         self._log({"epoch": epoch + 1, **(logs or {})})
         self._shown = time.monotonic()
+
+    def end_line(self) -> None:
+        """Ends the line of a bar, so that what comes next has one of its own."""
+        if self._bar is not None:
+            self._write("\n")
+            self._bar = None
 
     def _time_left(self) -> str:
         passed = time.monotonic() - self._began
@@ -229,6 +241,22 @@ class Log(keras.callbacks.Callback):
     def _write(self, text: str) -> None:
         self.file.write(text)
         self.file.flush()
+
+
+class _Bar(keras.utils.Progbar):
+    """A bar that may begin after the first steps of an epoch, whose time it does not know.
+
+    Args:
+        target: steps of the epoch.
+        first: how many of them are done.
+    """
+
+    def __init__(self, target: int, first: int):
+        super().__init__(target, stateful_metrics=["loss", "accuracy", "tokens/s"])
+        self._first = first
+
+    def _estimate_step_duration(self, current: int, now: float) -> float:
+        return super()._estimate_step_duration(current - self._first, now)
 
 
 class TensorBoardCurves(keras.callbacks.Callback):

@@ -11,12 +11,12 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
+from bertgen_tf.config import LONG_TARGETS
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.tokenizers.preprocessing import Seq2SeqPreprocessor
 from bertgen_tf.training.batches import lengths_of_batches
 
 Batch = tuple[dict[str, Any], Any, Any]
-LONG_TARGETS = ("cut", "skip", "error")
 _CHUNK = 1024  # texts that are encoded together
 _NAMES = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
@@ -139,6 +139,15 @@ class TrainingData:
         rows, _ = self._at(step)
         rows = rows[rows >= 0]
         return int((self._targets.lengths[rows] + 1).sum())
+
+    def target_counts(self) -> np.ndarray:
+        """How often each token is to be predicted in an epoch, end tokens included, int64 [V]."""
+        kept = np.isin(np.arange(len(self._targets.lengths)), self._rows)
+        ids = self._targets.ids[:-1][np.repeat(kept, self._targets.lengths)]
+        tokenizer = self.preprocessor.target_tokenizer
+        counts = np.bincount(ids, minlength=tokenizer.vocab_size)
+        counts[tokenizer.eos_token_id] += len(self)
+        return counts
 
     def batch(self, step: int, part: slice = slice(None)) -> Batch:
         """What `Seq2SeqPreprocessor.pack` gives for the pairs of a step, padded to one length.

@@ -179,6 +179,8 @@ class _Loop:
         state = self._find_state() if resume and self.folder is not None else None
         if state is not None:
             self.step, self.epoch = state.step, state.epoch
+        elif resume:
+            self.complain("no step was saved to continue from: starting with the first")
         batches = iter(self.replicas.dataset(self.data, self.step, self.steps))
         model.stop_training = False
         if state is not None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from bertgen_tf.config import STRATEGIES
 from bertgen_tf.finetuning.data import Batch, TrainingData
 
-STRATEGIES = ("auto", "none", "mirrored", "tpu")
 # What TensorFlow raises when a worker does not answer.
 _LOST = (
     tf.errors.AbortedError,

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from bertgen_tf.checks import check_integer
-from bertgen_tf.config import GenerationConfig
+from bertgen_tf.config import BATCH_SIZE, GenerationConfig
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.data.texts import check_text, is_single
 from bertgen_tf.generation.buckets import source_buckets
@@ -34,7 +34,6 @@ from bertgen_tf.generation.settings import check_config, settings_of_call
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 
-BATCH_SIZE = 32
 # How many texts are read, sorted and generated before their first result is returned.
 WINDOW = 1024
 

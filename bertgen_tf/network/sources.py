@@ -1,9 +1,9 @@
 """Readers and writers of model files, as `from_hub`, `export` and the like call them.
 
 The models know no file format: readers build models, so they stand above them. One reader knows
-nothing of the others, either: `handles` says what they read. `bertgen_tf` connects these modules
-when it is imported, which happens before any import of its parts. So one call goes up, and no
-import does.
+nothing of the others, either: `handles` says what they read. The rooms of these modules connect
+them when they are imported: by `bertgen_tf`, which comes before any import of its parts, or by a
+command. So one call goes up, and no import does.
 """
 
 from types import ModuleType

@@ -22,9 +22,9 @@ from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf.checks import check_integer
+from bertgen_tf.config import BATCH_SIZE
 from bertgen_tf.data import resumable, text_files, text_lines
-from bertgen_tf.data.progress import show_progress
-from bertgen_tf.generation.generator import BATCH_SIZE
+from bertgen_tf.data.progress import EmptyOutputs, show_progress
 
 # A worker gets one block at a time, loses at most that, and sorts its texts by length.
 BATCHES_OF_A_BLOCK = 8
@@ -260,7 +260,8 @@ def run_jobs(
     Args:
         jobs: those that are complete are skipped.
         export: see `generate_files`, as for all others.
-        complain: called with a message that says where the finished lines are, if something raises.
+        complain: called with a message that says where the finished lines are, if something raises,
+            and how many outputs are empty.
 
     Raises:
         OSError: a file cannot be read or written, or there is no cluster at `address`.
@@ -279,8 +280,10 @@ def run_jobs(
         total = sum(job.total for job in jobs)
         done = sum(_first(job, size) for job in jobs)
         advance = stack.enter_context(show_progress(verbose, total, batch_size, done))
+        empty = EmptyOutputs()
         for job in jobs:
-            _write(job, outputs, size, advance, complain)
+            _write(job, outputs, size, advance, complain, empty)
+    empty.report(complain)
 
 
 def _write(
@@ -289,16 +292,19 @@ def _write(
     size: int,
     advance: Callable[[int], None],
     complain: Callable[[str], None],
+    empty: EmptyOutputs,
 ) -> None:
     if resumable.digest(job.source) != job.run["input"]:
         raise OSError(f"{job.source} changed while texts were generated; run again")
     first = _first(job, size)
-    records = (r for _, r in text_files.read_records(job.source, job.source_column))
+    records = text_files.read_records(job.source, job.source_column)
     records = itertools.islice(records, first, job.total)
     outputs = itertools.islice(outputs, job.total - first)
     with resumable.open_output(job.target, job.run, job.begun, complain) as file:
-        for number, (record, output) in enumerate(zip(records, outputs, strict=True), first):
+        pairs = zip(records, outputs, strict=True)
+        for number, ((text, record), output) in enumerate(pairs, first):
             if number >= job.begun.lines:
+                empty.add(text, output)
                 line = json.dumps({**record, "output": output}, ensure_ascii=False)
                 # Half a character, which JSON can spell, stays as it was.
                 file.write(line.encode("utf-8", "backslashreplace").decode() + "\n")

@@ -1,7 +1,8 @@
-"""None"""
+"""The whole way, help, and how commands end."""
 
 import dataclasses
 import os
+import signal
 import sys
 
 import pytest
@@ -10,6 +11,8 @@ import tensorflow as tf
 import bertgen_tf as bg
 from bertgen_tf import finetuning
 from bertgen_tf.cli import main as cli
+from bertgen_tf.data import folders
+from bertgen_tf.export import saved_model
 from tests.helpers.command_line import PAIRS, SOURCES, write_pairs
 
 # ---------------------------------------------------------------------- the whole way, once
@@ -26,10 +29,12 @@ def test_finetune_generate_export(hub_module, checks, tmp_path, capsys):
     lengths = ["--max-source-length", "15", "--max-target-length", "14"]
     training = ["--steps", "3", "--batch-size", "4", "--learning-rate", "0.001"]
     assert cli.main([*finetune, *start, *lengths, *training]) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "7 pairs to train on, 2 to validate on" in out
     assert "3 steps" in out
     assert "validation: loss " in out
+    assert err.startswith("bertgen-tf: loss ") and err.count("\n") == 1
+    assert err.endswith("; what usually helps: more --steps, more pairs\n")
 
     model = bg.EncoderDecoderModel.from_preset(preset)
     assert model.encoder.config.num_hidden_layers == 2
@@ -73,6 +78,8 @@ def test_finetune_generate_export(hub_module, checks, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"-v {tmp_path}/models/name:/models/name -e MODEL_NAME=name tensorflow/serving" in out
     assert "/v1/models/name:predict" in out
+    steps = [f"reading {preset}", "tracing the signatures", "writing graphs and weights"]
+    assert out.splitlines()[:3] == steps and out.splitlines()[3].startswith("checking in a sep")
     served = tf.saved_model.load(str(version)).signatures["serving_default"]
     texts = served(text=tf.constant(SOURCES))["text"].numpy().tolist()
     assert [text.decode() for text in texts] == expected
@@ -99,6 +106,49 @@ def test_ctrl_c_is_no_traceback(preset, tmp_path, monkeypatch, capsys):
     code = cli.main(["finetune", "--preset", preset, "--train", train, "--output", str(output)])
     assert (code, capsys.readouterr().err) == (130, "bertgen-tf: interrupted\n")
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "module", "name"),
+    [
+        ("export", ["--preset", "PRESET", "--output", "new/model/1"], saved_model, "ServingModule"),
+        ("convert", ["PRESET", "new/model"], folders.os, "chmod"),
+    ],
+)
+def test_ended_by_sigterm_it_leaves_nothing(
+    command, flags, module, name, preset, tmp_path, monkeypatch
+):
+    """Neither a hidden folder nor those that were made for it."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def end(*args, **kwargs):
+        seen.extend(path.name for path in tmp_path.rglob(".*"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, name, end)
+    words = [preset if flag == "PRESET" else flag for flag in flags]
+    assert cli.main([command, *words]) == 143
+    assert len(seen) == 1 and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_a_parent_ignores_is_ignored(preset, tmp_path, monkeypatch, capsys):
+    """As under nohup."""
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train = write_pairs(tmp_path / "train.tsv")
+
+    def hang_up(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise finetuning.Diverged("later")
+
+    monkeypatch.setattr(finetuning, "train", hang_up)
+    flags = ["--preset", preset, "--train", train, "--output", str(tmp_path / "new")]
+    try:
+        assert cli.main(["finetune", *flags]) == 2
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+    assert "training diverged, nothing was saved: later" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "evaluate", "export"])

@@ -271,6 +271,7 @@ def test_an_export_generates(folder, shared_export, capsys):
 def test_errors_before_anything_slow(flags, message, folder, capsys):
     write("short.txt", ["a", "b"])
     write("empty.txt", [])
+    write("pairs.xml", ["a"])
     write("bad.jsonl", ['{"output": "a"}', '{"output": 3}'])
     write("half.jsonl", ['{"output": "\\ud800"}'])
     write("other.jsonl", [json.dumps({"output": "x", "source": SOURCES[0]})] * 40)

@@ -119,7 +119,9 @@ def test_killed_twice_and_resumed_it_ends_with_the_same_bits(folder, capsys):
     content = (states / newest).read_bytes()
     (states / newest).write_bytes(content[: len(content) // 2])
     assert cli.main([*again, "--resume"]) == 0
-    assert f"{newest} is damaged" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"{newest} is damaged" in err
+    assert f"\ncontinuing after step {second // 3 * 3 - 3} of 21\n" in out
     killed = weights(folder / "killed")
     assert all(np.array_equal(a, b) for a, b in zip(whole, killed, strict=True))
     assert epochs(folder / "killed") == whole_log
@@ -150,9 +152,14 @@ def test_stopped_it_loses_nothing(folder, capsys, monkeypatch):
         return tokens(self, step)
 
     monkeypatch.setattr(TrainingData, "tokens", stop)
-    arguments = command(folder, output, "--steps", "9")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    arguments = command(folder, output, "--steps", "9", "--resume")
     assert cli.main(arguments) == 130
-    assert capsys.readouterr().err == (
+    out, err = capsys.readouterr()
+    assert out.endswith("\n") and "/9" in out.splitlines()[-1]  # the line of the bar ends
+    assert err == (
+        f"bertgen-tf: {folder / output}.training holds no training to continue: starting with the "
+        "first step\n"
         "bertgen-tf: interrupted after step 5, which is saved: the same command with --resume "
         "continues\n"
     )

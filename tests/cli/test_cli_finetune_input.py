@@ -67,7 +67,13 @@ def test_pairs_that_are_none(name, content, message, tmp_path, capsys, no_librar
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ([], "one of the arguments --encoder --preset is required"),
+        ([], "arguments are required: --encoder or --preset or --recipe (see"),
+        (["--recipe", "BERT2BERT"], "--recipe needs --encoder, --decoder or both"),
+        (
+            ["--recipe", "BERT2BERT", "--encoder", "x", "--share"],
+            "--recipe specifies whether the sides share: leave --share out",
+        ),
+        (["--recipe", "BERT2bert", "--encoder", "x"], "--recipe: invalid choice: 'BERT2bert'"),
         (["--encoder", "http://x/y", "--preset", "z"], "not allowed with argument"),
         (
             ["--preset", "PRESET", "--share", "--num-layers", "2"],

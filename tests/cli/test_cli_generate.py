@@ -80,6 +80,22 @@ def test_plain_lines_stay_aligned(echo, preset, tmp_path, monkeypatch, capsys):
     ]
 
 
+@pytest.mark.parametrize(("num_beams", "outputs"), [(1, "x"), (2, ["x", ""])])
+def test_empty_outputs_are_counted(
+    num_beams, outputs, preset, loaded, tmp_path, monkeypatch, capsys
+):
+    """Those of texts that are not empty; of several outputs the best counts."""
+    monkeypatch.setattr(bg.EncoderDecoderModel, "from_preset", lambda folder: loaded)
+    (tmp_path / "in.txt").write_text("a\n\n \nb\nc\n")
+    made = [outputs, "", " ", [" ", "x"] if num_beams == 2 else " ", ""]
+    monkeypatch.setattr(bg.EncoderDecoderModel, "iterate", lambda self, texts, *_, **__: (
+        output for _, output in zip(texts, made, strict=True)
+    ))  # fmt: skip
+    flags = ["--input", str(tmp_path / "in.txt"), "--num-beams", str(num_beams)]
+    assert cli.main(["generate", "--preset", preset, *flags]) == 0
+    assert capsys.readouterr().err == "bertgen-tf: 2 of 5 outputs are empty\n"
+
+
 def test_formats_of_generate(echo, preset, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"source": "ü"}\n{"id": 1, "source": "b\\nc"}\n\n')
     (tmp_path / "in.tsv").write_text("ü\t1\nb\n")
@@ -126,6 +142,7 @@ def test_columns_with_names(echo, preset, tmp_path, monkeypatch, capsys):
         "id.csv has no column source; by its first line its columns are 'id, text': choose one"
     )
     assert f"{message} with --source-column\n" in fails(capsys, *run, "id.csv")
+    Path("in.txt").write_text("a\n")
     message = fails(capsys, *run, "in.txt", "--source-column", "x")
     assert "error: --source-column applies to .csv, .tsv and .jsonl, .json, whose" in message
     run[4] = "out.csv"

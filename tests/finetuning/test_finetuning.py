@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -230,6 +231,35 @@ def test_a_terminal_has_a_bar(data, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "Epoch 1/2\n" in out and "Epoch 2/2, 0:00:" in out
     assert "2/2" in out and "loss: " in out and "━" in out
+
+
+def test_a_resumed_bar_counts_from_where_it_goes_on(monkeypatch, capsys):
+    """Its times are those of the steps that it saw; Keras knows no steps from before."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(keras.src.utils.progbar.time, "time", lambda: next(now))
+    log = Log(90)
+    log.set_params({"epochs": 3, "steps": 40})
+    log.set_state({"step": 46})
+    log.on_train_begin()
+    log.on_epoch_begin(1)
+    for _ in range(3):
+        log.on_train_batch_end(0, {"loss": 0.5})
+    log.end_line()
+    log.end_line()
+    log.on_epoch_begin(2)
+    log.step = 89
+    log.on_train_batch_end(9, {"loss": 0.25})
+    text = re.sub("\x1b[^m]*m|[\b\r━]", "", capsys.readouterr().out)
+    first, header, bar, other, last = text.split("\n")
+    assert (first, header) == ("continuing after step 46 of 90", "Epoch 2/3")
+    # 10 s a step, 31 of 40 steps to go.
+    assert [part.split("  - ")[0] for part in re.findall(r" ?\d+/40 .*?0.5000", bar)] == [
+        " 7/40  5:30 10s/step - loss: 0.5000",
+        " 8/40  5:20 10s/step - loss: 0.5000",
+        " 9/40  5:10 10s/step - loss: 0.5000",
+    ]
+    assert other.startswith("Epoch 3/3, 0:0") and last.startswith("10/10 ")
 
 
 def test_batch_sizes_that_do_not_divide(data):

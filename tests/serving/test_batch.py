@@ -18,6 +18,7 @@ import tensorflow_text  # noqa: F401  registers ops of the exports
 import bertgen_tf as bg
 from bertgen_tf.cli import main as cli
 from bertgen_tf.data import resumable, text_files
+from bertgen_tf.data.progress import EmptyOutputs
 from bertgen_tf.serving import ray_files
 from tests.helpers import CORPUS, WORDS, fails, make_small_model
 
@@ -285,7 +286,7 @@ def test_inputs_of_other_formats(tmp_path):
         output.mkdir()
         outputs = iter("xyz" * 3)
         for job in jobs:
-            ray_files._write(job, outputs, 2, lambda count: None, notes.append)
+            ray_files._write(job, outputs, 2, lambda count: None, notes.append, EmptyOutputs())
         expected = [{**r, "output": o} for r, o in zip(records, "xyz", strict=True)]
         assert read_lines(output) == {f"{name}.jsonl": expected for name in "abc"}
     told = "the first line, 'id text source', is read as the names of columns"
@@ -414,5 +415,5 @@ def test_a_file_that_changes(tmp_path):
     (tmp_path / "out").mkdir()
     source.write_text("a\nb\nx\n")
     with pytest.raises(OSError, match="x.txt changed while texts were generated"):
-        ray_files._write(job, iter("ABC"), 16, lambda count: None, lambda message: None)
+        ray_files._write(job, iter("ABC"), 16, lambda count: None, print, EmptyOutputs())
     assert not os.path.exists(job.target)

@@ -12,12 +12,12 @@ import pathlib
 import tarfile
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Iterator
+from types import ModuleType
 from typing import BinaryIO
 
 import tensorflow as tf
-import tensorflow_hub
-from tensorflow_hub import resolver
 
 from bertgen_tf.checks import first_line
 from bertgen_tf.data import folders
@@ -33,6 +33,15 @@ MAX_NAME_LENGTH = 4096
 CACHE_VARIABLE = "TFHUB_CACHE_DIR"
 _ARCHIVES = (".tar.gz", ".tgz")
 _TIMEOUT_SECONDS = 60
+
+
+def tensorflow_hub() -> ModuleType:
+    """The library, imported where a module is read: it brings Keras 2, and takes its time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+        import tensorflow_hub
+        import tensorflow_hub.resolver
+    return tensorflow_hub
 
 
 def resolve(handle: str) -> str:
@@ -89,13 +98,14 @@ def where(handle: str, path: str) -> str:
 
 
 def _fetch(handle: str) -> str:
+    resolver = tensorflow_hub().resolver
     compressed = resolver.model_load_format() in (
         resolver.ModelLoadFormat.COMPRESSED.value,
         resolver.ModelLoadFormat.AUTO.value,
     )
     if not handle.startswith(("http://", "https://")) or not compressed:
         with _same_cache():
-            return tensorflow_hub.resolve(handle)
+            return tensorflow_hub().resolve(handle)
 
     # Not left to tensorflow_hub: it refuses links and `..`, but unpacks without a bound on size.
     def download(url: str, folder: str) -> None:
@@ -116,7 +126,7 @@ def _unpack_file(path: str) -> str:
 
     with open(path, "rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()
-    return resolver.atomic_download(path, extract, _cache_folder(name))
+    return tensorflow_hub().resolver.atomic_download(path, extract, _cache_folder(name))
 
 
 def _check_cache(handle: str) -> None:
@@ -130,7 +140,7 @@ def _check_cache(handle: str) -> None:
 
 
 def _cache_folder(name: str) -> str:
-    folder = resolver.tfhub_cache_dir()
+    folder = tensorflow_hub().resolver.tfhub_cache_dir()
     if folder is None:
         folder = folders.users_cache("hub")
     else:
@@ -141,7 +151,7 @@ def _cache_folder(name: str) -> str:
 @contextlib.contextmanager
 def _same_cache() -> Iterator[None]:
     """Lets tensorflow_hub unpack where we do; it takes the folder from the environment."""
-    if resolver.tfhub_cache_dir() is not None:
+    if tensorflow_hub().resolver.tfhub_cache_dir() is not None:
         yield
         return
     os.environ[CACHE_VARIABLE] = folders.users_cache("hub")

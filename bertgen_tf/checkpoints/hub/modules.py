@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_hub
 import tensorflow_text  # noqa: F401  registers the ops that modules may hold
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
-from bertgen_tf.checkpoints.hub.fetch import resolve, where
+from bertgen_tf.checkpoints.hub.fetch import resolve, tensorflow_hub, where
 from bertgen_tf.checkpoints.hub.graph import Graph
 from bertgen_tf.checks import first_line
 
@@ -105,7 +104,7 @@ class Module:
         """
         if self._loaded is None:
             with _loading(self.handle, self.path):
-                self._loaded = tensorflow_hub.load(self.path)
+                self._loaded = tensorflow_hub().load(self.path)
         return self._loaded
 
     def unload(self) -> None:
@@ -167,7 +166,7 @@ def open_module(handle: str | os.PathLike) -> Module:
         _check_variables(where(handle, path), meta_graphs, tensors)
         return Module(handle, path, list(tensors), tensors, meta_graphs)
     with _loading(handle, path):
-        loaded = tensorflow_hub.load(path)
+        loaded = tensorflow_hub().load(path)
         variables = [
             (re.sub(r":\d+$", "", variable.name), variable)
             for variable in getattr(loaded, "variables", ())

@@ -1,15 +1,43 @@
-"""The arguments of `bertgen-tf finetune`."""
+"""The flags of `bertgen-tf finetune`."""
 
 import argparse
+import os
 from typing import Any
 
-from bertgen_tf import finetuning
 from bertgen_tf import metrics as scores
-from bertgen_tf.checkpoints.recipes import RECIPES
-from bertgen_tf.cli import values
-from bertgen_tf.cli.common import add_columns, add_scoring, add_warm_start
-from bertgen_tf.data import data_presets
-from bertgen_tf.finetuning.data import LONG_TARGETS
+from bertgen_tf.cli.flags import values
+from bertgen_tf.cli.flags.common import (
+    add_columns,
+    add_scoring,
+    add_warm_start,
+    check_normalizer,
+    check_readable,
+    read_preset_config,
+)
+from bertgen_tf.cli.flags.errors import UserError, flags, user_errors
+from bertgen_tf.config import LONG_TARGETS, STRATEGIES
+from bertgen_tf.data import data_presets, folders
+from bertgen_tf.data.preset_config import find_config
+
+COLUMNS = ("source_column", "target_column")
+SCORING = ("lowercase", "tokenize", "rouge_tokenize", "normalize_with")
+HUB_FLAGS = ("decoder", "recipe", "share", "cross_attention", "num_layers")
+# Of `bertgen_tf.checkpoints.recipes.RECIPES`, which knows models.
+RECIPES = (
+    "RND2RND",
+    "BERT2RND",
+    "RND2BERT",
+    "BERT2BERT",
+    "BERTSHARE",
+    "ROBERTASHARE",
+    "GPT",
+    "RND2GPT",
+    "BERT2GPT",
+    "ROBERTA2GPT",
+    "ROBERTA2RND",
+    "RND2ROBERTA",
+    "ROBERTA2ROBERTA",
+)
 
 # What determines the weights, besides the data and the model to start from.
 SETTINGS = (
@@ -100,11 +128,13 @@ example:
     )
     start.add_argument(
         "--recipe",
+        choices=RECIPES,
         metavar="NAME",
         help="which side starts from a checkpoint, by the paper's names: "
         f"{', '.join(RECIPES)}; takes --encoder, --decoder or both",
     )
     add_warm_start(start)
+    parser.alternatives.append(("--encoder", "--preset", "--recipe"))
     start.add_argument(
         "--trim-vocabulary",
         action="store_true",
@@ -240,7 +270,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--distribute",
-        choices=finetuning.STRATEGIES,
+        choices=STRATEGIES,
         default="auto",
         help="auto: all GPUs of this machine, and the workers of TF_CONFIG if it is set; mirrored: "
         "all devices; tpu: untested; none: one device (default: %(default)s)",
@@ -308,3 +338,69 @@ def _add_watching(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write curves and samples: tensorboard --logdir OUTPUT.training/tensorboard",
     )
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Finds what is wrong with the flags, at once, and fills in what follows from others.
+
+    Raises:
+        OSError, UserError: what the user can fix.
+    """
+    _check_flags(arguments)
+    check_readable(arguments.train, arguments.validation)
+    # Whether it may be replaced is known when TensorFlow is there.
+    folders.check_writable(arguments.output, lambda folder: True, "a preset")
+
+
+def _check_flags(arguments: argparse.Namespace) -> None:
+    if not (arguments.preset or arguments.encoder or arguments.decoder):
+        raise UserError("--recipe needs --encoder, --decoder or both")
+    if arguments.recipe and arguments.share:
+        raise UserError("--recipe specifies whether the sides share: leave --share out")
+    if arguments.lora_rank and (arguments.freeze or arguments.unfreeze_every):
+        raise UserError("--lora-rank freezes all that is pre-trained: leave --freeze out")
+    if arguments.preset:
+        given = [name for name in HUB_FLAGS if getattr(arguments, name) is not None]
+        if given:
+            raise UserError(f"{flags(given)} applies to --encoder only, not to --preset")
+        if find_config(arguments.preset) is not None or not os.path.isdir(arguments.preset):
+            read_preset_config(arguments.preset)
+    names = ("metrics", "monitor", "patience", "validate_every")
+    given = [name for name in names if getattr(arguments, name) is not None]
+    if given and not arguments.validation and not arguments.data:
+        raise UserError(f"{flags(given)} needs --validation")
+    given = [name for name in COLUMNS if getattr(arguments, name) is not None]
+    if given and not (arguments.train or arguments.validation):
+        raise UserError(f"{flags(given)} applies to --train and --validation only")
+    if arguments.data:
+        preset = data_presets.find(arguments.data)
+        for name in ("max_source_length", "max_target_length"):
+            if getattr(arguments, name) is None:
+                setattr(arguments, name, getattr(preset, name))
+    elif arguments.data_folder or arguments.reverse:
+        given = ["data_folder"] if arguments.data_folder else ["reverse"]
+        raise UserError(f"{flags(given)} applies to --data only")
+    with user_errors():
+        if arguments.metrics is not None:
+            arguments.metrics = scores.expand(arguments.metrics)
+    if arguments.patience is not None and arguments.monitor is None:
+        arguments.monitor = "loss"
+    if arguments.monitor not in (None, "loss", "accuracy", *(arguments.metrics or ())):
+        if arguments.monitor not in scores.METRICS:
+            raise UserError(
+                f"--monitor must be loss, accuracy or one of {', '.join(scores.METRICS)}, "
+                f"received {arguments.monitor!r}"
+            )
+        arguments.metrics = (*(arguments.metrics or ()), arguments.monitor)
+    given = [name for name in SCORING if getattr(arguments, name) is not None]
+    if given and not arguments.metrics:
+        raise UserError(f"{flags(given)} needs --metrics")
+    if arguments.normalize_with and not normalizes_itself(arguments):
+        with user_errors():
+            check_normalizer(arguments.normalize_with)
+
+
+def normalizes_itself(arguments: argparse.Namespace) -> bool:
+    """Whether --normalize-with is the model to be, as it will be for `evaluate`."""
+    output, folder = arguments.output, arguments.normalize_with
+    return bool(folder) and os.path.realpath(folder) == os.path.realpath(output)
