@@ -160,8 +160,7 @@ def build(folder: pathlib.Path, config: dict[str, Any], model_class: type[Model]
         ValueError: the settings, or a vocabulary, are damaged.
     """
     try:
-        for name in _set_vocabularies(folder, config):
-            _check_file(folder, name)
+        _read_vocabularies(folder, config)
         return model_class.from_config(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -178,11 +177,10 @@ def load_preprocessor(folder: str | os.PathLike) -> Seq2SeqPreprocessor:
         ValueError: it is neither, has no tokenizer, or is damaged.
     """
     files = preprocessor_files(folder)
-    for path in files:
-        _check_file(path.parent, path.name)
+    _check_file(files[0].parent, files[0].name)
     config = read_config(files[0].parent)
-    _set_vocabularies(files[0].parent, config)
     try:
+        _read_vocabularies(files[0].parent, config)
         names = {*inspect.signature(Seq2SeqPreprocessor).parameters} - {*PREFIXES}
         options = {name: config[name] for name in names if name in config}
         for side in PREFIXES:
@@ -215,7 +213,8 @@ def preprocessor_files(folder: str | os.PathLike) -> list[pathlib.Path]:
     if not config.get("tokenizer"):
         raise ValueError(f"{folder} has no tokenizer: name a preset that reads and writes text.")
     try:
-        return [folder / name for name in (CONFIG_FILE, *_set_vocabularies(folder, config))]
+        names = [name for _, name, _ in _vocabularies(config)]
+        return [folder / name for name in (CONFIG_FILE, *names)]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} should hold the settings of tokenizers, but reading them failed: "
@@ -223,16 +222,23 @@ def preprocessor_files(folder: str | os.PathLike) -> list[pathlib.Path]:
         ) from error
 
 
-def _set_vocabularies(folder: pathlib.Path, config: dict[str, Any]) -> list[str]:
-    """Puts the paths of the vocabularies into a config; returns their names."""
-    names = []
+def _vocabularies(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """For each tokenizer of a config its field there, its file and the field of the vocabulary."""
+    found = []
     for side, prefix in PREFIXES.items():
         if config[side] if side == "tokenizer" else config.get(side):
             # Our own names: a preset from elsewhere must not make us read other files.
             name, field = VOCABULARIES[config[side]["class_name"]]
-            names.append(name if prefix is None else f"{prefix}-{name}")
-            config[side]["config"][field] = str(folder / names[-1])
-    return names
+            found.append((side, name if prefix is None else f"{prefix}-{name}", field))
+    return found
+
+
+def _read_vocabularies(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    """Puts the vocabularies of a folder into a config, as `get_config` of a tokenizer does."""
+    for side, name, field in _vocabularies(config):
+        _check_file(folder, name)
+        vocabulary = tokenizers.read_vocabulary(config[side]["class_name"], folder / name)
+        config[side]["config"][field] = vocabulary
 
 
 def _check_file(folder: pathlib.Path, name: str) -> None:

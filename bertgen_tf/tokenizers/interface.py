@@ -34,6 +34,14 @@ class Spelled(NamedTuple):
     rstrip: bool = False
 
 
+def file_name_in_config(field: str, name: str) -> ValueError:
+    """The error for a config that is not complete: a config never makes us read another file."""
+    return ValueError(
+        f"{field} must be the vocabulary itself in the config of a tokenizer, received the name "
+        f"{name[-80:]!r}: EncoderDecoderModel.from_preset reads presets."
+    )
+
+
 class TextTokenizer(tf.Module):
     """A vocabulary with special tokens, and conversions of plain Python values.
 
@@ -90,6 +98,10 @@ class TextTokenizer(tf.Module):
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Tables of TensorFlow are not to be copied, but can be made anew.
+        return type(self).from_config, (self.get_config(),)
 
     @property
     def pad_token(self) -> str:

@@ -1,11 +1,13 @@
 """SentencePiece tokenizer of the BertGeneration checkpoints."""
 
 import base64
+import binascii
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import sentencepiece
 import tensorflow as tf
@@ -16,6 +18,7 @@ from tensorflow_text.python.ops import sentencepiece_tokenizer
 from bertgen_tf.tokenizers.interface import (
     Ids,
     TextTokenizer,
+    file_name_in_config,
     kept_ids,
     one_string,
     read_around,
@@ -43,6 +46,7 @@ class _SentencepieceModel(sentencepiece_tokenizer._SentencepieceModelResource):
         )
 
 
+@keras.saving.register_keras_serializable("bertgen_tf", "BertGenerationTokenizer")
 class BertGenerationTokenizer(TextTokenizer):
     """SentencePiece tokenizer of the BertGeneration checkpoints.
 
@@ -197,10 +201,17 @@ class BertGenerationTokenizer(TextTokenizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BertGenerationTokenizer":
-        """Rebuilds a tokenizer from `get_config`; `proto` may also be the path of a `.model`."""
-        proto = config["proto"]
-        if not proto.endswith(".model"):  # There is no full stop in base64.
-            proto = base64.b64decode(proto, validate=True)
+        """Rebuilds a tokenizer from `get_config`.
+
+        Raises:
+            ValueError: `proto` is not base64, or names a file, as that of a preset does.
+        """
+        if config["proto"].endswith(".model"):  # There is no full stop in base64.
+            raise file_name_in_config("proto", config["proto"])
+        try:
+            proto = base64.b64decode(config["proto"], validate=True)
+        except binascii.Error as error:
+            raise ValueError(f"proto must be a SentencePiece model in base64: {error}.") from error
         return cls(**{**config, "proto": proto})
 
     def subset(self, ids: Iterable[int]) -> tuple["BertGenerationTokenizer", np.ndarray]:

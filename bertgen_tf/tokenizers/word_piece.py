@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 import tensorflow_text as tf_text
@@ -13,6 +14,7 @@ from bertgen_tf.checks import check_integer
 from bertgen_tf.tokenizers.interface import (
     Ids,
     TextTokenizer,
+    file_name_in_config,
     kept_ids,
     one_string,
     read_around,
@@ -40,6 +42,7 @@ _DEFAULTS = {
 }
 
 
+@keras.saving.register_keras_serializable("bertgen_tf", "BertTokenizer")
 class BertTokenizer(TextTokenizer):
     """WordPiece tokenizer of BERT, with the interface of `BertGenerationTokenizer`.
 
@@ -137,7 +140,7 @@ class BertTokenizer(TextTokenizer):
             )
         if split_special_tokens is None:
             split_special_tokens = steps is None
-        pieces, where = _load_pieces(vocabulary)
+        pieces, where = load_pieces(vocabulary)
         tokens = {
             "pad": pad_token,
             "unk": unk_token,
@@ -333,7 +336,13 @@ class BertTokenizer(TextTokenizer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BertTokenizer":
-        """Rebuilds a tokenizer from `get_config`."""
+        """Rebuilds a tokenizer from `get_config`.
+
+        Raises:
+            ValueError: the config names a file as its vocabulary, as that of a preset does.
+        """
+        if isinstance(config["vocabulary"], str):
+            raise file_name_in_config("vocabulary", config["vocabulary"])
         return cls(**config)
 
     def subset(self, ids: Iterable[int]) -> tuple["BertTokenizer", np.ndarray]:
@@ -396,7 +405,7 @@ def _steps(
     return steps
 
 
-def _load_pieces(vocabulary: str | os.PathLike | Sequence[str]) -> tuple[list[str], str]:
+def load_pieces(vocabulary: str | os.PathLike | Sequence[str]) -> tuple[list[str], str]:
     """Returns the pieces, checked, and what to call them in messages."""
     if isinstance(vocabulary, str | os.PathLike):
         where = os.fspath(vocabulary)

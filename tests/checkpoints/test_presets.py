@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
@@ -88,6 +89,9 @@ def test_round_trip(sharing, kind, spiece, tmp_path):
     assert len(config) < 4000 and str(tmp_path) not in config
 
     moved = (tmp_path / "new/preset").rename(tmp_path / "elsewhere")
+    if kind != "none":
+        with pytest.raises(ValueError, match="EncoderDecoderModel.from_preset reads presets"):
+            keras.saving.load_model(moved)
     loaded = load(str(moved))
     np.testing.assert_array_equal(loaded(INPUTS), model(INPUTS))
     assert loaded.get_config() == model.get_config()

@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertgen_tf import tokenizers
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 from tests.helpers.tokenizer_samples import (
     BERT_PIECES,
@@ -228,10 +231,15 @@ def test_config_and_vocabulary_round_trip(tokenizer, tmp_path):
     assert Path(path) == tmp_path / "new/folder" / name[type(tokenizer).__name__]
     texts = SENTENCES + ODDITIES
     field = next(iter(config))  # a preset keeps the vocabulary in a file of its own
+    assert tokenizers.read_vocabulary(type(tokenizer).__name__, path) == config[field]
     others = [type(tokenizer).from_config(config), type(tokenizer)(path)]
-    for other in [*others, type(tokenizer).from_config({**config, field: path})]:
+    others += [copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))]
+    for other in others:
         assert other(texts).to_list() == tokenizer(texts).to_list()
         assert other.get_config() == tokenizer.get_config()
+    for name in (path, Path(path).name):
+        with pytest.raises(ValueError, match=f"{field} must be the vocabulary itself .*from_pre"):
+            type(tokenizer).from_config({**config, field: name})
 
 
 def test_config_keeps_options(unigram_proto):
