@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self
 
 from bertgen_tf.checks import check_integer, is_integer, is_number
@@ -21,6 +21,7 @@ HEAD_FIELDS = ("head_transform", "tie_word_embeddings")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
+_LARGEST_INTEGER = 2**31 - 1
 # Texts that are generated together.
 BATCH_SIZE = 32
 # What a training does with targets that are too long, and which devices it takes.
@@ -488,6 +489,20 @@ def _check_field(name: str, value: Any) -> None:
     rule = _GENERATION_RULES[name]
     if not rule.allows(value):
         raise ValueError(f"{name} must be {rule.words}, received {value!r}.")
+    for number in _numbers(value):
+        if isinstance(number, int) and number > _LARGEST_INTEGER:
+            raise ValueError(f"{name} must be at most {_LARGEST_INTEGER}, received {number}.")
+        if isinstance(number, float) and number and not 1.2e-38 <= abs(number) <= 3.4e38:
+            raise ValueError(f"{name} must be a number that float32 holds, received {number}.")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a field's value."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
 
 
 def _with_other_length(changes: dict[str, Any]) -> dict[str, Any]:

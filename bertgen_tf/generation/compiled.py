@@ -78,6 +78,20 @@ class GenerateTensors(NamedTuple):
     cross_attentions: tf.Tensor | None
 
 
+def _graph(**options: Any) -> Callable[[Callable], Callable]:
+    """`tf.function`, without TensorFlow's warning about many functions of one name.
+
+    There is one for each combination of settings, and `KeptFunctions` bounds their number.
+    """
+
+    def decorate(python_function: Callable) -> Callable:
+        function = tf.function(python_function, autograph=False, **options)
+        function._omit_frequent_tracing_warning = True
+        return function
+
+    return decorate
+
+
 def generation_function(
     model: "EncoderDecoderModel",
     config: GenerationConfig,
@@ -107,16 +121,15 @@ def generation_function(
     functions: dict[int, Callable[..., GenerateTensors]] = {}
 
     def build(width: int) -> Callable[..., GenerateTensors]:
-        @tf.function(
+        @_graph(
             jit_compile=jit_compile,
-            autograph=False,
             input_signature=_Inputs.signature(width),
         )
         def search(*inputs: tf.Tensor) -> GenerateTensors:
             with integer_products(jit_compile):
                 return _search(model, config, _Inputs(*inputs), logits_processor, output_attentions)
 
-        @tf.function(autograph=False, input_signature=_SIGNATURE)
+        @_graph(input_signature=_SIGNATURE)
         def padded(*tensors: tf.Tensor) -> GenerateTensors:
             inputs = _pad(model, width, jit_compile, *tensors)
             return _crop(config, tensors[0], inputs.prompt_length, search(*inputs))
@@ -188,7 +201,7 @@ def streaming_functions(
         )
     check_integer("tokens_per_step", tokens_per_step)
 
-    @tf.function(jit_compile=jit_compile, autograph=False)
+    @_graph(jit_compile=jit_compile)
     def begin(inputs: _Inputs) -> tuple[SamplingLoop, Any]:
         with integer_products(jit_compile):
             prepared = _prepare(model, config, inputs)
@@ -196,7 +209,7 @@ def streaming_functions(
         sampling = Sampling(**_options(model, config, ()))
         return sampling.start(prepared.state, **_start(config, inputs)), prepared.cross
 
-    @tf.function(jit_compile=jit_compile, autograph=False)
+    @_graph(jit_compile=jit_compile)
     def run(loop: SamplingLoop, cross: Any, inputs: _Inputs) -> tuple[Any, ...]:
         processors = _processors(model, config, inputs, logits_processor)
         sampling = Sampling(**_options(model, config, processors))

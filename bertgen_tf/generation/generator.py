@@ -6,6 +6,7 @@ window at a time, sorted by length and cut into batches that need little padding
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +30,8 @@ from bertgen_tf.generation.inputs import (
     strings,
     with_prompts,
 )
-from bertgen_tf.generation.settings import check_config, settings_of_call
+from bertgen_tf.generation.search.token_scores import BANNED
+from bertgen_tf.generation.settings import check_config, check_size, settings_of_call
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -329,8 +331,9 @@ def _generate_rows(
     # Up to the last token, even if there are gaps before it.
     lengths = np.where(rows.attention_mask, np.arange(1, source_length + 1), 0).max(axis=1)
     buckets = np.searchsorted(source_buckets(run.model), lengths)
-    parts = []
+    parts, banned = [], 0
     for batch in _batches(lengths, buckets, rows.prompt_lengths, run.batch_size):
+        check_size(run.config, run.model, len(batch))
         width = max(1, lengths[batch].max(initial=1))
         prompt = rows.prompt_lengths[batch].max(initial=1)
         tensors = run.function(
@@ -346,8 +349,22 @@ def _generate_rows(
             tensors.token_scores.numpy(),
             None if attentions is None else attentions.numpy(),
         )
+        if np.isnan(output.scores).any():
+            raise ValueError(
+                "The model gives scores that are no numbers: check its weights for NaN and "
+                "infinity, or the logits_processor."
+            )
+        # A beam search that finds nothing gives the whole hypothesis such a score.
+        lowest = np.minimum(output.token_scores[:, 0].min(axis=1), output.scores[:, 0])
+        banned += (lowest <= BANNED / 2).sum()
         parts.append((batch, output))
         advance(len(batch))
+    if banned:
+        warnings.warn(
+            f"{banned} of {count} outputs hold a token that the settings ban, because at that "
+            "place they ban all tokens.",
+            stacklevel=2,
+        )
     return _join(parts, count, run.model.decoder.config.pad_token_id, source_length)
 
 

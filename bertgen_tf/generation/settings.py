@@ -1,5 +1,7 @@
 """What generation settings mean for a model: whether they fit, and what they do to logits."""
 
+import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +9,9 @@ import tensorflow as tf
 
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation.search import filters, logits
+
+# float32 ends at 3.4e38.
+_LARGEST_EXPONENT = 38
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -91,12 +96,68 @@ def check_config(
             f"bad_words_ids must not ban what ends a sequence, received {banned[0]}. Set "
             "min_new_tokens, or suppress_tokens, instead."
         )
+    _check_penalties(config, total)
+    _check_bans(config, decoder.vocab_size)
     for name, ids in _token_ids(config).items():
         if any(token >= decoder.vocab_size for token in ids):
             raise ValueError(
                 f"{name} must be smaller than vocab_size ({decoder.vocab_size}), "
                 f"received {getattr(config, name)}."
             )
+
+
+def _check_penalties(config: GenerationConfig, length: int) -> None:
+    """Raises if float32 cannot hold what divides the score of the longest output."""
+    for name, base in (("length_penalty", length), ("gnmt_alpha", (5 + length) / 6)):
+        limit = _LARGEST_EXPONENT / max(1e-9, math.log10(base))
+        if abs(getattr(config, name)) > limit:
+            raise ValueError(
+                f"{name} must be at most {limit:.1f} for outputs of {length} tokens, whose scores "
+                f"float32 could not hold, received {getattr(config, name)}."
+            )
+
+
+def _check_bans(config: GenerationConfig, vocab_size: int) -> None:
+    """Raises if no token is left at some step, whatever the text."""
+    banned = {*config.suppress_tokens, *(word[0] for word in config.bad_words_ids if not word[1:])}
+    for name, more in (
+        ("suppress_tokens", ()),
+        ("begin_suppress_tokens", config.begin_suppress_tokens),
+    ):
+        if len(banned.union(more)) >= vocab_size:
+            raise ValueError(
+                f"{name} must leave a token to generate, with bad_words_ids, received all "
+                f"{vocab_size} of the vocabulary."
+            )
+
+
+def check_size(config: GenerationConfig, model: "EncoderDecoderModel", batch: int) -> None:
+    """Raises if the search of a batch takes more memory than there is.
+
+    The estimate is a lower bound: the scores of the next tokens, and keys and values of all
+    tokens.
+    """
+    decoder = model.decoder.config
+    rows = batch * max(config.num_beams, config.num_return_sequences)
+    length = min(total_length(config, 1), decoder.max_target_positions)
+    cache = 2 * decoder.num_hidden_layers * decoder.hidden_size * length
+    needed = 4 * rows * (decoder.vocab_size + cache)
+    memory = _memory()
+    if memory is not None and needed > memory:
+        name = "num_beams" if config.num_beams > 1 else "num_return_sequences"
+        raise ValueError(
+            f"{name} must fit into memory, received {getattr(config, name)}, which takes at least "
+            f"{needed / 1e9:,.0f} GB of {memory / 1e9:,.0f} for {batch} inputs at a time: lower "
+            "it, or batch_size."
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of this machine; None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
 
 
 def processors_for(
@@ -170,7 +231,7 @@ def processors_for(
         ),
     )
     chosen = [factory(*args, **kwargs) for wanted, factory, args, kwargs in table if wanted]
-    return [*chosen, *logits_processor]
+    return [*chosen, *map(logits.checked, logits_processor)]
 
 
 def filters_for(config: GenerationConfig, model: "EncoderDecoderModel") -> list[logits.Processor]:

@@ -68,6 +68,30 @@ def compose(processors: Sequence[Processor]) -> Processor:
     return processor
 
 
+def checked(process: Processor) -> Processor:
+    """A user's processor; a ValueError that names it if it changes shape or dtype."""
+
+    def processor(logits: tf.Tensor, ids: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        new = process(logits, ids, step)
+        name = getattr(process, "__qualname__", type(process).__qualname__)
+        rule = f"{name}, of logits_processor, must return logits of the shape and dtype it is given"
+        found = "None"
+        if new is not None:
+            new = tf.convert_to_tensor(new)
+            found = f"{new.dtype.name} {new.shape}"
+        given = f"{logits.dtype.name} {logits.shape}"
+        same = new is not None and new.dtype == logits.dtype
+        if not same or not new.shape.is_compatible_with(logits.shape):
+            raise ValueError(f"{rule}, {given}, received {found}.")
+        if not new.shape.is_fully_defined():  # XLA knows all shapes
+            check = tf.debugging.assert_equal(tf.shape(new), tf.shape(logits), f"{rule}.")
+            with tf.control_dependencies([check] if check is not None else []):
+                new = tf.identity(new)
+        return tf.ensure_shape(new, logits.shape)
+
+    return processor
+
+
 # ------------------------------------------------------------------------------- single tokens
 
 
