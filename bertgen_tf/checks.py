@@ -1,11 +1,14 @@
-"""Checks of single arguments, and another library's error as one line."""
+"""Checks of single values, and another library's error as one line."""
 
 import math
 import numbers
 import operator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+
+_LARGEST_INTEGER = 2**31 - 1
 
 
 def is_integer(value: Any) -> bool:
@@ -54,6 +57,68 @@ def check_positive(name: str, value: Any, remedy: str = "") -> float:
     return number
 
 
+class Rule(NamedTuple):
+    """Which values a field accepts, and the same in words."""
+
+    allows: Callable[[Any], bool]
+    words: str
+
+
+def integer_from(least: int) -> Rule:
+    """Integers of at least `least`."""
+    return Rule(
+        lambda value: is_integer(value) and value >= least, f"an integer of at least {least}"
+    )
+
+
+def optional(rule: Rule) -> Rule:
+    """None, or what the rule allows."""
+    # None is a default and needs no mention.
+    return Rule(lambda value: value is None or rule.allows(value), rule.words)
+
+
+def one_of(*values: Any) -> Rule:
+    """One of the values."""
+    # Types count too: 1 is not True.
+    return Rule(
+        lambda value: any(type(value) is type(other) and value == other for other in values),
+        f"one of {', '.join(map(str, values))}",
+    )
+
+
+NUMBER = Rule(lambda value: is_number(value), "a number")
+NUMBER_FROM_0 = Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
+POSITIVE = Rule(lambda value: is_number(value) and value > 0, "a number above 0")
+SHARE = Rule(lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
+BOOLEAN = Rule(lambda value: isinstance(value, bool), "True or False")
+
+
+def check_rule(name: str, value: Any, rule: Rule) -> None:
+    """Raises a ValueError unless a value follows the rule, in numbers of int32 and float32."""
+    if not rule.allows(value):
+        raise ValueError(f"{name} must be {rule.words}, received {shown(value)}.")
+    for number in _numbers(value):
+        if isinstance(number, int) and number > _LARGEST_INTEGER:
+            raise ValueError(f"{name} must be at most {_LARGEST_INTEGER}, received {number}.")
+        if isinstance(number, float) and number and not 1.2e-38 <= abs(number) <= 3.4e38:
+            raise ValueError(f"{name} must be a number that float32 holds, received {number}.")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """The numbers in a field's value."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def shown(value: Any) -> str:
+    """A value in a message: its `repr`, cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def first_line(error: Exception) -> str:
     """Another library's exception in one line, to be quoted in our messages."""
     lines = str(error).strip().splitlines()
@@ -65,7 +130,7 @@ def first_line(error: Exception) -> str:
 
 def _refuse(name: str, rule: str, value: Any, remedy: str) -> None:
     remedy = f": {remedy}" if remedy else ""
-    raise ValueError(f"{name} must be {rule}, received {value!r}{remedy}.")
+    raise ValueError(f"{name} must be {rule}, received {shown(value)}{remedy}.")
 
 
 def _real(value: Any) -> float:

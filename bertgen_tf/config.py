@@ -6,10 +6,24 @@ import math
 import numbers
 import os
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
-from bertgen_tf.checks import check_integer, is_integer, is_number
+from bertgen_tf.checks import (
+    BOOLEAN,
+    NUMBER,
+    NUMBER_FROM_0,
+    POSITIVE,
+    SHARE,
+    Rule,
+    check_integer,
+    check_rule,
+    integer_from,
+    is_integer,
+    is_number,
+    one_of,
+    optional,
+)
 
 HIDDEN_ACTS = ("gelu", "gelu_new", "relu")
 QUANTIZATIONS = ("int8",)
@@ -21,7 +35,6 @@ HEAD_FIELDS = ("head_transform", "tie_word_embeddings")
 TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 BEAM_SCORERS = ("huggingface", "gnmt")
 DEFAULT_MAX_NEW_TOKENS = 64
-_LARGEST_INTEGER = 2**31 - 1
 # Texts that are generated together.
 BATCH_SIZE = 32
 # What a training does with targets that are too long, and which devices it takes.
@@ -191,79 +204,48 @@ class BertGenerationConfig(_Config):
         return self.max_position_embeddings - (self.source_positions or 0)
 
 
-class _Rule(NamedTuple):
-    """Which values a field accepts, and the same in words."""
-
-    allows: Callable[[Any], bool]
-    words: str
-
-
-def _integer_from(least: int) -> _Rule:
-    return _Rule(
-        lambda value: is_integer(value) and value >= least, f"an integer of at least {least}"
-    )
-
-
-def _optional(rule: _Rule) -> _Rule:
-    # None is a default and needs no mention.
-    return _Rule(lambda value: value is None or rule.allows(value), rule.words)
-
-
-def _choice(*values: Any) -> _Rule:
-    # Types count too: 1 is not True.
-    return _Rule(
-        lambda value: any(type(value) is type(other) and value == other for other in values),
-        f"one of {', '.join(map(str, values))}",
-    )
-
-
-_NUMBER = _Rule(lambda value: is_number(value), "a number")
-_NUMBER_FROM_0 = _Rule(lambda value: is_number(value) and value >= 0, "a number of at least 0")
-_POSITIVE = _Rule(lambda value: is_number(value) and value > 0, "a number above 0")
-_SHARE = _Rule(lambda value: is_number(value) and 0 < value <= 1, "a number above 0 and at most 1")
-_BOOLEAN = _Rule(lambda value: isinstance(value, bool), "True or False")
-_TOKEN = _Rule(
+_TOKEN = Rule(
     lambda value: is_integer(value) and value >= 0, "a token id (an integer of at least 0)"
 )
-_TOKENS = _Rule(
+_TOKENS = Rule(
     lambda value: isinstance(value, tuple) and all(map(_TOKEN.allows, value)),
     "token ids (integers of at least 0)",
 )
-_SEQUENCE = _Rule(lambda value: _TOKENS.allows(value) and len(value) > 0, "token ids, at least one")
-_TOKEN_OR_SEQUENCE = _Rule(
+_SEQUENCE = Rule(lambda value: _TOKENS.allows(value) and len(value) > 0, "token ids, at least one")
+_TOKEN_OR_SEQUENCE = Rule(
     lambda value: _TOKEN.allows(value) or _SEQUENCE.allows(value),
     "a token id (an integer of at least 0) or several",
 )
 
 _GENERATION_RULES = {
-    "max_new_tokens": _optional(_integer_from(1)),
-    "max_length": _optional(_integer_from(2)),
-    **dict.fromkeys(("min_new_tokens", "min_length"), _integer_from(0)),
-    **dict.fromkeys(("num_beams", "num_return_sequences"), _integer_from(1)),
-    **dict.fromkeys(("do_sample", "normalize_unfinished"), _BOOLEAN),
-    "beam_scorer": _choice(*BEAM_SCORERS),
-    "length_penalty": _NUMBER,
-    "early_stopping": _Rule(_choice(True, False, "never").allows, 'True, False or "never"'),
-    "gnmt_alpha": _NUMBER_FROM_0,
+    "max_new_tokens": optional(integer_from(1)),
+    "max_length": optional(integer_from(2)),
+    **dict.fromkeys(("min_new_tokens", "min_length"), integer_from(0)),
+    **dict.fromkeys(("num_beams", "num_return_sequences"), integer_from(1)),
+    **dict.fromkeys(("do_sample", "normalize_unfinished"), BOOLEAN),
+    "beam_scorer": one_of(*BEAM_SCORERS),
+    "length_penalty": NUMBER,
+    "early_stopping": Rule(one_of(True, False, "never").allows, 'True, False or "never"'),
+    "gnmt_alpha": NUMBER_FROM_0,
     # The smallest divisor of scores, see `bertgen_tf.generation.search.filters`.
-    "temperature": _Rule(
+    "temperature": Rule(
         lambda value: is_number(value) and value >= 1e-4, "a number of at least 0.0001"
     ),
-    "top_k": _integer_from(0),
-    **dict.fromkeys(("top_p", "typical_p"), _SHARE),
-    "min_p": _Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
-    "seed": _optional(
-        _Rule(
+    "top_k": integer_from(0),
+    **dict.fromkeys(("top_p", "typical_p"), SHARE),
+    "min_p": Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number between 0 and 1"),
+    "seed": optional(
+        Rule(
             lambda value: is_integer(value) and 0 <= value < 2**31, "an integer from 0 to 2**31 - 1"
         )
     ),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), _POSITIVE),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _integer_from(0)),
-    "bad_words_ids": _Rule(
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), POSITIVE),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), integer_from(0)),
+    "bad_words_ids": Rule(
         lambda value: isinstance(value, tuple) and all(map(_SEQUENCE.allows, value)),
         "sequences of token ids, such as [[5], [7, 8]]",
     ),
-    "sequence_bias": _Rule(
+    "sequence_bias": Rule(
         lambda value: (
             isinstance(value, tuple)
             and all(
@@ -279,16 +261,16 @@ _GENERATION_RULES = {
         "or [[[5], 2.0], [[7, 8], -1.5]]",
     ),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _TOKENS),
-    "forced_bos_token_id": _optional(_TOKEN),
-    **dict.fromkeys(("forced_eos_token_id", "eos_token_id"), _optional(_TOKEN_OR_SEQUENCE)),
-    "exponential_decay_length_penalty": _optional(
-        _Rule(
+    "forced_bos_token_id": optional(_TOKEN),
+    **dict.fromkeys(("forced_eos_token_id", "eos_token_id"), optional(_TOKEN_OR_SEQUENCE)),
+    "exponential_decay_length_penalty": optional(
+        Rule(
             lambda value: (
                 isinstance(value, tuple)
                 and len(value) == 2
                 and is_integer(value[0])
                 and value[0] >= 0
-                and _POSITIVE.allows(value[1])
+                and POSITIVE.allows(value[1])
             ),
             "an integer of at least 0 (the start) and a number above 0 (the factor)",
         )
@@ -405,8 +387,8 @@ class GenerationConfig(_Config):
             ids = getattr(self, name)
             if isinstance(ids, tuple) and len(ids) == 1:  # one form for one meaning
                 object.__setattr__(self, name, ids[0])
-        for name in _GENERATION_RULES:
-            _check_field(name, getattr(self, name))
+        for name, rule in _GENERATION_RULES.items():
+            check_rule(name, getattr(self, name), rule)
         self._check_lengths()
         if self.num_return_sequences > self.num_beams and not (
             self.do_sample and self.num_beams == 1
@@ -447,7 +429,7 @@ class GenerationConfig(_Config):
         """
         values = {**self.__dict__, **_with_other_length(changes)}
         for name in changes.keys() & _GENERATION_RULES.keys():
-            _check_field(name, _plain(changes[name]))
+            check_rule(name, _plain(changes[name]), _GENERATION_RULES[name])
         new = types.SimpleNamespace(**values)
         for use in _USES:
             if not use.reads(new):
@@ -483,26 +465,6 @@ class GenerationConfig(_Config):
                 raise ValueError(
                     f"{name} must not exceed {limit} ({longest}), received {getattr(self, name)}."
                 )
-
-
-def _check_field(name: str, value: Any) -> None:
-    rule = _GENERATION_RULES[name]
-    if not rule.allows(value):
-        raise ValueError(f"{name} must be {rule.words}, received {value!r}.")
-    for number in _numbers(value):
-        if isinstance(number, int) and number > _LARGEST_INTEGER:
-            raise ValueError(f"{name} must be at most {_LARGEST_INTEGER}, received {number}.")
-        if isinstance(number, float) and number and not 1.2e-38 <= abs(number) <= 3.4e38:
-            raise ValueError(f"{name} must be a number that float32 holds, received {number}.")
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    """The numbers in a field's value."""
-    if isinstance(value, tuple):
-        for item in value:
-            yield from _numbers(item)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
 
 
 def _with_other_length(changes: dict[str, Any]) -> dict[str, Any]:
