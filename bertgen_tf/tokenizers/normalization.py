@@ -39,6 +39,12 @@ _SYLLABLES = range(0xAC00, 0xD7A4)
 _LEADS, _VOWELS, _TAILS = 0x1100, 0x1161, 0x11A7
 _VOWEL_COUNT, _TAIL_COUNT = 21, 28
 
+# Characters that TensorFlow's ops sort where they follow each other, in time that grows with the
+# square of their number: nonspacing marks, and the few others with a combining class.
+_SORTED = r"[\p{Mn}\x{302E}\x{302F}\x{16FF0}\x{16FF1}\x{1D165}\x{1D166}\x{1D16D}-\x{1D172}]"
+# More than a word of any vocabulary has, and more than the longest word that is known.
+MOST_MARKS = 128
+
 _Change = Callable[[int], Iterable[int]]
 
 
@@ -93,6 +99,15 @@ def lowers(steps: Iterable[Step]) -> bool:
     return any(step["type"] == "Lowercase" or step.get("lowercase") is True for step in steps)
 
 
+def bound_marks(text: tf.Tensor) -> tf.Tensor:
+    """Texts without the marks that follow `MOST_MARKS` others: sorting more could take hours.
+
+    Where marks are dropped it makes no difference; where they are kept, the word is unknown anyway.
+    """
+    run = f"({_SORTED}{{{MOST_MARKS}}}){_SORTED}+"
+    return tf.strings.regex_replace(text, run, r"\1")
+
+
 class TextNormalizer(tf.Module):
     """Runs the steps of a normalizer, and puts spaces between the words of a pre-tokenizer.
 
@@ -135,7 +150,7 @@ class TextNormalizer(tf.Module):
         for stage in self._stages:
             if isinstance(stage, str):
                 text = text if codes is None else tf.strings.unicode_encode(codes, "UTF-8")
-                text, codes = tf_text.normalize_utf8(text, stage), None
+                text, codes = tf_text.normalize_utf8(bound_marks(text), stage), None
             else:
                 codes = tf.strings.unicode_decode(text, "UTF-8") if codes is None else codes
                 codes = stage(codes)

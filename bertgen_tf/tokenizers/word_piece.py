@@ -28,6 +28,7 @@ from bertgen_tf.tokenizers.normalization import (
     Step,
     TextNormalizer,
     bert_normalizer,
+    bound_marks,
     checked_steps,
     lowers,
 )
@@ -260,7 +261,7 @@ class BertTokenizer(TextTokenizer):
         if not self.lowercase:
             # Case folding makes these ordinary spaces; `\s`, by which the op splits, is ASCII only.
             text = tf.strings.regex_replace(text, r"\p{Zs}", " ")
-        return self._tokenizer.tokenize(text).merge_dims(-2, -1)
+        return self._tokenizer.tokenize(bound_marks(text)).merge_dims(-2, -1)
 
     def _read_words(self, text: tf.Tensor) -> tf.RaggedTensor:
         """Ids [batch, None] of strings [batch] with spaces between words."""

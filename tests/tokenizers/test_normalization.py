@@ -6,13 +6,17 @@ import unicodedata
 
 import pytest
 import tensorflow as tf
+import tensorflow_text as tf_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bertgen_tf.tokenizers import BertTokenizer
 from bertgen_tf.tokenizers.normalization import (
+    MOST_MARKS,
     PRE_TOKENIZERS,
     TextNormalizer,
     bert_normalizer,
+    bound_marks,
     checked_steps,
     lowers,
     step_parts,
@@ -151,3 +155,27 @@ def test_steps():
     ):
         with pytest.raises(ValueError, match=message):
             checked_steps(wrong)
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_long_runs_of_marks_are_read_as_they_were(lowercase):
+    """As the op reads them in full, which takes time by the square of their number."""
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "\u00e1", "##\u0301", "b"]
+    table = tf.lookup.StaticHashTable(
+        tf.lookup.KeyValueTensorInitializer(pieces, tf.range(len(pieces), dtype=tf.int64)), 1
+    )
+    op = tf_text.BertTokenizer(table, token_out_type=tf.int32, lower_case=lowercase)
+    tokenizer = BertTokenizer(pieces, lowercase)
+    for marks in ("\u0301", "\u0301\u0323", "\u302e\u0301", "\u0301\u0903"):
+        for count in (1, 3, 63, 64, 65, 200):
+            text = f"b a{marks * count}b b"
+            assert (
+                tokenizer(text).numpy().tolist() == op.tokenize([text]).flat_values.numpy().tolist()
+            )
+
+
+@given(st.text("a \u0301\u0323\u302e\u0903", max_size=20), st.integers(129, 400))
+def test_no_run_of_marks_is_long(text, count):
+    run = "\u0323" * count
+    found = bound_marks(tf.constant(f"{text}b{run}{text}")).numpy().decode()
+    assert found == f"{text}b{run[:MOST_MARKS]}" + text.lstrip("\u0301\u0323\u302e")
