@@ -242,6 +242,9 @@ def _flatten(value: Any, shape: list[int], level: int, leaves: list[Any], where:
             f"{where}: every row must have the same shape, but there is a list of {len(value)} "
             f"beside one of {shape[level]}. Pad them, or send them one by one"
         )
+    if level + 1 == len(shape) and list not in set(map(type, value)):
+        leaves.extend(value)  # at the speed of C: there can be a million
+        return
     for element in value:
         _flatten(element, shape, level + 1, leaves, where)
 
@@ -259,18 +262,27 @@ def _convert(leaves: list[Any], dtype: tf.DType, where: str) -> np.ndarray:
         kinds = (int, float)
     else:
         raise RequestError(f"{where}: JSON cannot hold the type {dtype.name}")
-    for leaf in leaves:
-        if type(leaf) not in kinds:  # a bool is an int, too
-            raise RequestError(f"{where}: {_show(leaf)} is not of expected type: {dtype.name}")
+    if not set(map(type, leaves)) <= set(kinds):  # a bool is an int, too
+        leaf = next(leaf for leaf in leaves if type(leaf) not in kinds)
+        raise RequestError(f"{where}: {_show(leaf)} is not of expected type: {dtype.name}")
     if dtype != tf.bool:
-        # Integers that a float cannot hold would change.
-        largest = dtype.max if dtype.is_integer else 2 ** (24 if dtype == tf.float32 else 53)
-        for leaf in leaves:
-            if type(leaf) is int and not (dtype.min <= leaf <= largest):
-                raise RequestError(f"{where}: {_show(leaf)} is out of range of {dtype.name}")
-            if type(leaf) is float and abs(leaf) > dtype.max and abs(leaf) != float("inf"):
-                raise RequestError(f"{where}: {leaf} is out of range of {dtype.name}")
+        _check_range(leaves, dtype, where)
     return np.array(leaves, dtype.as_numpy_dtype)
+
+
+def _check_range(leaves: list[int | float], dtype: tf.DType, where: str) -> None:
+    least, most, infinity = dtype.min, dtype.max, float("inf")  # TensorFlow computes them
+    if dtype.is_integer:
+        if leaves and not least <= min(leaves) <= max(leaves) <= most:
+            leaf = next(leaf for leaf in leaves if not least <= leaf <= most)
+            raise RequestError(f"{where}: {_show(leaf)} is out of range of {dtype.name}")
+        return
+    exact = 2 ** (24 if dtype == tf.float32 else 53)  # larger integers would change
+    for leaf in leaves:
+        if type(leaf) is int and not least <= leaf <= exact:
+            raise RequestError(f"{where}: {_show(leaf)} is out of range of {dtype.name}")
+        if type(leaf) is float and abs(leaf) > most and abs(leaf) != infinity:
+            raise RequestError(f"{where}: {leaf} is out of range of {dtype.name}")
 
 
 def _to_bytes(value: Any, where: str) -> bytes:
