@@ -39,11 +39,8 @@ _SYLLABLES = range(0xAC00, 0xD7A4)
 _LEADS, _VOWELS, _TAILS = 0x1100, 0x1161, 0x11A7
 _VOWEL_COUNT, _TAIL_COUNT = 21, 28
 
-# Characters that TensorFlow's ops sort where they follow each other, in time that grows with the
-# square of their number: nonspacing marks, and the few others with a combining class.
-_SORTED = r"[\p{Mn}\x{302E}\x{302F}\x{16FF0}\x{16FF1}\x{1D165}\x{1D166}\x{1D16D}-\x{1D172}]"
-# More than a word of any vocabulary has, and more than the longest word that is known.
-MOST_MARKS = 128
+# Eight marks in a row, which no language has: RE2 keeps a program of that size, not a much larger.
+_MARKS = r"(?s).*[\p{Mn}\x{302E}\x{302F}\x{16FF0}\x{16FF1}\x{1D165}-\x{1D172}]{8}.*"
 
 _Change = Callable[[int], Iterable[int]]
 
@@ -99,13 +96,26 @@ def lowers(steps: Iterable[Step]) -> bool:
     return any(step["type"] == "Lowercase" or step.get("lowercase") is True for step in steps)
 
 
-def bound_marks(text: tf.Tensor) -> tf.Tensor:
-    """Texts without the marks that follow `MOST_MARKS` others: sorting more could take hours.
+class MarkSorter(tf.Module):
+    """Puts long runs of marks into Unicode's canonical order.
 
-    Where marks are dropped it makes no difference; where they are kept, the word is unknown anyway.
+    TensorFlow's ops do the same, in time that grows with the square of the length: hours for a text
+    of a few MB. What is in order already takes them no time, and gives the same result.
     """
-    run = f"({_SORTED}{{{MOST_MARKS}}}){_SORTED}+"
-    return tf.strings.regex_replace(text, run, r"\1")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reordering = _Reordering(np.arange(sys.maxunicode + 1))
+
+    def __call__(self, text: tf.Tensor) -> tf.Tensor:
+        """Strings [batch], valid UTF-8 -> strings [batch]."""
+
+        def ordered() -> tf.Tensor:
+            codes = self._reordering(tf.strings.unicode_decode(text, "UTF-8"))
+            return tf.strings.unicode_encode(codes, "UTF-8")
+
+        long = tf.reduce_any(tf.strings.regex_full_match(text, _MARKS))
+        return tf.cond(long, ordered, lambda: text)
 
 
 class TextNormalizer(tf.Module):
@@ -135,7 +145,7 @@ class TextNormalizer(tf.Module):
             changes.append(_changes()[name])
             if name == "NFD":
                 end_table()
-                self._stages.append(_Reordering())
+                self._stages.append(_Reordering(np.flatnonzero(_facts()["combining"])))
         if pre_tokenizer == "Whitespace":
             end_table()
             self._stages.append(_Boundaries())
@@ -143,6 +153,7 @@ class TextNormalizer(tf.Module):
             isolated = pre_tokenizer == "BertPreTokenizer"
             changes.append(_changes()["words" if isolated else "separators"])
         end_table()
+        self._sorter = MarkSorter() if set(self._stages) & {*_BY_TENSORFLOW} else None
 
     def __call__(self, text: tf.Tensor) -> tf.Tensor:
         """Strings [batch], valid UTF-8 -> strings [batch]."""
@@ -150,7 +161,7 @@ class TextNormalizer(tf.Module):
         for stage in self._stages:
             if isinstance(stage, str):
                 text = text if codes is None else tf.strings.unicode_encode(codes, "UTF-8")
-                text, codes = tf_text.normalize_utf8(bound_marks(text), stage), None
+                text, codes = tf_text.normalize_utf8(self._sorter(text), stage), None
             else:
                 codes = tf.strings.unicode_decode(text, "UTF-8") if codes is None else codes
                 codes = stage(codes)
@@ -319,12 +330,16 @@ def _groups() -> tuple[list[int], list[int], np.ndarray]:
 
 
 class _Reordering(tf.Module):
-    """Unicode's canonical order of the marks that follow a character."""
+    """Unicode's canonical order of the marks that follow a character.
 
-    def __init__(self) -> None:
+    Args:
+        marks: code points; what is no mark among them has the class 0 and stays where it is.
+    """
+
+    def __init__(self, marks: np.ndarray) -> None:
         super().__init__()
         classes = np.zeros(sys.maxunicode + 1, np.int16)
-        for code in np.flatnonzero(_facts()["combining"]).tolist():
+        for code in marks.tolist():
             classes[code] = unicodedata.combining(chr(code))
         self._classes = _Lookup(classes)
 

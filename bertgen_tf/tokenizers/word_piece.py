@@ -25,10 +25,10 @@ from bertgen_tf.tokenizers.interface import (
 )
 from bertgen_tf.tokenizers.normalization import (
     PRE_TOKENIZERS,
+    MarkSorter,
     Step,
     TextNormalizer,
     bert_normalizer,
-    bound_marks,
     checked_steps,
     lowers,
 )
@@ -172,6 +172,7 @@ class BertTokenizer(TextTokenizer):
                     unknown_token=unk_token,
                     lower_case=lowercase,
                 )
+                self._sorter = MarkSorter() if lowercase else None
             else:
                 self._prepare(steps)
 
@@ -261,7 +262,9 @@ class BertTokenizer(TextTokenizer):
         if not self.lowercase:
             # Case folding makes these ordinary spaces; `\s`, by which the op splits, is ASCII only.
             text = tf.strings.regex_replace(text, r"\p{Zs}", " ")
-        return self._tokenizer.tokenize(bound_marks(text)).merge_dims(-2, -1)
+        else:
+            text = self._sorter(text)
+        return self._tokenizer.tokenize(text).merge_dims(-2, -1)
 
     def _read_words(self, text: tf.Tensor) -> tf.RaggedTensor:
         """Ids [batch, None] of strings [batch] with spaces between words."""
