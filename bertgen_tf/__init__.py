@@ -41,7 +41,8 @@ def _is_command() -> bool:
     """
     program = _os.path.basename((_sys.argv or [""])[0])
     # Python puts "-m" there while it imports the package of the module that it will run.
-    as_module = program == "-m" and "bertgen_tf" in _sys.orig_argv
+    places = [place for place, word in enumerate(_sys.orig_argv) if word == "-m"]
+    as_module = program == "-m" and _sys.orig_argv[places[0] + 1 :][:1] == ["bertgen_tf"]
     return as_module or program in ("bertgen-tf", "bertgen-tf.exe")
 
 

@@ -11,6 +11,10 @@ import numpy as np
 _LARGEST_INTEGER = 2**31 - 1
 
 
+class GenerationError(ValueError):
+    """What a search cannot do on this machine, or with these weights, though the settings fit."""
+
+
 def is_integer(value: Any) -> bool:
     """Whether it is a Python or NumPy integer, but not a bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -27,6 +27,7 @@ from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
 from bertgen_tf.checks import first_line
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
+from bertgen_tf.network import sources
 from bertgen_tf.network.weights import Rule, assign
 
 METADATA_FILE = "metadata.json"
@@ -57,6 +58,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
             f"{folder} should be one version of an export, but holds {', '.join(versions[:5])}. "
             f"Use {folder / versions[0]}."
         )
+    sources.handles.check_family(folder, sources.handles.EXPORT)
     if not is_export(folder):
         raise ValueError(
             f"{folder} should be an export, NAME/VERSION, which export_saved_model wrote, but is "

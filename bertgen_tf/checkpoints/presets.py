@@ -201,6 +201,11 @@ def preprocessor_files(folder: str | os.PathLike) -> list[pathlib.Path]:
         ValueError: it is neither, or has no tokenizer.
     """
     folder = pathlib.Path(folder)
+    if versions := sources.exports.versions_in(folder):
+        raise ValueError(
+            f"{folder} should be a preset or an export, NAME/VERSION, but holds versions: use "
+            f"{folder / versions[0]}."
+        )
     extra = folder / EXTRA_FOLDER
     if (folder / GRAPH_FILE).is_file():
         if not (extra / CONFIG_FILE).is_file():

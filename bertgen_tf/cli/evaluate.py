@@ -169,7 +169,8 @@ def _read_outputs(path: str, references: str, sources: Sequence[str]) -> list[st
     for number, (own, source) in enumerate(zip(own_sources, sources, strict=False), 1):
         if own is not None and own != source:
             raise ValueError(
-                f"{path}, line {number}: the source is not that of line {number} of {references}"
+                f"{path}: the source of example {number} is not that of example {number} of "
+                f"{references}"
             )
     return outputs
 

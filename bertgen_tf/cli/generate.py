@@ -122,7 +122,12 @@ def _read_texts(
     arguments: argparse.Namespace, first: int, sources: collections.deque[str]
 ) -> Iterator[str]:
     """The texts from `first` on; they also wait in `sources` for their outputs."""
-    texts = text_files.read_texts(arguments.input, source_column=arguments.source_column)
+    # What files are was told when their lines were counted.
+    texts = text_files.read_texts(
+        arguments.input,
+        source_column=arguments.source_column,
+        complain=note if is_stream(arguments.input) else None,
+    )
     texts = itertools.islice(texts, first, None)
     while True:
         with user_errors():

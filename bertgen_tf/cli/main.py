@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bertgen_tf import __version__
+from bertgen_tf.checks import GenerationError
 from bertgen_tf.cli import startup
 from bertgen_tf.cli.flags import convert, evaluate, export, finetune, generate, serve
 from bertgen_tf.cli.flags.errors import PROGRAM, UserError, complain, in_flags
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except (UserError, OSError) as error:
+    except (UserError, GenerationError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"

@@ -167,6 +167,10 @@ def cut(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "...")
 
 
+# Documents are longer than Python's limit, which is there for broken files.
+csv.field_size_limit(2**31 - 1)
+
+
 def _dialect(delimiter: str) -> dict:
     return {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
 

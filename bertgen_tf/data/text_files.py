@@ -125,11 +125,13 @@ def settings(path: str, source_column: str | None) -> dict[str, str]:
     """What determines the texts of a file besides its bytes, to tell runs apart.
 
     Empty without columns, so that runs of versions that knew none can be continued; but those read
-    `.csv` as plain lines.
+    `.csv`, and the names in a `.tsv`, as plain lines.
     """
-    if source_column is None and suffix(path) != COMMA_SEPARATED:
-        return {}
-    return {"source_column": source_column or "source"}
+    kind = suffix(path)
+    named = source_column is not None or kind == COMMA_SEPARATED
+    if not named and kind == ".tsv":
+        named = _read_table(path, kind, [_column("source", None)], None)[0] is not None
+    return {"source_column": source_column or "source"} if named else {}
 
 
 def read_outputs(path: str, complain: Complain | None = None) -> tuple[list[str], list[str | None]]:
@@ -152,7 +154,6 @@ def read_outputs(path: str, complain: Complain | None = None) -> tuple[list[str]
                 outputs.append(_text(output[0] if isinstance(output, list) else output))
                 sources.append(source and _text(source))
     else:
-        names, rows = _read_table(path, kind, [column], complain)
         names, rows = _read_table(path, kind, [column], complain)
         place, source_place = 0, None
         if names is not None:
@@ -264,7 +265,7 @@ def _plain_texts(path: str, complain: Complain | None) -> Iterator[str]:
     """The lines; at their end it says what else they may have been."""
     count = tabs = quotes = 0
     for _, line in read_lines(path):
-        if complain is not None and not count and tables.are_usual([line]):
+        if complain is not None and not count and tables.are_usual(line.split(",")):
             complain(
                 f"{path}: the first line, {cut(line)}, is read as text; a file whose columns have "
                 f"names is {COMMA_SEPARATED} or .tsv"

@@ -1,6 +1,7 @@
 """Texts as Python users hold them: lists, arrays, columns of a table, tensors."""
 
 import reprlib
+from collections.abc import Set, ValuesView
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ def is_text(values: Any) -> bool:
     """
     if isinstance(values, str | bytes):
         return True
+    if isinstance(values, Set | ValuesView):  # has no order, or no places: `text_list` refuses it
+        return any(isinstance(value, str | bytes) for value in values)
     if is_table(values):
         return any(is_text(values.iloc[:, column]) for column in range(values.shape[1]))
     kind = _kind(values)

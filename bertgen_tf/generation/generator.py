@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.checks import check_integer
+from bertgen_tf.checks import GenerationError, check_integer
 from bertgen_tf.config import BATCH_SIZE, GenerationConfig
 from bertgen_tf.data.progress import show_progress
 from bertgen_tf.data.texts import check_text, is_single
@@ -350,7 +350,7 @@ def _generate_rows(
             None if attentions is None else attentions.numpy(),
         )
         if np.isnan(output.scores).any():
-            raise ValueError(
+            raise GenerationError(
                 "The model gives scores that are no numbers: check its weights for NaN and "
                 "infinity, or the logits_processor."
             )

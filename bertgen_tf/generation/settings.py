@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
+from bertgen_tf.checks import GenerationError
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation.search import filters, logits
 
@@ -132,7 +133,7 @@ def _check_bans(config: GenerationConfig, vocab_size: int) -> None:
 
 
 def check_size(config: GenerationConfig, model: "EncoderDecoderModel", batch: int) -> None:
-    """Raises if the search of a batch takes more memory than there is.
+    """Raises a `GenerationError` if the search of a batch takes more memory than there is.
 
     The estimate is a lower bound: the scores of the next tokens, and keys and values of all
     tokens.
@@ -145,7 +146,7 @@ def check_size(config: GenerationConfig, model: "EncoderDecoderModel", batch: in
     memory = _memory()
     if memory is not None and needed > memory:
         name = "num_beams" if config.num_beams > 1 else "num_return_sequences"
-        raise ValueError(
+        raise GenerationError(
             f"{name} must fit into memory, received {getattr(config, name)}, which takes at least "
             f"{needed / 1e9:,.0f} GB of {memory / 1e9:,.0f} for {batch} inputs at a time: lower "
             "it, or batch_size."

@@ -210,14 +210,16 @@ class EncoderDecoderModel(keras.Model):
 
         Args:
             filepath: `NAME/VERSION`, see `export_saved_model`, which also takes the keywords.
-            format, verbose, input_signature: Keras's. Another format, or a signature, exports what
+            verbose: True shows each step.
+            format, input_signature: Keras's. Another format, or a signature, exports what
                 calling the model gives: logits of ids.
         """
         if format != "tf_saved_model" or input_signature is not None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _NO_SIGNATURE)
                 return super().export(filepath, format, verbose, input_signature, **kwargs)
-        return sources.saved_model.export_saved_model(self, filepath, **kwargs)
+        verbose = int(bool(verbose))
+        return sources.saved_model.export_saved_model(self, filepath, verbose=verbose, **kwargs)
 
     def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> Any:
         if save_type == "savedmodel":  # ours are written without tracking the model
@@ -383,11 +385,16 @@ class EncoderDecoderModel(keras.Model):
         return super().evaluate(*call.args, **call.kwargs)
 
     def train_on_batch(
-        self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        class_weight: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """Keras's `train_on_batch`, which also takes text; see `fit`."""
-        data = batches.batch_arguments(self.preprocessor, x, y, sample_weight)
-        return super().train_on_batch(*data, *args, **kwargs)
+        data = batches.batch_arguments(self.preprocessor, x, y, sample_weight, class_weight)
+        return super().train_on_batch(*data, class_weight=class_weight, **kwargs)
 
     def test_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, *args: Any, **kwargs: Any

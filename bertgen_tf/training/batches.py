@@ -102,11 +102,7 @@ def fit_arguments(
     validation = given.get("validation_data")
     pairs = read_pairs(given.get("x"), given.get("y"), given.get("sample_weight"))
     if pairs is not None:
-        if given.get("class_weight") is not None:
-            raise ValueError(
-                "class_weight is not for text, whose classes are word pieces, received "
-                f"{reprlib.repr(given['class_weight'])}: pass sample_weight, one of each pair."
-            )
+        _check_class_weight(given.get("class_weight"))
         split = given.get("validation_split") or 0.0
         if split and validation is None:
             pairs, held_out = _hold_out(pairs, split)
@@ -123,13 +119,8 @@ def fit_arguments(
         # Keras would warn about its own default, because datasets are shuffled beforehand.
         changes["shuffle"] = given.get("shuffle", False)
         changes |= _dataset_arguments(preprocessor, given)
-    elif isinstance(given.get("x"), Iterator):
-        changes["x"] = (_encoded(preprocessor, batch) for batch in given["x"])
-    elif isinstance(given.get("x"), keras.utils.PyDataset) and holds_text(given["x"][0]):
-        raise TypeError(
-            f"x must give ids, not text, if it is a PyDataset, received {type(given['x']).__name__}"
-            ": pass a tf.data.Dataset of texts, or encode them with the preprocessor."
-        )
+    elif (batches := _batches("x", preprocessor, given.get("x"))) is not None:
+        changes["x"] = batches
     if validation is not None:
         size = given.get("validation_batch_size") or batch_size
         columns = validation if isinstance(validation, tuple) else (validation,)
@@ -138,6 +129,8 @@ def fit_arguments(
             changes["validation_data"] = pairs_to_dataset(preprocessor, held_out, size)
         elif _is_text_spec(validation):
             changes["validation_data"] = preprocess(preprocessor, validation, size)
+        elif (batches := _batches("validation_data", preprocessor, validation)) is not None:
+            changes["validation_data"] = batches
     return changes
 
 
@@ -147,17 +140,23 @@ def evaluate_arguments(
     """The same for Keras's `evaluate`."""
     pairs = read_pairs(given.get("x"), given.get("y"), given.get("sample_weight"))
     if pairs is None:
-        return _dataset_arguments(preprocessor, given)
+        batches = _batches("x", preprocessor, given.get("x"))
+        return _dataset_arguments(preprocessor, given) if batches is None else {"x": batches}
     return {**_NO_ARRAYS, "x": pairs_to_dataset(preprocessor, pairs, given.get("batch_size"))}
 
 
 def batch_arguments(
-    preprocessor: Seq2SeqPreprocessor | None, x: Any, y: Any, sample_weight: Any
+    preprocessor: Seq2SeqPreprocessor | None,
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    class_weight: Any = None,
 ) -> tuple[Any, Any, Any]:
     """The data arguments of Keras's `train_on_batch`: text as a batch of the maximal lengths."""
     pairs = read_pairs(x, y, sample_weight)
     if pairs is None:
         return x, y, sample_weight
+    _check_class_weight(class_weight)
     x, y, weights = _check_preprocessor(preprocessor)(
         tf.constant(pairs.sources), tf.constant(pairs.targets)
     )
@@ -217,11 +216,26 @@ def holds_text(data: Any) -> bool:
     return is_text(data) or (isinstance(data, list | tuple) and len(data) > 0 and is_text(data[0]))
 
 
-def _encoded(preprocessor: Seq2SeqPreprocessor | None, batch: Any) -> Any:
-    """What a generator gave, ids for text."""
-    if not isinstance(batch, tuple) or not 2 <= len(batch) <= 3:
-        return batch
-    return batch_arguments(preprocessor, *(*batch, None)[:3])
+def _batches(name: str, preprocessor: Seq2SeqPreprocessor | None, data: Any) -> Any:
+    """What a generator gives, ids for text; None for what is no generator."""
+
+    def encoded(batch: Any) -> Any:
+        if not isinstance(batch, tuple) or not 2 <= len(batch) <= 3:
+            return batch
+        if any(isinstance(part, str | bytes) for part in batch):
+            raise TypeError(
+                f"{name} must give batches if it is a generator, received one of single texts: "
+                "pass list(...) of it."
+            )
+        return batch_arguments(preprocessor, *(*batch, None)[:3])
+
+    if isinstance(data, keras.utils.PyDataset) and holds_text(data[0]):
+        raise TypeError(
+            f"{name} must give ids, not text, if it is a PyDataset, received "
+            f"{type(data).__name__}: pass a tf.data.Dataset of texts, or encode them with the "
+            "preprocessor."
+        )
+    return map(encoded, data) if isinstance(data, Iterator) else None
 
 
 def _dataset_arguments(
@@ -275,6 +289,14 @@ def _hold_out(pairs: Pairs, share: Any) -> tuple[Pairs, Pairs]:
             f"validation_split must leave pairs on both sides, received {share!r} of {count} pairs."
         )
     return pairs.split(place)
+
+
+def _check_class_weight(class_weight: Any) -> None:
+    if class_weight is not None:
+        raise ValueError(
+            "class_weight is not for text, whose classes are word pieces, received "
+            f"{reprlib.repr(class_weight)}: pass sample_weight, one of each pair."
+        )
 
 
 def _check_preprocessor(preprocessor: Seq2SeqPreprocessor | None) -> Seq2SeqPreprocessor:

@@ -1,6 +1,7 @@
 """Pairs of texts in the forms that Keras's data arguments take."""
 
 import reprlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +82,7 @@ def read_pairs(x: Any, y: Any = None, sample_weight: Any = None, prefix: str = "
 
 
 def _rows(name: str, x: Any) -> tuple[Any, Any] | None:
-    """Sources and targets of rows; None if these are no rows of text."""
+    """Sources and targets of rows, whose texts are not all checked; None if these are none."""
     if is_table(x):
         if not is_text(x):
             return None
@@ -96,6 +97,14 @@ def _rows(name: str, x: Any) -> tuple[Any, Any] | None:
         return x.iloc[:, 0], x.iloc[:, 1]
     if isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] == 2 and is_text(x[:, 0]):
         return x[:, 0], x[:, 1]
+    if isinstance(x, list) and x and isinstance(x[0], Mapping) and any(map(is_text, x[0].values())):
+        for place, row in enumerate(x):
+            if not isinstance(row, Mapping) or set(row) != {"source", "target"}:
+                raise ValueError(
+                    f"{name}[{place}] must be a dict of source and target, received "
+                    f"{reprlib.repr(row)}."
+                )
+        return [row["source"] for row in x], [row["target"] for row in x]
     if not isinstance(x, list) or not x or not isinstance(x[0], list | tuple) or not is_text(x[0]):
         return None
     for place, row in enumerate(x):

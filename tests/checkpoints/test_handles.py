@@ -99,6 +99,9 @@ BERT_PAGE = "https://huggingface.co/google-bert/bert-base-uncased"
         ("from_preset", "export", EXPORT_IS_READ),
         ("from_preset", "model.keras", KERAS_READS),
         ("from_preset", "roberta-base", f"{NAME_IS_READ}'roberta-base'"),
+        ("from_export", "preset", PRESET_IS_READ),
+        ("from_export", "pair", CHECKPOINT_IS_READ),
+        ("from_export", "module", MODULE_IS_READ),
     ],
 )
 def test_what_another_call_reads(folders, call, handle, message):

@@ -30,7 +30,7 @@ def preset(tmp_path_factory) -> str:
 
 @pytest.fixture
 def checks(monkeypatch) -> list[Path]:
-    """The exports that were to be checked; tests/test_export_check.py has the check itself."""
+    """The exports that were to be checked; test_export_check.py has the check itself."""
     checked = []
     monkeypatch.setattr(saved_model, "check_export", lambda folder, *args: checked.append(folder))
     return checked

@@ -286,6 +286,24 @@ def test_a_pipe_is_read_once(echo, preset, capsys):
     assert capsys.readouterr().out == "a 0 !\nb 0 !\n"
 
 
+def test_a_pipe_that_was_meant_as_a_table_is_told(echo, preset, capsys):
+    reader, writer = os.pipe()
+    os.write(writer, b"id,text\n1,a\n")
+    os.close(writer)
+    assert cli.main(["generate", "--preset", preset, "--input", f"/dev/fd/{reader}"]) == 0
+    os.close(reader)
+    assert "the first line, 'id,text', is read as text" in capsys.readouterr().err
+
+
+def test_what_no_search_could_do_is_one_line(preset, loaded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bg.EncoderDecoderModel, "from_preset", lambda folder: loaded)
+    (tmp_path / "in.txt").write_text("a\n")
+    flags = ["--input", str(tmp_path / "in.txt"), "--num-beams", str(10**9)]
+    assert cli.main(["generate", "--preset", preset, *flags]) == 2
+    error = capsys.readouterr().err
+    assert "error: num_beams must fit into memory" in error and error.count("\n") == 1
+
+
 # ------------------------------------------------------------------------ generate: interrupted
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,40 @@ def test_several_references(name, content, references, tmp_path):
 def test_outputs(name, content, expected, tmp_path):
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode("utf-16")))
     assert text_files.read_outputs(str(tmp_path / f"{name}.gz")) == expected
+
+
+def test_outputs_of_a_pipe_are_read_once(tmp_path):
+    pipe = tmp_path / "outputs.tsv"
+    os.mkfifo(pipe)
+    content = "output\tsource\na b\td\nc\te\n"
+    writer = threading.Thread(target=pipe.write_text, args=(content,), daemon=True)
+    writer.start()
+    told = []
+    outputs = []
+    reader = threading.Thread(
+        target=lambda: outputs.extend(text_files.read_outputs(str(pipe), told.append)), daemon=True
+    )
+    reader.start()
+    reader.join(30)
+    assert outputs == [["a b", "c"], ["d", "e"]] and len(told) == 1
+
+
+def test_long_documents(tmp_path):
+    path, text = tmp_path / "a.csv", "a" * 200_000  # csv's own limit is 131,072
+    path.write_text(f"source,target\n{text},b\n")
+    assert text_files.read_pairs(str(path)) == [(text, "b")]
+
+
+def test_what_a_file_is_read_as_belongs_to_a_run(tmp_path):
+    """Older versions read names in a .tsv, and all of a .csv, as texts."""
+    for name, content, expected in (
+        ("a.tsv", "source\ttarget\na\tb\n", {"source_column": "source"}),
+        ("b.tsv", "a\tb\n", {}),
+        ("a.csv", "source\na\n", {"source_column": "source"}),
+        ("a.txt", "source\na\n", {}),
+    ):
+        (tmp_path / name).write_text(content)
+        assert text_files.settings(str(tmp_path / name), None) == expected
 
 
 @pytest.mark.parametrize(

@@ -400,7 +400,8 @@ def test_keras_and_tensorflow_lead_to_the_export(tmp_path, model, monkeypatch):
         sources.saved_model, "export_saved_model", lambda *args, **options: seen.append(options)
     )
     model.export(tmp_path / "name" / "1", max_batch_size=8)
-    assert seen == [{"max_batch_size": 8}]
+    model.export(tmp_path / "name" / "2", verbose=True)
+    assert seen == [{"max_batch_size": 8, "verbose": 0}, {"verbose": 1}]
     with pytest.warns(UserWarning, match=r"without a signature that generates: call"):
         tf.saved_model.save(model, str(tmp_path / "other"))
 

@@ -75,6 +75,13 @@ def test_batches_and_generators(preprocessor):
     generator = iter([(np.array(SOURCES), TARGETS)])
     changed = fit_arguments(preprocessor, {"x": generator})
     np.testing.assert_array_equal(rows(changed["x"]), expected(preprocessor))
+    generator = iter([(np.array(SOURCES), TARGETS, WEIGHTS)])
+    changed = evaluate_arguments(preprocessor, {"x": generator})
+    np.testing.assert_array_equal(rows(changed["x"]), expected(preprocessor, weights=WEIGHTS))
+    changed = fit_arguments(preprocessor, {"x": PAIRS, "validation_data": iter([batch])})
+    assert next(changed["validation_data"])[1] is batch[1]
+    with pytest.raises(TypeError, match=r"x must give batches .* pass list\(...\) of it"):
+        next(fit_arguments(preprocessor, {"x": zip(SOURCES, TARGETS, strict=True)})["x"])
 
 
 def test_shuffling_is_the_default_and_of_each_epoch(preprocessor):

@@ -20,12 +20,13 @@ TABLE = pandas.DataFrame({"target": TARGETS, "source": SOURCES})
         (ROWS,),
         ([list(row) for row in ROWS],),
         (np.array(ROWS),),
+        ([{"source": source, "target": target} for source, target in ROWS],),
         (TABLE,),
         (TABLE.rename(columns={"source": "en", "target": "de"})[["en", "de"]],),
         (TABLE["source"], TABLE["target"]),
         (TABLE[["source"]], TABLE[["target"]]),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_pairs_in_every_form(arguments):
     assert read_pairs(*arguments) == Pairs(SOURCES, TARGETS)
@@ -73,11 +74,20 @@ def test_other_data_is_for_keras(arguments):
         (([*ROWS, ("f", None)],), r"x\[3\], the target, must be text, received None"),
         (([SOURCES, TARGETS],), "a list holds rows, a tuple of two lists columns"),
         ((TABLE.assign(id=TARGETS),), "must have two columns, .* choose two by their names"),
+        (
+            ([{"text": "a", "summary": "b"}] * 400,),
+            r"x\[0\] must be a dict of source and target, rec",
+        ),
+        (({*SOURCES}, TARGETS), "x must be a list, an array, .* received set"),
+        (
+            (SOURCES, dict.fromkeys(TARGETS, "a").values()),
+            "y must be a list, .* received dict_values",
+        ),
         (({"source": SOURCES},), r"dict of texts with \['source'\]: pass its values"),
         ((SOURCES, TARGETS, [1, 2]), "sample_weight must be .* for each of 3 pairs"),
         ((SOURCES, TARGETS, [1, -1, 2]), "of at least 0"),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_text_that_makes_no_pairs(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:

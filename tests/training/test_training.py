@@ -121,6 +121,10 @@ class Texts(keras.utils.PyDataset):
             "validation_data's x and validation_data's y must hold as many",
         ),
         (lambda model: model.fit(SOURCES, TARGETS, class_weight={1: 2}), "pass sample_weight"),
+        (
+            lambda model: model.train_on_batch(SOURCES, TARGETS, class_weight={1: 2}),
+            "pass sample_weight",
+        ),
         (lambda model: model.fit(SOURCES, TARGETS, validation_split=0.99), "validation_split must"),
         (lambda model: model.fit(dataset().batch(2), batch_size=3), "batch_size is for text that"),
         (lambda model: model.fit(dataset(), TARGETS), "y must be left out with a dataset of text"),
@@ -134,7 +138,7 @@ class Texts(keras.utils.PyDataset):
         (lambda model: model.predict_on_batch(tf.constant(SOURCES)), r"call generate\(texts\)"),
         (lambda model: model(np.ones([2, 3])), "inputs must be dict"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_what_keras_would_not_explain(model, call, message):
     model.compile(run_eagerly=True)
@@ -332,6 +336,13 @@ def test_scores_are_not_of_half_precision():
     softmaxes = [op for op in graph.get_operations() if "softmax" in op.type.lower()]
     assert len(softmaxes) == 3  # one encoder layer, one decoder layer with two attentions
     assert all(op.inputs[0].dtype == tf.float32 for op in softmaxes)
+
+
+def test_summary(model, capsys):
+    model.summary()
+    shown = capsys.readouterr().out
+    assert f"Total params: {model.count_params():,}" in shown
+    assert "encoder (BertGenerationEncoder)" in shown and "decoder (Bert" in shown
 
 
 def test_errors(model):

@@ -38,7 +38,6 @@ _HARMLESS = frozenset(
 )
 # No search is longer.
 _MOST_STEPS = 4096
-_FLOATS = (1, 2, 14, 19)  # DT_FLOAT, DT_DOUBLE, DT_BFLOAT16, DT_HALF
 
 
 class Hidden(ValueError):

@@ -323,6 +323,11 @@ def load_encoder_with_tokenizer(
             f"{source} should hold an encoder, but holds a decoder with cross-attention: "
             "BertGenerationDecoder.from_huggingface reads it."
         )
+    if stack.is_decoder and stack.kind in ("bert", "roberta"):
+        raise ValueError(
+            f"{source} should hold an encoder, but its is_decoder makes it a language model, which "
+            "reads from left to right: BertGenerationDecoder.from_huggingface reads it."
+        )
     own, changes = None, {}
     if need_ids:
         # A BERT's configuration has no bos and eos, or ids that were never used.

@@ -78,8 +78,8 @@ def read_tokenizer(
             WordPiece vocabulary, if the model knows them, and not to others. A separator or a mask
             that transformers added does not count: there is none then.
     """
-    options = _options(folder)
     try:
+        options = _options(folder)
         if (folder / "spiece.model").is_file():
             tokenizer = _read_sentencepiece(folder / "spiece.model", options, ids)
         elif (folder / JSON).is_file():
@@ -87,6 +87,8 @@ def read_tokenizer(
         elif (folder / "vocab.txt").is_file():
             own = options.get(OWN)
             normalization = own.get("normalization") if isinstance(own, Mapping) else None
+            if _is_older(folder, options):
+                normalization = "tf_hub"
             pieces = _read_lines(folder / "vocab.txt", strip=normalization is None)
             keywords = bert_options(options)
             if normalization is not None:  # as `write_tokenizer` stores it
@@ -106,6 +108,13 @@ def read_tokenizer(
             "To use another one, in Python: from_huggingface(..., tokenizer=...)."
         ) from error
     return tokenizer
+
+
+def _is_older(folder: pathlib.Path, options: Mapping[str, Any]) -> bool:
+    """Whether our `save_to_huggingface` wrote the folder when there was one normalization only."""
+    config = folder / "config.json"
+    ours = config.is_file() and OWN in read_json(config)
+    return ours and "split_special_tokens" not in options
 
 
 def write_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:

@@ -227,6 +227,8 @@ def test_lone_decoders(tmp_path):
             inputs |= {"encoder_hidden_states": memory, "encoder_attention_mask": MASK}
         expected = theirs(**tensors(**inputs)).logits.detach()
         decoder = bg.BertGenerationDecoder.from_huggingface(tmp_path / kind)
+        with pytest.raises(ValueError, match="BertGenerationDecoder.from_huggingface reads it"):
+            bg.BertGenerationEncoder.from_huggingface(tmp_path / kind)
         assert_close(decoder(**inputs), expected, TARGET_MASK)
         decoder.save_to_huggingface(tmp_path / f"{kind} again")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{kind} again")

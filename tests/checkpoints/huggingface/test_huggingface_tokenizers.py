@@ -285,6 +285,29 @@ def test_the_normalization_of_tf_hub_there_and_back(tmp_path):
     assert tokenizers.read_tokenizer(tmp_path, None).get_config() == tokenizer.get_config()
 
 
+def test_what_was_written_when_there_was_one_normalization(tmp_path):
+    """By versions that said nothing of it."""
+    tokenizers.write_tokenizer(tmp_path, bg.BertTokenizer(VOCAB))
+    path = tmp_path / "tokenizer_config.json"
+    options = json.loads(path.read_text())
+    del options["bertgen_tf"], options["split_special_tokens"]
+    path.write_text(json.dumps(options))
+    assert tokenizers.read_tokenizer(tmp_path, None).normalization == "huggingface"
+    (tmp_path / "config.json").write_text(json.dumps({"bertgen_tf": {}}))
+    assert tokenizers.read_tokenizer(tmp_path, None).normalization == "tf_hub"
+
+
+@pytest.mark.parametrize(
+    "options", [{"added_tokens_decoder": {"x": {}}}, {"additional_special_tokens": 5}]
+)
+def test_damaged_options(tmp_path, options):
+    tokenizers.write_tokenizer(tmp_path, bg.BertTokenizer(VOCAB))
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
+    with pytest.raises(ValueError, match="should hold a tokenizer, but reading it failed"):
+        tokenizers.read_tokenizer(tmp_path, None)
+
+
 @pytest.mark.parametrize("lstrip", [False, True])
 def test_special_tokens_in_a_text_of_roberta(tmp_path, lstrip):
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
