@@ -20,7 +20,7 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from starlette.routing import Route
 
 from bertgen_tf.serving.batching import Batcher, QueueFull, Result, is_client_error
 from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
+from bertgen_tf.serving.origins import ANY, BrowserGuard
 from bertgen_tf.serving.rest_json import (
     DEFAULT_SIGNATURE,
     RequestError,
@@ -74,6 +75,7 @@ class ServingApp:
         request_timeout: seconds after which a request is answered with 504.
         batch_patience: see `Batcher`.
         poll_seconds: between checks for new versions.
+        allowed_hosts, cors_origins: see `BrowserGuard`.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class ServingApp:
         request_timeout: float = 30.0,
         batch_patience: float = 0.005,
         poll_seconds: float = 2.0,
+        allowed_hosts: Sequence[str] = (ANY,),
+        cors_origins: Sequence[str] = (),
     ):
         self.models = models
         self.metrics = _Metrics(models, lambda: self.batcher.queued)
@@ -96,7 +100,7 @@ class ServingApp:
         self._poll_seconds = poll_seconds
         self._background: list[asyncio.Task] = []
         model = "/v1/models/{model}"
-        self._app = Starlette(
+        application = Starlette(
             routes=[
                 Route(f"{model}:{{verb}}", self._predict, methods=["POST"]),
                 Route(f"{model}/versions/{{version}}:{{verb}}", self._predict, methods=["POST"]),
@@ -118,7 +122,8 @@ class ServingApp:
                 Exception: _internal_error,
             },
         )
-        self._app.router.redirect_slashes = False
+        application.router.redirect_slashes = False
+        self._app = BrowserGuard(application, allowed_hosts, cors_origins)
         self._regular = (self._status, self._show_metrics, self._alive, self._ready)
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:

@@ -162,7 +162,11 @@ class Version:
             code = _code_name(error.error_code)
         elif isinstance(error, OSError):
             code = "NOT_FOUND"
-        self.error = code, " ".join(str(error).split())[:1000] or type(error).__name__
+        # Clients are told no paths of this machine; the log has them.
+        told = str(error)
+        for path in {str(self.path), str(self.path.resolve())}:
+            told = told.replace(path, f"{self.model}/{self.number}")
+        self.error = code, " ".join(told.split())[:1000] or type(error).__name__
         self._end()
 
     def _unload_if_unused(self) -> None:

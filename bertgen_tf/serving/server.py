@@ -10,6 +10,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bertgen_tf.serving.app import ServingApp
 from bertgen_tf.serving.exports import Models
+from bertgen_tf.serving.origins import default_hosts
 
 _MAX_HEADER_BYTES = 2**16
 # Seconds for which an idle connection stays open.
@@ -52,6 +54,8 @@ def serve(
     batch_patience: float = 0.005,
     receive_timeout: float = 20.0,
     shutdown_timeout: float = 30.0,
+    allowed_hosts: Sequence[str] | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> None:
     """Serves the exports of a folder until SIGTERM or Ctrl-C.
 
@@ -68,10 +72,14 @@ def serve(
         batch_patience: seconds to wait for a full batch where several clients are active.
         receive_timeout: seconds in which a request must arrive; later is answered with 408.
         shutdown_timeout: seconds in which to answer what was accepted.
+        allowed_hosts: names that the `Host` of a request may have; "*" for all. None: on loopback
+            localhost and its addresses, else all.
+        cors_origins: sites whose pages may send requests and read the answers; "*" for all.
 
     Raises:
         FileNotFoundError: the folder has no models.
         OSError: the address is not free.
+        ValueError: `cors_origins` has what is no site.
     """
     models = Models(folder)
     listener = _listen(host, port)
@@ -84,6 +92,8 @@ def serve(
         request_timeout=request_timeout,
         batch_patience=batch_patience,
         poll_seconds=poll_seconds,
+        allowed_hosts=default_hosts(host) if allowed_hosts is None else allowed_hosts,
+        cors_origins=cors_origins,
     )
 
     class Protocol(_Protocol):

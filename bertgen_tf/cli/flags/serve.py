@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from typing import Any
 
 from bertgen_tf.cli.flags import values
@@ -48,6 +49,23 @@ def add_command(commands: Any) -> None:
     where.add_argument(
         "--port", type=_port, default=8501, metavar="N", help="0 for a free one (default: 8501)"
     )
+    where.add_argument(
+        "--allowed-hosts",
+        type=_names,
+        metavar="NAME,...",
+        help="names by which clients may call the server, * for all (default: on this machine "
+        "localhost, 127.0.0.1 and ::1, else all)",
+    )
+    where.add_argument(
+        "--cors-origin",
+        dest="cors_origins",
+        action="append",
+        type=_site,
+        default=[],
+        metavar="SITE",
+        help="a site whose pages may use the server, such as https://example.org, * for all; may "
+        "be given several times (default: none but its own)",
+    )
     times = parser.add_argument_group("times, in seconds")
     for flag, default, text in (
         ("--poll-seconds", 2.0, "between checks for new versions"),
@@ -85,6 +103,21 @@ def check(arguments: argparse.Namespace) -> None:
     """
     if not os.path.isdir(arguments.folder):
         raise UserError(f"{arguments.folder} is not a folder: expected NAME/VERSION of exports")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between, received {text!r}")
+    return names
+
+
+def _site(text: str) -> str:
+    if not re.fullmatch(r"\*|https?://[^/\s]+", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError(
+            f"expected a site without a path, such as https://example.org, received {text!r}"
+        )
+    return text
 
 
 def _port(text: str) -> int:
