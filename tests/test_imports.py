@@ -65,7 +65,7 @@ HOMES = {
     "pyarrow": ["serving.ray_files"],
     "ray": ["serving.ray_files"],
     "safetensors": ["checkpoints.huggingface.files", "training.lora", "finetuning.state"],
-    "starlette": ["serving.app"],
+    "starlette": ["serving.app", "serving.origins"],
     "tensorboard": ["finetuning.callbacks"],
     "tensorflow_hub": ["checkpoints.hub.fetch"],
     # The probe imports nothing of bertgen_tf.
