@@ -15,7 +15,7 @@ from bertgen_tf.checks import check_integer
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.generation.buckets import bucket_of, prompt_width, source_buckets
 from bertgen_tf.generation.search.beam_search import beam_search
-from bertgen_tf.generation.search.logits import Processor
+from bertgen_tf.generation.search.logits import Processor, checked
 from bertgen_tf.generation.search.sampling import Sampling, SamplingLoop, sample
 from bertgen_tf.generation.search.sequences import Step
 from bertgen_tf.generation.settings import (
@@ -85,7 +85,7 @@ def _graph(**options: Any) -> Callable[[Callable], Callable]:
     """
 
     def decorate(python_function: Callable) -> Callable:
-        function = tf.function(python_function, autograph=False, **options)
+        function = tf.function(autograph=False, **options)(python_function)
         function._omit_frequent_tracing_warning = True
         return function
 
@@ -350,7 +350,7 @@ def _processors(
         inputs.input_ids,
         inputs.attention_mask,
         _prompt_length(inputs),
-        logits_processor,
+        [*map(checked, logits_processor)],
     )
 
 

@@ -232,7 +232,7 @@ def processors_for(
         ),
     )
     chosen = [factory(*args, **kwargs) for wanted, factory, args, kwargs in table if wanted]
-    return [*chosen, *map(logits.checked, logits_processor)]
+    return [*chosen, *logits_processor]
 
 
 def filters_for(config: GenerationConfig, model: "EncoderDecoderModel") -> list[logits.Processor]:

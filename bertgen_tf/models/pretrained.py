@@ -15,6 +15,8 @@ from bertgen_tf.network.stacks import BertGenerationDecoder, BertGenerationEncod
 from bertgen_tf.network.weights import NEW_IN_DECODER, Rule
 from bertgen_tf.tokenizers import BertGenerationTokenizer, BertTokenizer
 
+# Of a tokenizer's config: the pieces of the ids, and their case.
+_MEANINGS = ("vocabulary", "proto", "lowercase")
 CROSS_ATTENTION = ("random", "self_attention")
 
 Tokenizer = BertTokenizer | BertGenerationTokenizer
@@ -141,7 +143,8 @@ def load_encoder_decoder(
 
     Args:
         read: reads an encoder and its tokenizer.
-        encoder, decoder: what `read` takes; without `decoder`, the same for both sides.
+        encoder, decoder: what `read` takes; without `decoder`, the same for both sides. The
+            tokenizer is the encoder's.
         share: True is the paper's BERTSHARE: one set of variables for both sides, except
             cross-attention. False is BERT2BERT: two stacks, with one word embedding for encoder,
             decoder and softmax if both come from the same checkpoint.
@@ -164,7 +167,7 @@ def load_encoder_decoder(
         decoder_stack = build_decoder(encoder_stack, sharing, cross_attention)
     else:
         other, other_tokenizer = read(decoder)
-        if _config_of(other_tokenizer) != _config_of(tokenizer):
+        if _vocabulary_of(other_tokenizer) != _vocabulary_of(tokenizer):
             raise ValueError(
                 "encoder and decoder must have the same vocabulary and casing, but those of "
                 f"{encoder} and {decoder} differ. Choose checkpoints of one family."
@@ -199,5 +202,10 @@ def _is_same(first: str, second: str) -> bool:
     return os.fspath(first) == os.fspath(second)
 
 
-def _config_of(tokenizer: Tokenizer | None) -> Any:
-    return None if tokenizer is None else (type(tokenizer), tokenizer.get_config())
+def _vocabulary_of(tokenizer: Tokenizer | None) -> Any:
+    """What gives ids their meanings; how texts are read may differ."""
+    if tokenizer is None:
+        return None
+    config = tokenizer.get_config()
+    kept = [name for name in config if name in _MEANINGS or name.endswith("_token")]
+    return type(tokenizer), {name: config[name] for name in kept}

@@ -377,5 +377,5 @@ class _Boundaries(tf.Module):
         parts = tf.stack([tf.fill(tf.shape(kinds), _SPACE), codes.flat_values], axis=1)
         kept = tf.stack([meets, tf.ones_like(meets)], axis=1)
         counts = 1 + tf.cast(meets, codes.row_splits.dtype)
-        splits = tf.concat([tf.zeros_like(counts[:1]), tf.cumsum(counts)], axis=0)
+        splits = tf.concat([tf.zeros([1], counts.dtype), tf.cumsum(counts)], axis=0)
         return _with_parts(codes, tf.boolean_mask(parts, kept), splits)

@@ -94,6 +94,8 @@ def test_every_registered_name_is_in_these_files(archive):
     ]
     names = set(re.findall(r'"registered_name": "(bertgen_tf>\w+)"', str(configs)))
     registered = {name for name in keras.saving.get_custom_objects() if "bertgen_tf>" in name}
+    # Which presets have, too, and no class of which is ever looked up by that name.
+    registered -= {"bertgen_tf>BertTokenizer", "bertgen_tf>BertGenerationTokenizer"}
     assert names == registered and len(names) == 8
 
 

@@ -136,7 +136,9 @@ def test_a_missing_folder(tmp_path):
 def test_a_folder_without_a_saved_model(tmp_path):
     check_error(tmp_path, ValueError, "a file saved_model.pb, but holds nothing")
     write_checkpoint(tmp_path / "hf")
-    check_error(tmp_path / "hf", ValueError, "holds config.json, model.safetensors, tokenizer_con")
+    check_error(
+        tmp_path / "hf", ValueError, "is a Hugging Face checkpoint: from_huggingface reads it"
+    )
 
 
 def test_some_other_saved_model(tmp_path):
