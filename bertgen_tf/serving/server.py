@@ -55,7 +55,7 @@ def serve(
     receive_timeout: float = 20.0,
     shutdown_timeout: float = 30.0,
     allowed_hosts: Sequence[str] | None = None,
-    cors_origins: Sequence[str] = (),
+    cors_origins: Sequence[str] | None = None,
 ) -> None:
     """Serves the exports of a folder until SIGTERM or Ctrl-C.
 
@@ -74,7 +74,8 @@ def serve(
         shutdown_timeout: seconds in which to answer what was accepted.
         allowed_hosts: names that the `Host` of a request may have; "*" for all. None: on loopback
             localhost and its addresses, else all.
-        cors_origins: sites whose pages may send requests and read the answers; "*" for all.
+        cors_origins: sites whose pages may send requests and read the answers; "*" for all. None:
+            only the server's own page.
 
     Raises:
         FileNotFoundError: the folder has no models.
@@ -93,7 +94,7 @@ def serve(
         batch_patience=batch_patience,
         poll_seconds=poll_seconds,
         allowed_hosts=default_hosts(host) if allowed_hosts is None else allowed_hosts,
-        cors_origins=cors_origins,
+        cors_origins=cors_origins or (),
     )
 
     class Protocol(_Protocol):

@@ -226,7 +226,7 @@ def test_log(server):
     [
         b"GET /healthz HTTP/1.1\r\nHo",
         post(PREDICT, b"", "Content-Length: 20") + b'{"inputs"',
-        f"POST {PREDICT} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3".encode(),
+        f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3".encode(),
     ],
     ids=["head", "body", "chunk"],
 )
@@ -239,7 +239,7 @@ def test_slow_senders(impatient, data):
 def test_a_byte_at_a_time_is_too_slow(impatient):
     """Signs of life do not help."""
     with socket.create_connection(impatient.address, timeout=SECONDS) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: ")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: ")
         start = time.monotonic()
         with contextlib.suppress(ConnectionError):
             while time.monotonic() < start + SECONDS:
@@ -261,7 +261,9 @@ def test_who_says_nothing_is_cut_off(impatient):
 def test_the_rest_of_a_body_that_nobody_wants(impatient):
     """Answered at once, and cut off when it does not end."""
     with socket.create_connection(impatient.address, timeout=SECONDS) as connection:
-        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        connection.sendall(
+            b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+        )
         response = http.client.HTTPResponse(connection)
         response.begin()
         assert response.status == 404
@@ -272,7 +274,7 @@ def test_the_rest_of_a_body_that_nobody_wants(impatient):
 
 def test_slow_requests_on_a_connection_that_was_used(impatient):
     with socket.create_connection(impatient.address, timeout=SECONDS) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         response = http.client.HTTPResponse(connection)
         response.begin()
         assert response.status == 200 and response.read()

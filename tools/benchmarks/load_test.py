@@ -405,7 +405,9 @@ def are_right(counts: dict[str, int]) -> bool:
 
 def start_slowly(server: Server) -> list[socket.socket]:
     """Connections on which requests begin, but nothing follows."""
-    head = f"POST /v1/models/{server.name}:predict HTTP/1.1\r\nHost: x\r\nContent-Length: 99"
+    head = (
+        f"POST /v1/models/{server.name}:predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99"
+    )
     connections = []
     for part in ("P", head, f"{head}\r\n\r\n{{"):
         connections.append(socket.create_connection(server.address, timeout=SECONDS))

@@ -23,7 +23,7 @@ def send_bytes(address: tuple[str, int], data: bytes, seconds: float = 60) -> tu
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: x", "Connection: close", *headers]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Connection: close", *headers]
     if not any(header.lower().startswith("content-length") for header in headers):
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
@@ -61,36 +61,40 @@ def _no_http(name: str) -> Iterator[tuple[str, bytes]]:
         + b"\r\n\r\n",
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
         "HTTP/0.9": b"GET /healthz\r\n\r\n",
-        "two spaces": b"GET  /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
-        "version x": b"GET /healthz HTTP/x\r\nHost: x\r\n\r\n",
+        "two spaces": b"GET  /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "version x": b"GET /healthz HTTP/x\r\nHost: localhost\r\n\r\n",
         "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
-        "two hosts": b"GET /healthz HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n",
-        "bytes in the path": b"GET /\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
-        "zero in a header": b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: \x00\r\n\r\n",
-        "header without colon": b"GET /healthz HTTP/1.1\r\nHost: x\r\nnothing\r\n\r\n",
-        "space in a header's name": b"GET /healthz HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n",
-        "header without name": b"GET /healthz HTTP/1.1\r\nHost: x\r\n: c\r\n\r\n",
-        "long header": b"GET /healthz HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 200_000 + b"\r\n\r\n",
-        "many headers": b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 50_000 + b"\r\n",
-        "long path": b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        "two hosts": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nHost: y\r\n\r\n",
+        "bytes in the path": b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "zero in a header": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: \x00\r\n\r\n",
+        "header without colon": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nnothing\r\n\r\n",
+        "space in a header's name": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA B: c\r\n\r\n",
+        "header without name": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n: c\r\n\r\n",
+        "long header": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nA: "
+        + b"a" * 200_000
+        + b"\r\n\r\n",
+        "many headers": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+        + b"A: b\r\n" * 50_000
+        + b"\r\n",
+        "long path": b"GET /" + b"a" * 300_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         "long line without end": b"a" * 300_000,
     }
     yield from heads.items()
     for value in ("-1", "-0", "+5", "abc", "1e3", "0x10", "5 5", "5,6", "", "9" * 30, "٣"):
         header = b"Content-Length: " + value.encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n".encode()
         yield f"Content-Length {value!r}", head + header + b"\r\n\r\n" + body
     yield "two lengths", post(path, body, size, "Content-Length: 3")
     for encoding in ("gzip", "chunked, gzip", "chunked, chunked", "xchunked"):
         yield (
             f"Transfer-Encoding {encoding}",
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: {encoding}\r\n\r\n".encode()
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: {encoding}\r\n\r\n".encode()
             + b"3\r\n{}}\r\n0\r\n\r\n",
         )
     for chunk in (b"zz\r\n", b"-1\r\n{}\r\n", b"2\r\n{}no", b"f" * 40 + b"\r\n", b"\xff\xff\r\n"):
         yield (
             f"chunk {chunk!r}",
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
             + chunk
             + b"\r\n" * 3,
         )
@@ -134,10 +138,10 @@ def _paths(name: str) -> Iterator[tuple[str, bytes]]:
     ):
         yield f"POST {path[:60]}", post(path, body)
     for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT", "post", "FOO"):
-        head = f"{method} {model}:predict HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        head = f"{method} {model}:predict HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         yield f"{method} :predict", head.encode()
     for path in (f"{model}/versions/77", f"{model}x", f"{model}x/metadata", "/favicon.ico", "/a"):
-        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         yield f"GET {path}", head.encode()
 
 
@@ -244,7 +248,7 @@ def _bodies(name: str, max_body_bytes: int) -> Iterator[tuple[str, bytes]]:
     chunk = b"100000\r\n" + b"a" * 2**20 + b"\r\n"
     yield (
         "too large, in chunks",
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         + chunk * (max_body_bytes // 2**20 + 1)
         + b"0\r\n\r\n",
     )

@@ -61,7 +61,6 @@ def add_command(commands: Any) -> None:
         dest="cors_origins",
         action="append",
         type=_site,
-        default=[],
         metavar="SITE",
         help="a site whose pages may use the server, such as https://example.org, * for all; may "
         "be given several times (default: none but its own)",
