@@ -226,7 +226,8 @@ def test_log(server):
     [
         b"GET /healthz HTTP/1.1\r\nHo",
         post(PREDICT, b"", "Content-Length: 20") + b'{"inputs"',
-        f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3".encode(),
+        f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\n".encode()
+        + b"Transfer-Encoding: chunked\r\n\r\n3",
     ],
     ids=["head", "body", "chunk"],
 )

@@ -80,23 +80,20 @@ def _no_http(name: str) -> Iterator[tuple[str, bytes]]:
         "long line without end": b"a" * 300_000,
     }
     yield from heads.items()
+    line = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n".encode()
     for value in ("-1", "-0", "+5", "abc", "1e3", "0x10", "5 5", "5,6", "", "9" * 30, "٣"):
         header = b"Content-Length: " + value.encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n".encode()
-        yield f"Content-Length {value!r}", head + header + b"\r\n\r\n" + body
+        yield f"Content-Length {value!r}", line + header + b"\r\n\r\n" + body
     yield "two lengths", post(path, body, size, "Content-Length: 3")
     for encoding in ("gzip", "chunked, gzip", "chunked, chunked", "xchunked"):
         yield (
             f"Transfer-Encoding {encoding}",
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: {encoding}\r\n\r\n".encode()
-            + b"3\r\n{}}\r\n0\r\n\r\n",
+            line + f"Transfer-Encoding: {encoding}\r\n\r\n".encode() + b"3\r\n{}}\r\n0\r\n\r\n",
         )
     for chunk in (b"zz\r\n", b"-1\r\n{}\r\n", b"2\r\n{}no", b"f" * 40 + b"\r\n", b"\xff\xff\r\n"):
         yield (
             f"chunk {chunk!r}",
-            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-            + chunk
-            + b"\r\n" * 3,
+            line + b"Transfer-Encoding: chunked\r\n\r\n" + chunk + b"\r\n" * 3,
         )
 
 
