@@ -176,7 +176,7 @@ def test_a_data_set_of_the_paper(folder, capsys):
     assert list(rows(capsys.readouterr().out)) == ["chrf", "bleu"]
     command[2] = "reversed.jsonl"
     message = fails(capsys, *command, "--reverse")
-    assert "reversed.jsonl, line 2: the source is not that of line 2 of the split test" in message
+    assert "reversed.jsonl: the source of example 2 is not that of example 2 of the spl" in message
     message = fails(capsys, *command, "--split", "dev")
     assert ". should hold the split dev of wmt14, as one of dev_balanced.tsv, dev.tsv, " in message
     write("train.tsv", ["\tx"])
@@ -243,7 +243,7 @@ def test_an_export_generates(folder, shared_export, capsys):
         (["--predictions", "none.txt"], "none.txt: No such file or directory"),
         (["--predictions", "bad.jsonl"], 'bad.jsonl, line 2: expected {"output": "..." or'),
         (["--predictions", "half.jsonl"], 'half.jsonl, line 1: expected {"output": "..." or'),
-        (["--predictions", "other.jsonl"], "line 2: the source is not that of line 2 of pairs.tsv"),
+        (["--predictions", "other.jsonl"], "the source of example 2 is not that of example 2 of pairs.tsv"),
         (["--references", "one.tsv"], "one.tsv, line 2: expected source<TAB>reference, found no"),
         (["--references", "bad.jsonl"], 'bad.jsonl, line 1: expected {"source": "...", "target"'),
         (["--references", "nothing.jsonl"], 'nothing.jsonl, line 1: expected {"source": "...", '),

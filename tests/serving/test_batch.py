@@ -292,7 +292,7 @@ def test_inputs_of_other_formats(tmp_path):
     told = "the first line, 'id text source', is read as the names of columns"
     assert notes == [f"{tmp_path / 'b.tsv.gz'}: {told}"]
     # What chooses the texts tells runs apart; .csv was once read as lines.
-    assert [job.run.get("source_column") for job in jobs] == ["source", None, None]
+    assert [job.run.get("source_column") for job in jobs] == ["source", "source", None]
 
 
 # ------------------------------------------------------------------------- errors, without Ray
