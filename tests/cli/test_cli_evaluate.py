@@ -243,7 +243,10 @@ def test_an_export_generates(folder, shared_export, capsys):
         (["--predictions", "none.txt"], "none.txt: No such file or directory"),
         (["--predictions", "bad.jsonl"], 'bad.jsonl, line 2: expected {"output": "..." or'),
         (["--predictions", "half.jsonl"], 'half.jsonl, line 1: expected {"output": "..." or'),
-        (["--predictions", "other.jsonl"], "the source of example 2 is not that of example 2 of pairs.tsv"),
+        (
+            ["--predictions", "other.jsonl"],
+            "the source of example 2 is not that of example 2 of pairs.tsv",
+        ),
         (["--references", "one.tsv"], "one.tsv, line 2: expected source<TAB>reference, found no"),
         (["--references", "bad.jsonl"], 'bad.jsonl, line 1: expected {"source": "...", "target"'),
         (["--references", "nothing.jsonl"], 'nothing.jsonl, line 1: expected {"source": "...", '),
