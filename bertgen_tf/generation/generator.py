@@ -225,9 +225,19 @@ def iterate(
         model, generation_config, options, logits_processor, False, batch_size, jit_compile
     )
     check_integer("window", window)
+    texts = _checked("texts", texts, first_example)
+    if decoder_text is not None and not isinstance(decoder_text, str | bytes):
+        decoder_text = _checked("decoder_text", decoder_text, first_example)
     with show_progress(verbose, total, batch_size, first_example) as advance:
         for output in _windows(run, texts, decoder_text, window, first_example, advance):
             yield from output.texts
+
+
+def _checked(name: str, texts: Iterable[Any], first: int) -> Iterator[str | bytes]:
+    """The texts, each checked when it is read; `first` is the place of the first."""
+    for place, text in enumerate(texts, first):
+        check_text(f"{name}[{place}]", text)
+        yield text
 
 
 def _prepare(
@@ -285,10 +295,6 @@ def _windows(
     pairs = with_prompts(texts, decoder_text)
     while pairs_of_window := list(itertools.islice(pairs, window)):
         sources, prompts = zip(*pairs_of_window, strict=True)
-        for place, (text, prompt) in enumerate(pairs_of_window, first_example):
-            check_text(f"texts[{place}]", text)
-            if prompt is not None:
-                check_text(f"decoder_text[{place}]", prompt)
         prompts = None if decoder_text is None else prompts
         yield _generate_texts(run, sources, prompts, first_example, advance)
         first_example += len(sources)

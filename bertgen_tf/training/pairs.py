@@ -50,8 +50,11 @@ def read_pairs(x: Any, y: Any = None, sample_weight: Any = None, prefix: str = "
         return None
     names = [f"{prefix}{name}" for name in ("x", "y", "sample_weight")]
     if isinstance(x, tuple) and len(x) in (2, 3) and y is None and not is_text(x):
-        if sample_weight is not None and len(x) == 3:
-            return None
+        if sample_weight is not None and len(x) == 3 and is_text(x[0]):
+            raise ValueError(
+                f"{names[2]} must be left out if {names[0]} has weights of its own, a tuple of "
+                f"three, received {type(sample_weight).__name__}."
+            )
         x, y, sample_weight = (*x, sample_weight)[:3]
     elif y is None and (rows := _rows(names[0], x)) is not None:
         x, y = rows
@@ -97,7 +100,10 @@ def _rows(name: str, x: Any) -> tuple[Any, Any] | None:
         return x.iloc[:, 0], x.iloc[:, 1]
     if isinstance(x, np.ndarray) and x.ndim == 2 and x.shape[1] == 2 and is_text(x[:, 0]):
         return x[:, 0], x[:, 1]
-    if isinstance(x, list) and x and isinstance(x[0], Mapping) and any(map(is_text, x[0].values())):
+    if not isinstance(x, list):
+        return None
+    first = next((row for row in x if row is not None), None)
+    if isinstance(first, Mapping) and any(map(is_text, first.values())):
         for place, row in enumerate(x):
             if not isinstance(row, Mapping) or set(row) != {"source", "target"}:
                 raise ValueError(
@@ -105,7 +111,7 @@ def _rows(name: str, x: Any) -> tuple[Any, Any] | None:
                     f"{reprlib.repr(row)}."
                 )
         return [row["source"] for row in x], [row["target"] for row in x]
-    if not isinstance(x, list) or not x or not isinstance(x[0], list | tuple) or not is_text(x[0]):
+    if not isinstance(first, list | tuple) or not first or not is_text(first):
         return None
     for place, row in enumerate(x):
         if not isinstance(row, list | tuple) or len(row) != 2:

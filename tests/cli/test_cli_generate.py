@@ -277,22 +277,24 @@ def test_a_line_at_a_time_from_the_keyboard(echo, preset, monkeypatch, capsys):
     assert captured.err == "bertgen-tf: one text a line, Ctrl-D to end\n"
 
 
-def test_a_pipe_is_read_once(echo, preset, capsys):
+@pytest.mark.parametrize(
+    ("content", "output", "note"),
+    [
+        (b"a\nb\n", "a 0 !\nb 0 !\n", ""),
+        (b"id,text\n1,a\n", "id,text 0 !\n1,a 0 !\n", "the first line, 'id,text', is read as text"),
+    ],
+    ids=["plain", "table"],
+)
+def test_a_pipe_is_read_once(content, output, note, echo, preset, capsys):
+    """And told what it may have been meant as, which is told of files before they are read."""
     reader, writer = os.pipe()
-    os.write(writer, b"a\nb\n")
+    os.write(writer, content)
     os.close(writer)
     assert cli.main(["generate", "--preset", preset, "--input", f"/dev/fd/{reader}"]) == 0
     os.close(reader)
-    assert capsys.readouterr().out == "a 0 !\nb 0 !\n"
-
-
-def test_a_pipe_that_was_meant_as_a_table_is_told(echo, preset, capsys):
-    reader, writer = os.pipe()
-    os.write(writer, b"id,text\n1,a\n")
-    os.close(writer)
-    assert cli.main(["generate", "--preset", preset, "--input", f"/dev/fd/{reader}"]) == 0
-    os.close(reader)
-    assert "the first line, 'id,text', is read as text" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert captured.out == output
+    assert note in captured.err and bool(note) == bool(captured.err)
 
 
 def test_what_no_search_could_do_is_one_line(preset, loaded, tmp_path, monkeypatch, capsys):

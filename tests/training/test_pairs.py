@@ -71,6 +71,11 @@ def test_other_data_is_for_keras(arguments):
         ((np.ones(3), TARGETS), r"x\[0\] must be text, received"),
         ((SOURCES, ["b", None, "e"]), r"y\[1\] must be text, received None: leave the row out"),
         (([*ROWS, ("f",)],), r"x\[3\] must be a pair \(source, target\), received \('f',\)"),
+        (([None, *ROWS],), r"x\[0\] must be a pair \(source, target\), received None"),
+        (
+            ((SOURCES, TARGETS, [1, 2, 3]), None, [1, 2, 3]),
+            "sample_weight must be left out if x has",
+        ),
         (([*ROWS, ("f", None)],), r"x\[3\], the target, must be text, received None"),
         (([SOURCES, TARGETS],), "a list holds rows, a tuple of two lists columns"),
         ((TABLE.assign(id=TARGETS),), "must have two columns, .* choose two by their names"),
@@ -87,7 +92,7 @@ def test_other_data_is_for_keras(arguments):
         ((SOURCES, TARGETS, [1, 2]), "sample_weight must be .* for each of 3 pairs"),
         ((SOURCES, TARGETS, [1, -1, 2]), "of at least 0"),
     ],
-    ids=range(17),
+    ids=range(19),
 )
 def test_text_that_makes_no_pairs(arguments, message):
     with pytest.raises((TypeError, ValueError), match=message) as error:
