@@ -1,8 +1,10 @@
-"""Checks of single values, and another library's error as one line."""
+"""Checks of single values and files, and another library's error as one line."""
 
 import math
 import numbers
 import operator
+import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -115,6 +117,19 @@ def _numbers(value: Any) -> Iterator[int | float]:
             yield from _numbers(item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value
+
+
+def check_regular_file(path: str | os.PathLike) -> None:
+    """Raises unless `path`, or what it links to, is a regular file: reading a pipe may never end.
+
+    Raises:
+        OSError: there is nothing, or it cannot be looked at.
+        ValueError: it is a folder, a pipe, a socket or a device.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise ValueError(f"{path} must be a file, but is {kind}.")
 
 
 def shown(value: Any) -> str:

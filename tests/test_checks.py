@@ -1,4 +1,5 @@
 import math
+import os
 
 import numpy as np
 import pytest
@@ -65,3 +66,18 @@ def test_the_cause_of_an_error_in_a_graph_is_quoted():
     assert checks.first_line(ValueError("one\ntwo")) == "ValueError: one"
     assert checks.first_line(KeyError()) == "KeyError"
     assert checks.first_line(ValueError("\n a\nb")) == "ValueError: a"
+
+
+def test_only_regular_files_are_read(tmp_path):
+    file, folder, pipe, link = (tmp_path / name for name in ("file", "folder", "pipe", "link"))
+    file.touch()
+    folder.mkdir()
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    for path in (file, link):
+        checks.check_regular_file(path)
+    for path, kind in ((folder, "a folder"), (pipe, "a pipe, a socket or a device")):
+        with pytest.raises(ValueError, match=f"{path.name} must be a file, but is {kind}"):
+            checks.check_regular_file(path)
+    with pytest.raises(FileNotFoundError):
+        checks.check_regular_file(tmp_path / "none")
