@@ -32,7 +32,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from bertgen_tf.serving.batching import Batcher, QueueFull, Result, is_client_error
+from bertgen_tf.serving.batching import (
+    Batcher,
+    QueueFull,
+    RequestTooLarge,
+    Result,
+    is_client_error,
+)
 from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
 from bertgen_tf.serving.origins import ANY, BrowserGuard
 from bertgen_tf.serving.rest_json import (
@@ -71,8 +77,11 @@ class ServingApp:
         models: what it serves.
         max_body_bytes: of a request, also after decompression.
         max_texts: rows of a request.
+        max_text_bytes: of each string in a request.
         max_queued_texts: rows that may wait.
-        request_timeout: seconds after which a request is answered with 504.
+        request_timeout: seconds after which a request is answered with 504; what would probably
+            take longer is refused at once, see `Batcher`.
+        batch_seconds: see `Batcher`.
         batch_patience: see `Batcher`.
         poll_seconds: between checks for new versions.
         allowed_hosts, cors_origins: see `BrowserGuard`.
@@ -84,18 +93,27 @@ class ServingApp:
         *,
         max_body_bytes: int = 4 * 2**20,
         max_texts: int = 1024,
+        max_text_bytes: int = 2**16,
         max_queued_texts: int = 4096,
         request_timeout: float = 30.0,
+        batch_seconds: float = 1.0,
         batch_patience: float = 0.005,
         poll_seconds: float = 2.0,
         allowed_hosts: Sequence[str] = (ANY,),
         cors_origins: Sequence[str] = (),
     ):
         self.models = models
-        self.metrics = _Metrics(models, lambda: self.batcher.queued)
-        self.batcher = Batcher(max_queued_texts, batch_patience, self.metrics.count_batch)
+        self.metrics = _Metrics(models, lambda: self.batcher)
+        self.batcher = Batcher(
+            max_queued_texts,
+            request_timeout,
+            batch_seconds,
+            batch_patience,
+            self.metrics.count_batch,
+        )
         self._max_body_bytes = max_body_bytes
         self._max_texts = max_texts
+        self._max_text_bytes = max_text_bytes
         self._request_timeout = request_timeout
         self._poll_seconds = poll_seconds
         self._background: list[asyncio.Task] = []
@@ -200,6 +218,8 @@ class ServingApp:
                     answer = await self._answer(request, version, facts)
             except TimeoutError:
                 return _error(504, f"Timed out after {self._request_timeout:g} seconds")
+            except RequestTooLarge as error:
+                return _error(413, str(error))
             except QueueFull as error:
                 return _error(503, str(error), {"Retry-After": "1"})
         return answer
@@ -242,6 +262,13 @@ class ServingApp:
             raise RequestError(
                 f"A request must have at most {self._max_texts} texts, received {texts}. Send "
                 "several requests",
+                413,
+            )
+        longest = max((len(text) for x in inputs.values() if x.dtype == object for text in x.flat),
+                      default=0)  # fmt: skip
+        if longest > self._max_text_bytes:
+            raise RequestError(
+                f"A text must have at most {self._max_text_bytes:,} bytes, received {longest:,}",
                 413,
             )
         facts["texts"] = texts
@@ -351,7 +378,7 @@ class ServingApp:
 class _Metrics:
     """The metrics for Prometheus."""
 
-    def __init__(self, models: Models, queued: Callable[[], int]):
+    def __init__(self, models: Models, batcher: Callable[[], Batcher]):
         self.registry = prometheus_client.CollectorRegistry()
         # Labels are names that exist, never what a client made up.
         labels = ["model", "signature"]
@@ -370,7 +397,12 @@ class _Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             **own,
         )
-        prometheus_client.Gauge("queued_texts", "Texts waiting", **own).set_function(queued)
+        for name, what, read in (
+            ("queued_texts", "Texts waiting", lambda: batcher().queued),
+            ("queued_seconds", "Estimated time for them", lambda: batcher().queued_seconds),
+            ("busy_seconds", "Age of the running batch", lambda: batcher().busy_seconds),
+        ):
+            prometheus_client.Gauge(name, what, **own).set_function(read)
         self._models = models
         self.registry.register(self)
 

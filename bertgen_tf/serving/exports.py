@@ -15,7 +15,7 @@ import dataclasses
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,15 @@ from tensorflow.core.protobuf import saved_model_pb2
 from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
 from bertgen_tf.checkpoints.presets import GRAPH_FILE
 from bertgen_tf.export.files import read_warmup
+from bertgen_tf.export.signatures import COMPILED
+from bertgen_tf.serving.pricing import Cost, row_sizes
 from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
 
 # Where an export does not specify its batch sizes.
 MAX_BATCH_SIZE = 32
+# To measure what requests cost; what is not measured in this time is learned from requests.
+_MEASURING_SECONDS = 2.0
+_MEASURED_ROWS = 4
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
 
 _log = logging.getLogger(__name__)
@@ -47,17 +52,27 @@ class Signature:
         name: the signature's.
         inputs: the specifications of the inputs, by name.
         max_batch_size: the most rows of one run.
+        max_length: how many tokens of a text it reads; None if that is not known.
         has_rows: whether the first dimension of all inputs and outputs is the batch.
+        cost: what its batches cost.
     """
 
     def __init__(
-        self, name: str, function: Any, max_batch_size: int = MAX_BATCH_SIZE, owner: Any = None
+        self,
+        name: str,
+        function: Any,
+        max_batch_size: int = MAX_BATCH_SIZE,
+        max_length: int | None = None,
+        prior: Cost | None = None,
+        owner: Any = None,
     ):
         self.name = name
         self.inputs: dict[str, tf.TensorSpec] = dict(
             sorted(function.structured_input_signature[1].items())
         )
         self.max_batch_size = max_batch_size
+        self.max_length = max_length
+        self.cost = Cost(prior)
         specs = [*self.inputs.values(), *function.structured_outputs.values()]
         self.has_rows = bool(self.inputs) and all(
             spec.shape.rank and spec.shape[0] is None for spec in specs
@@ -123,13 +138,8 @@ class Version:
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
         loaded = tf.saved_model.load(str(self.path))
-        size = _largest_batch(self.metadata)
-        self.signatures = {
-            name: Signature(name, function, size, loaded)
-            for name, function in loaded.signatures.items()
-        }
-        for name, inputs in read_warmup(self.path):
-            self.signatures[name or DEFAULT_SIGNATURE].run(inputs)
+        self.signatures = _signatures(loaded, self.metadata)
+        _warm_up(self.signatures, read_warmup(self.path))
 
     def describe(self) -> dict[str, Any]:
         """Its status, as in TensorFlow Serving's JSON."""
@@ -375,6 +385,48 @@ def _largest_batch(metadata: dict[str, Any]) -> int:
     if isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes):
         return max(sizes)
     return MAX_BATCH_SIZE
+
+
+def _longest_text(metadata: dict[str, Any]) -> int | None:
+    try:
+        length = metadata["config"]["preprocessor"]["max_source_length"]
+    except (KeyError, TypeError):
+        return None
+    return length if type(length) is int and length > 0 else None
+
+
+def _signatures(loaded: Any, metadata: dict[str, Any]) -> dict[str, Signature]:
+    """The signatures of a loaded export."""
+    size, length = _largest_batch(metadata), _longest_text(metadata)
+    signatures: dict[str, Signature] = {}
+    # What each is compared with before it has run is made first.
+    order = sorted(loaded.signatures, key=lambda n: (n != DEFAULT_SIGNATURE, n.endswith(COMPILED)))
+    for name in order:
+        plain = signatures.get(name.removesuffix(COMPILED)) or signatures.get(DEFAULT_SIGNATURE)
+        prior = plain.cost if plain else None
+        signatures[name] = Signature(name, loaded.signatures[name], size, length, prior, loaded)
+    return signatures
+
+
+def _warm_up(
+    signatures: dict[str, Signature], requests: Iterable[tuple[str, dict[str, np.ndarray]]]
+) -> None:
+    """Runs requests, then measures what they cost, now that nothing has to be prepared."""
+    first: dict[str, dict[str, np.ndarray]] = {}
+    for name, inputs in requests:
+        signatures[name or DEFAULT_SIGNATURE].run(inputs)
+        first.setdefault(name or DEFAULT_SIGNATURE, inputs)
+    # First a text of each, then a few: the time of a batch does not grow as its rows do.
+    end = time.monotonic() + _MEASURING_SECONDS
+    for rows in (1, _MEASURED_ROWS):
+        for name, inputs in first.items():
+            signature = signatures[name]
+            if signature.has_rows and time.monotonic() < end:
+                batch = {key: np.repeat(x[:1], rows, axis=0) for key, x in inputs.items()}
+                start = time.monotonic()
+                signature.run(batch)
+                sizes = row_sizes(batch, rows, signature.max_length)
+                signature.cost.learn(sizes.padded, time.monotonic() - start)
 
 
 def _code_name(code: int) -> str:
