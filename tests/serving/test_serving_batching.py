@@ -193,7 +193,7 @@ def test_a_single_text_waits_for_two_batches_at_most():
         await outputs(long)
         assert max(waits) <= 2 and order.count("long") == 30
 
-    run(test)
+    run(test, batch_seconds=2.5)
 
 
 def test_new_texts_cannot_starve_a_long_request():
