@@ -360,14 +360,14 @@ def test_a_request_has_a_price(folder):
         status, _, answer = await send(5)
         assert status == 413 and "at most 4 such texts" in json.loads(answer)["error"]
         tasks = [asyncio.create_task(send(4)) for _ in range(3)]
-        while app.batcher.queued + 1 < 12 or not started.is_set():
+        while app.batcher.queued < 9 or not started.is_set():  # others run
             await asyncio.sleep(0.001)
         status, headers, answer = await send(4)
         assert status == 503 and headers["retry-after"] == "1"
         assert "and may take 12.5. Try again" in json.loads(answer)["error"]
         metrics = (await ask(app, "GET", "/monitoring/prometheus/metrics"))[2].decode()
         (queued,) = re.findall(r"^bertgen_tf_queued_seconds (\S+)", metrics, re.MULTILINE)
-        assert round(float(queued)) == 11
+        assert 8.5 < float(queued) < 11.5
         assert float(re.findall(r"^bertgen_tf_busy_seconds (\S+)", metrics, re.MULTILINE)[0]) > 0
         go_on.set()
         assert [(await task)[0] for task in tasks] == [200] * 3
