@@ -234,6 +234,7 @@ class ServingApp:
                 raise
             raise RequestError(_explain(error)) from error
         facts["batch"] = result.batch_size
+        facts["batch_ms"] = round(1000 * result.batch_seconds, 2)
         items = _total_items(result)
         if items > _MAX_ANSWER_ITEMS:
             raise RequestError(

@@ -54,11 +54,13 @@ class Result:
     Attributes:
         outputs: the outputs of its rows.
         batch_size: how many rows ran together, at most.
+        batch_seconds: how long such a batch took, at most.
     """
 
-    def __init__(self, outputs: Arrays, batch_size: int):
+    def __init__(self, outputs: Arrays, batch_size: int, batch_seconds: float):
         self.outputs = outputs
         self.batch_size = batch_size
+        self.batch_seconds = batch_seconds
 
 
 @dataclasses.dataclass(eq=False)
@@ -73,6 +75,7 @@ class _Request:
     taken: int = 0  # rows that were handed to a batch
     parts: dict[int, Arrays] = dataclasses.field(default_factory=dict)
     batch_size: int = 0
+    batch_seconds: float = 0.0
 
     @property
     def waiting(self) -> int:
@@ -283,17 +286,20 @@ class Batcher:
             results = [error] * len(parts)
         finally:
             self._running_since = None
-        now = time.monotonic()
+        seconds = time.monotonic() - start
         if not any(isinstance(result, Exception) for result in results):
             usual = _SURPRISE * expected if expected else math.inf
-            signature.cost.learn(size, min(now - start, usual))
+            signature.cost.learn(size, min(seconds, usual))
         for part, result in zip(parts, results, strict=True):
-            part.request.used += (now - start) * (part.stop - part.start) / rows if rows else 0.0
+            request = part.request
+            request.used += seconds * (part.stop - part.start) / max(1, rows)
+            request.batch_size = max(request.batch_size, rows)
+            request.batch_seconds = max(request.batch_seconds, seconds)
             try:
-                _finish(part, result, rows)
+                _finish(part, result)
             except Exception as error:
                 _log.exception("an answer failed")
-                part.request.future.set_exception(error)
+                request.future.set_exception(error)
         self._running = []
 
     def _choose(self, oldest: bool) -> Hashable:
@@ -412,7 +418,7 @@ def _run(signature: Signature, parts: list[_Part]) -> list[Arrays | Exception]:
     ]
 
 
-def _finish(part: _Part, result: Arrays | Exception, batch_size: int) -> None:
+def _finish(part: _Part, result: Arrays | Exception) -> None:
     request = part.request
     if request.future.done():
         return
@@ -420,7 +426,6 @@ def _finish(part: _Part, result: Arrays | Exception, batch_size: int) -> None:
         request.future.set_exception(result)
         return
     request.parts[part.start] = result
-    request.batch_size = max(request.batch_size, batch_size)
     if request.waiting:
         return
     if len(request.parts) == 1:
@@ -428,7 +433,7 @@ def _finish(part: _Part, result: Arrays | Exception, batch_size: int) -> None:
     else:
         parts = [request.parts[start] for start in sorted(request.parts)]
         outputs = {name: _join([x[name] for x in parts]) for name in result}
-    request.future.set_result(Result(outputs, request.batch_size))
+    request.future.set_result(Result(outputs, request.batch_size, request.batch_seconds))
 
 
 def _join(arrays: list[np.ndarray]) -> np.ndarray:
