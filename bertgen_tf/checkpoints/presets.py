@@ -125,7 +125,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     """
     folder = pathlib.Path(folder)
     sources.handles.check_family(folder, sources.handles.PRESET)
-    if not folder.is_dir():
+    if not folder.is_dir() and folders.find_replaced(folder) is None:
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
     _check_file(folder, WEIGHTS_FILE)
@@ -262,6 +262,11 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if config is not None:
         return config
     sources.handles.check_family(folder, sources.handles.PRESET)
+    if (replaced := folders.find_replaced(folder)) is not None:
+        raise FileNotFoundError(
+            f"{folder} should be a preset, but a run was killed while it replaced it: rename "
+            f"{replaced} to {folder.name}."
+        )
     raise ValueError(
         f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
         f"or is not that of a {FORMAT}."

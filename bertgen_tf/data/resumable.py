@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from bertgen_tf.data import folders
+
 _AGAIN = "overwrite=True starts anew"
 
 
@@ -109,7 +111,10 @@ def open_output(
         yield sys.stdout
         return
     partial = _partial(path)
-    with open(partial, "a", encoding="utf-8", newline="\n") as file:
+    with (
+        folders.disk_errors(partial),
+        open(partial, "a", encoding="utf-8", newline="\n") as file,
+    ):
         _lock(file, partial)
         try:
             file.truncate(begun.size)

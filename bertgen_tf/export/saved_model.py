@@ -129,7 +129,7 @@ def export_saved_model(
             print(step, flush=True)
 
     # A server that polls the folder skips names that are not integers.
-    with temporary_folder(path) as temporary:
+    with temporary_folder(path, names="[0-9]+") as temporary:
         show("tracing the signatures")
         module = ServingModule(model, config, signatures, logits_processor)
         # Traced here: what `save` traces itself would be traced again for the description.

@@ -16,6 +16,7 @@ import tensorflow as tf
 from bertgen_tf import metrics as scores
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import BATCH_SIZE, GenerationConfig
+from bertgen_tf.data import folders
 from bertgen_tf.finetuning.state import RunFolder, load_tensors, save_tensors
 
 _INTERVAL = 10.0  # seconds between lines, where there is no terminal
@@ -91,7 +92,10 @@ class GenerateCallback(keras.callbacks.Callback):
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self._file(epoch + 1), "w", encoding="utf-8") as file:
+        with (
+            folders.whole_file(self._file(epoch + 1)) as path,
+            open(path, "w", encoding="utf-8") as file,
+        ):
             for row in zip(self.sources, self.outputs, self.references, strict=True):
                 values = dict(zip(("source", "output", "reference"), row, strict=True))
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
@@ -293,7 +297,8 @@ class TensorBoardCurves(keras.callbacks.Callback):
         return {"step": self.step}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.writer = tf.summary.create_file_writer(self.folder)
+        with folders.disk_errors(self.folder):
+            self.writer = tf.summary.create_file_writer(self.folder)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self.step += 1
@@ -315,15 +320,17 @@ class TensorBoardCurves(keras.callbacks.Callback):
                 for row in list(zip(*columns, strict=True))[:_SHOWN]
             ]
             table = "\n".join(["source | output | reference", "---|---|---", *rows])
-            with self.writer.as_default(self.step):
+            with folders.disk_errors(self.folder), self.writer.as_default(self.step):
                 tf.summary.text("samples", table)
-        self.writer.flush()
+        with folders.disk_errors(self.folder):
+            self.writer.flush()
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.writer.close()
+        with folders.disk_errors(self.folder):
+            self.writer.close()
 
     def _write(self, logs: dict[str, Any], prefix: str) -> None:
-        with self.writer.as_default(self.step):
+        with folders.disk_errors(self.folder), self.writer.as_default(self.step):
             for name, value in logs.items():
                 tf.summary.scalar(prefix + name, value)
 

@@ -29,6 +29,8 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
+from bertgen_tf.data import folders
+
 ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
 FORMAT = "bertgen_tf training"
@@ -141,6 +143,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         path, held = self / LOCK_FILE, f"another training is writing to {self.path}: let it end"
+        is_locked = False
         with open(path, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,13 +151,26 @@ class RunFolder:
                 raise OSError(held) from error
             except OSError:  # a file system without locks
                 pass
+            else:
+                is_locked = True
             # A training that ended between opening and locking has removed it.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise OSError(held)
+            if is_locked:
+                self._sweep()
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty, as it is when no training began
+                    self.path.rmdir()
+
+    def _sweep(self) -> None:
+        """Removes what a killed training was writing; safetensors renames its files, too."""
+        ours = r"(run\.json|log\.jsonl|(best|state-\d+)\.safetensors)\.new|\.tmp\w{6}"
+        for path in self.path.iterdir():
+            if re.fullmatch(ours, path.name) and path.is_file():
+                path.unlink()
 
     def _read_run(self) -> dict[str, Any] | None:
         try:
@@ -225,7 +241,8 @@ class RunFolder:
 
     def log(self, **numbers: Any) -> None:
         """Adds a line to the log."""
-        with open(self / LOG_FILE, "a", encoding="utf-8") as file:
+        path = self / LOG_FILE
+        with folders.disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
 
     def cut_log(self, step: int, epoch: int) -> None:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bertgen_tf.checks import first_line
+from bertgen_tf.data import folders
 from bertgen_tf.network.projections import Dense, Projection
 from bertgen_tf.network.weights import Rule, assign, named_variables
 from bertgen_tf.training.freezing import new_variables
@@ -91,14 +92,11 @@ def save(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     path = pathlib.Path(path)
     tensors = {name: variable.numpy() for name, variable in _trained(model).items()}
     metadata = {"format": FORMAT, "settings": json.dumps({n: model.lora[n] for n in _SETTINGS})}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    except SafetensorError as error:  # such as a full disk
+        with folders.whole_file(path) as new:
+            save_file(tensors, new, metadata)
+    except SafetensorError as error:
         raise OSError(f"{path} could not be written: {first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
