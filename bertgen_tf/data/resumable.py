@@ -200,11 +200,17 @@ def _check_same_run(path: str, run: dict[str, Any]) -> None:
 
 
 def _write_settings(path: str, run: dict[str, Any]) -> None:
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(run, file, indent=2)
-        file.write("\n")
-        sync(file)
-    os.replace(f"{path}.new", path)
+    new = f"{path}.new"
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=2)
+            file.write("\n")
+            sync(file)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(new)
+        raise
 
 
 def _complete_lines(path: str) -> Begun:

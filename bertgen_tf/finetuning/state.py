@@ -323,8 +323,9 @@ def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
     """Lets `write` make a file, which then gets its name."""
     new = path.with_name(f"{path.name}.new")
     try:
-        write(new)
-        os.replace(new, path)
+        with folders.disk_errors(path, new):
+            write(new)
+            os.replace(new, path)
     except BaseException:
         with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
