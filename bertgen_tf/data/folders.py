@@ -165,10 +165,11 @@ def sweep(target: str | os.PathLike, names: str | None = None) -> None:
         try:
             if lock is None:
                 continue
-            if path.name.endswith(_OLD) and not target.exists():
-                path.rename(target)
+            own = target.with_name(path.name[1:].rpartition(".bertgen_tf-")[0])
+            if path.name.endswith(_OLD) and not own.exists():
+                path.rename(own)
                 warnings.warn(
-                    f"{target} is the older one again: a run was killed while it replaced it",
+                    f"{own} is the older one again: a run was killed while it replaced it",
                     stacklevel=2,
                 )
             shutil.rmtree(path, ignore_errors=True)

@@ -103,6 +103,7 @@ def export_saved_model(
     Raises:
         ExportError: the export did not answer as the model does; it was not kept.
         FileExistsError: the version exists already.
+        OSError: the disk is full, or cannot be written.
         ValueError: the model has no tokenizer, the version is not an integer, the settings do not
             fit the model, a signature has a name that is not allowed, or description or examples
             are not text.

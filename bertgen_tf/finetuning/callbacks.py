@@ -273,6 +273,7 @@ class TensorBoardCurves(keras.callbacks.Callback):
 
     Raises:
         ImportError: tensorboard is not installed.
+        OSError: while it trains, if the disk is full or cannot be written.
     """
 
     def __init__(

@@ -95,6 +95,18 @@ def test_one_training_at_a_time(folder):
         pass
 
 
+def test_what_a_killed_training_was_writing_is_removed_by_the_next(folder):
+    folder.save(state(4))
+    kept = sorted(path.name for path in folder.path.iterdir())
+    for name in ("state-00000007.safetensors.new", ".tmpaB3dEf", "run.json.new", "notes.new"):
+        (folder / name).touch()
+    with folder.lock():
+        assert sorted(path.name for path in folder.path.iterdir()) == sorted(
+            [*kept, "lock", "notes.new"]
+        )
+    assert folder.load(pytest.fail).step == 4
+
+
 def test_other_variables_are_refused_as_a_whole():
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3)])
     model.compile("adam", "mse")

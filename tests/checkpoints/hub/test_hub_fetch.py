@@ -83,6 +83,19 @@ def test_a_module_is_fetched_once_and_kept(server, module_of, loaded_of, tmp_pat
     check_error(handle, ValueError, "404")
 
 
+def test_a_killed_download_is_in_nobodys_way(server, module_of, tmp_path):
+    """Nor what tensorflow_hub leaves, which waits for ten minutes until it goes on."""
+    server.archives["/tiny/1"] = pack(module_of("tanh"))
+    handle = f"{server.url}/tiny/1"
+    name = hashlib.sha1(handle.encode()).hexdigest()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / f"cache/{name}.lock").write_text("machine.1.abc")
+    dead = tmp_path / f"cache/.{name}.bertgen_tf-0123abcd"
+    dead.mkdir()
+    assert fetch.resolve(handle) == str(tmp_path / "cache" / name)
+    assert (tmp_path / "cache" / name / "saved_model.pb").exists() and not dead.exists()
+
+
 def test_archives_that_are_broken(server, module_of, tmp_path):
     whole = pack(module_of("gelu"))
     server.archives |= {
