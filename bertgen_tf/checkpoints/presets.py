@@ -125,7 +125,8 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     """
     folder = pathlib.Path(folder)
     sources.handles.check_family(folder, sources.handles.PRESET)
-    if not folder.is_dir() and folders.find_replaced(folder) is None:
+    folders.check_replaced(folder)
+    if not folder.is_dir():
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
     _check_file(folder, WEIGHTS_FILE)
@@ -262,11 +263,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     if config is not None:
         return config
     sources.handles.check_family(folder, sources.handles.PRESET)
-    if (replaced := folders.find_replaced(folder)) is not None:
-        raise FileNotFoundError(
-            f"{folder} should be a preset, but a run was killed while it replaced it: rename "
-            f"{replaced} to {folder.name}."
-        )
+    folders.check_replaced(folder)
     raise ValueError(
         f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
         f"or is not that of a {FORMAT}."

@@ -179,11 +179,19 @@ def sweep(target: str | os.PathLike, names: str | None = None) -> None:
             _unlock(lock)
 
 
-def find_replaced(folder: str | os.PathLike) -> pathlib.Path | None:
-    """What was called `folder`, if a run was killed in the moment in which it replaced that."""
-    folder = pathlib.Path(folder).resolve()
-    found = [path for path in _left(folder, re.escape(folder.name)) if path.name.endswith(_OLD)]
-    return found[0] if found and not folder.exists() else None
+def check_replaced(folder: str | os.PathLike) -> None:
+    """Raises if a run was killed in the moment in which it replaced `folder`.
+
+    Raises:
+        FileNotFoundError: it says where the older one is.
+    """
+    target = pathlib.Path(folder).resolve()
+    for path in _left(target, re.escape(target.name)):
+        if path.name.endswith(_OLD) and not target.exists():
+            raise FileNotFoundError(
+                f"{folder} is missing, because a run was killed while it replaced it: rename "
+                f"{path} to {target.name}."
+            )
 
 
 def _left(target: pathlib.Path, names: str) -> list[pathlib.Path]:

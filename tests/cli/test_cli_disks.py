@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import subprocess
 import tarfile
@@ -26,7 +27,7 @@ from bertgen_tf.cli import finetune as cli_finetune
 from bertgen_tf.cli import main as cli
 from bertgen_tf.export import saved_model
 from bertgen_tf.training import lora
-from tests.helpers import make_small_model, write_checkpoint
+from tests.helpers import fails, make_small_model, write_checkpoint
 from tests.helpers.command_line import SOURCES, write_pairs
 
 PAGE = 4096
@@ -267,3 +268,19 @@ def test_a_disk_that_takes_nothing_more(name, kind, inputs, tmp_path, monkeypatc
         name.endswith(".partial") and "tsv" not in name for name in left
     )
     assert not hidden and not empty and set(tmp_path.iterdir()) == before
+
+
+def test_a_preset_that_was_being_replaced_is_told_and_put_back(inputs, monkeypatch, capsys):
+    """The run for it was killed."""
+    hidden = Path(".PRESET.bertgen_tf-0123abcd-old")
+    Path("PRESET").rename(hidden)
+    Path("DISK").mkdir()
+    told = f"because a run was killed while it replaced it: rename {hidden.absolute()} to PRESET."
+    assert fails(capsys, *GENERATE) == f"bertgen-tf: error: PRESET is missing, {told}\n"
+    # What writes it again begins with that.
+    monkeypatch.setattr(cli_finetune, "_finetune", lambda *args: None)
+    command = ["finetune", "--encoder", "x", "--train", "pairs.tsv", "--output", "PRESET"]
+    assert cli.main(command) == 0
+    assert presets.read_config("PRESET") and not hidden.exists()
+    expected = "bertgen-tf: .*/PRESET is the older one again: a run was killed .*\n"
+    assert re.fullmatch(expected, capsys.readouterr().err)

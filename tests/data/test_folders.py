@@ -109,15 +109,15 @@ def test_what_was_being_replaced_is_put_back(tmp_path):
     write(target, "older")
     kill(target, "kill while it replaces")
     new, old = names(tmp_path)
-    assert old == f"{new}-old" and folders.find_replaced(target) == tmp_path / old
-    message = f"{target} should be a preset, but .* replaced it: rename {tmp_path / old} to model."
+    assert old == f"{new}-old"
+    message = f"{target} is missing, because .* replaced it: rename {tmp_path / old} to model."
     for read in (presets.load, presets.read_config):
         with pytest.raises(FileNotFoundError, match=message):
             read(target)
     with pytest.warns(UserWarning, match=f"{target} is the older one again: a run was killed"):
         folders.sweep(target)
     assert names(tmp_path) == ["model"] and (target / "weights").read_text() == "older"
-    assert folders.find_replaced(target) is None
+    folders.check_replaced(target)
 
 
 def test_nothing_else_is_removed(tmp_path):
@@ -139,7 +139,9 @@ def test_nothing_else_is_removed(tmp_path):
     (tmp_path / "model" / "weights").unlink()
     (tmp_path / "model").rmdir()
     assert sorted(tmp_path.rglob("*")) == before
-    (tmp_path / ours).unlink()
+    (tmp_path / ours).rename(tmp_path / f"{ours}-old")
+    folders.sweep(tmp_path / "model")
+    assert (tmp_path / f"{ours}-old").is_symlink()
     (tmp_path / ours).mkdir()
     folders.sweep(tmp_path / "model")
     assert not (tmp_path / ours).exists()
