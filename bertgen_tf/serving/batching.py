@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import logging
+import time
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -103,6 +104,7 @@ class Batcher:
         self._last_rows: weakref.WeakKeyDictionary[Signature, int] = weakref.WeakKeyDictionary()
         self._running: list[_Part] = []
         self._queued = 0
+        self._started: float | None = None  # when the running batch was
         self._arrived = asyncio.Event()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "bertgen_tf-batches")
         self._worker: asyncio.Task | None = None
@@ -111,6 +113,11 @@ class Batcher:
     def queued(self) -> int:
         """How many rows wait."""
         return self._queued
+
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the running batch has run; 0 if there is none."""
+        return 0.0 if self._started is None else time.monotonic() - self._started
 
     async def run(self, signature: Signature, inputs: Arrays) -> Result:
         """Runs a request; if cancelled, it leaves the queue.
@@ -181,11 +188,13 @@ class Batcher:
             self._last_rows[group.signature] = rows
             self._on_batch(group.signature, rows)
             loop = asyncio.get_running_loop()
+            self._started = time.monotonic()
             try:
                 results = await loop.run_in_executor(self._thread, _run, group.signature, parts)
             except Exception as error:  # a bug in this module must not stop all others
                 _log.exception("a batch failed")
                 results = [error] * len(parts)
+            self._started = None
             for part, result in zip(parts, results, strict=True):
                 try:
                     _finish(part, result, rows)
