@@ -135,7 +135,9 @@ def stamp(version: Path) -> str:
     digest = hashlib.blake2b()
     try:
         for path, status in _contents(version):
-            fields = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_mode)
+            # A copy may keep all but the time of the last change, which nobody can set.
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            fields = (status.st_ino, status.st_size, *times, status.st_mode)
             digest.update(os.fsencode(path) + repr(fields).encode())
     except OSError:
         return ""

@@ -330,7 +330,9 @@ class Models:
             # All are listed while the first one loads.
             self._versions.setdefault(name, [_newest(name, found[name])])
         for step in (self._choose, self._load_chosen):
-            for name in sorted(found.keys() - self._tasks.keys()):
+            for name in sorted(found):
+                if name in self._tasks:
+                    continue
                 task = asyncio.create_task(self._attend(name, step, found[name]))
                 self._tasks[name] = task
                 if not (await asyncio.wait({task}, timeout=patience))[0]:

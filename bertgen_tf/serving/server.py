@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import h11
 import uvicorn
@@ -37,7 +37,7 @@ _PROBE = 0.2
 # Seconds in which threads may end; and beyond the time for shutdown, for all that belongs to it.
 _THREADS_GRACE, _SHUTDOWN_GRACE = 0.5, 2.0
 # SIGHUP: the terminal is gone. Windows has none.
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM))
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}
 _REASONS = {
     400: "Bad Request",
     408: "Request Timeout",
@@ -148,10 +148,12 @@ def serve(
             signal.signal(number, handler)
         listener.close()
         hanging = _hanging_threads()
-        server.ended.set()
-    _log.info("stopped", extra={"hanging": hanging} if hanging else None)
+        server.finish()
     if hanging:
-        _exit(0)
+        _log.warning("does not end: %s", ", ".join(hanging))
+    _log.info("stopped")
+    if hanging:
+        os._exit(0)  # `sys.exit` would wait for them
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -176,8 +178,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._models = models
         self._seconds = seconds
-        self._signalled = threading.Event()
-        self.ended = threading.Event()
+        self._signalled, self._ended = threading.Event(), threading.Event()
         threading.Thread(target=self._guard, daemon=True).start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -186,16 +187,20 @@ class _Server(uvicorn.Server):
             self._signalled.set()
         super().handle_exit(sig, frame)
 
+    def finish(self) -> None:
+        """It has ended: the process need not."""
+        self._ended.set()
+        self._signalled.set()
+
     def _guard(self) -> None:
         """Ends the process when its time is over, even if the event loop hangs."""
         self._signalled.wait()
-        if not self.ended.wait(self._seconds + _SHUTDOWN_GRACE):
-            # What hangs may hold the log.
-            line = {"target": _log.error, "args": ("ended by force",), "daemon": True}
-            told = threading.Thread(**line)
-            told.start()
-            told.join(_THREADS_GRACE)
-            _exit(1)
+        if not self._ended.wait(self._seconds + _SHUTDOWN_GRACE):
+            # In a thread: what hangs may hold the log.
+            tell = threading.Thread(target=_log.error, args=("ended by force",), daemon=True)
+            tell.start()
+            tell.join(_THREADS_GRACE)
+            os._exit(1)
 
 
 def _hanging_threads() -> list[str]:
@@ -205,11 +210,6 @@ def _hanging_threads() -> list[str]:
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
     return [thread.name for thread in threads if thread.is_alive()]
-
-
-def _exit(code: int) -> NoReturn:
-    """Ends the process at once; `sys.exit` would wait for threads."""
-    os._exit(code)
 
 
 class _Protocol(H11Protocol):
@@ -277,7 +277,9 @@ class _Protocol(H11Protocol):
         if self.transport.is_closing():
             return
         connection = self.transport.get_extra_info("socket")
-        if not self._waits() or connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        if not self._waits():
+            self.transport.close()
+        elif connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             self.transport.abort()
         else:
             self.loop.call_later(_PROBE, self._probe)

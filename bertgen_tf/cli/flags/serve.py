@@ -10,13 +10,14 @@ from bertgen_tf.cli.flags.errors import UserError
 
 _DESCRIPTION = """\
 Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
-together, and a page in the browser to try the models. Ctrl-C, SIGTERM or SIGHUP ends it, once all that
-it accepted is answered."""
+together, and a page in the browser to try the models. Ctrl-C, SIGTERM or SIGHUP ends it, once all
+that it accepted is answered."""
 _EPILOG = """\
 FOLDER holds the exports, NAME/VERSION, such as saved_models. It can also be one model, NAME, or one
 export, NAME/VERSION. The highest version of each model is served. Versions and models added later
-are loaded while the others answer; what cannot be served is in the log. Signatures that end in _xla are compiled when they are first
-asked for a batch size and a length; all other requests wait until that is done.
+are loaded while the others answer; the log says what is not served, and why. Signatures that end in
+_xla are compiled when they are first asked for a batch size and a length; all other requests wait
+until that is done.
 
 paths:
   /                                 the page
