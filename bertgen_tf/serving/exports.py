@@ -194,8 +194,10 @@ class Version:
             code = "NOT_FOUND"
         # Clients are told no paths of this machine; the log has them.
         told = str(error)
-        for path in {str(self.path), self._real_path or str(self.path)}:
-            told = told.replace(path, f"{self.model}/{self.number}")
+        # One may be part of the other, and behind a link be very short.
+        for path in sorted((str(self.path), self._real_path), key=len, reverse=True):
+            if len(path) > 1:
+                told = told.replace(path, f"{self.model}/{self.number}")
         self.error = code, " ".join(told.split())[:1000] or type(error).__name__
         self._end()
 

@@ -40,6 +40,8 @@ class Litter:
             ["pipe", "socket", "dangling", "loop", "zeros", "root", "up", "bytes", "empty", "huge"]
             + ["folder", "deep", "json", "closed"]
         )
+        if os.path.lexists(path):  # written to, a pipe would not return
+            raise FileExistsError
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == "pipe":
             os.mkfifo(path)

@@ -518,7 +518,8 @@ def test_anything_in_the_folder_of_a_running_server(folder, tmp_path, caplog):
             assert all(re.fullmatch("[A-Za-z0-9._-]+", model["name"]) for model in models)
             for model in models:
                 status, _, answer = await ask(app, "GET", f"/v1/models/{model['name']}")
-                assert status == 200 and str(tmp_path).encode() not in answer
+                assert status == 200
+                assert str(tmp_path) not in answer.decode(), answer.decode()
                 versions = json.loads(answer)["model_version_status"]
                 told.update(version["status"]["error_code"] for version in versions)
             for probe in ("/healthz", "/readyz", "/monitoring/prometheus/metrics"):

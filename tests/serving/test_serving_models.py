@@ -382,6 +382,14 @@ def test_models_that_never_loaded_are_forgotten_with_their_folders(folder):
     assert models.names == ["name"] and models.ready
 
 
+@pytest.mark.parametrize("real", ["/", "/2", "/elsewhere/name/2", ""])
+def test_clients_are_told_no_paths(real):
+    version = Version("name", 2, Path("/models/name/2"), _real_path=real)
+    version.fail(OSError(f"/models/name/2/a, {real or '/models/name/2'}/b"))
+    behind = real if real == "/" else "name/2"
+    assert version.error == ("NOT_FOUND", f"name/2/a, {behind}/b")
+
+
 def test_a_name_that_cannot_be_served_is_told_at_the_start(folder):
     (folder / "name").rename(folder / "my name")
     with pytest.raises(FileNotFoundError, match="my name must have a name of letters, digits"):
