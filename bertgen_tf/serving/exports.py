@@ -17,6 +17,7 @@ import gc
 import json
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -193,11 +194,9 @@ class Version:
         elif isinstance(error, OSError):
             code = "NOT_FOUND"
         # Clients are told no paths of this machine; the log has them.
-        told = str(error)
-        # One may be part of the other, and behind a link be very short.
-        for path in sorted((str(self.path), self._real_path), key=len, reverse=True):
-            if len(path) > 1:
-                told = told.replace(path, f"{self.model}/{self.number}")
+        paths = [p for p in (str(self.path), self._real_path) if len(p) > 1]
+        pattern = "|".join(map(re.escape, sorted(paths, key=len, reverse=True)))
+        told = re.sub(pattern, f"{self.model}/{self.number}", str(error))
         self.error = code, " ".join(told.split())[:1000] or type(error).__name__
         self._end()
 
