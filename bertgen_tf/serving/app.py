@@ -33,8 +33,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from bertgen_tf.checkpoints.versions import LARGEST_VERSION
-from bertgen_tf.serving.batching import Batcher, QueueFull, Result, is_client_error
-from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
+from bertgen_tf.serving.batching import (
+    Batcher,
+    QueueFull,
+    RequestTooLarge,
+    Result,
+    is_client_error,
+)
+from bertgen_tf.serving.exports import Models, NotLoadedYet, Version
 from bertgen_tf.serving.origins import ANY, BrowserGuard
 from bertgen_tf.serving.rest_json import (
     DEFAULT_SIGNATURE,
@@ -44,6 +50,7 @@ from bertgen_tf.serving.rest_json import (
     read_inputs,
     write_outputs,
 )
+from bertgen_tf.serving.signatures import Signature
 
 PAGE_FILE = "playground.html"
 _PAGE_HEADERS = {
@@ -73,8 +80,11 @@ class ServingApp:
         models: what it serves.
         max_body_bytes: of a request, also after decompression.
         max_texts: rows of a request.
+        max_text_bytes: of each string in a request.
         max_queued_texts: rows that may wait.
-        request_timeout: seconds after which a request is answered with 504.
+        request_timeout: seconds after which a request is answered with 504; what would probably
+            take longer is refused at once, see `Batcher`.
+        batch_seconds: see `Batcher`.
         batch_patience: see `Batcher`.
         poll_seconds: between checks for new versions.
         allowed_hosts, cors_origins: see `BrowserGuard`.
@@ -86,18 +96,27 @@ class ServingApp:
         *,
         max_body_bytes: int = 4 * 2**20,
         max_texts: int = 1024,
+        max_text_bytes: int = 2**16,
         max_queued_texts: int = 4096,
         request_timeout: float = 30.0,
+        batch_seconds: float = 1.0,
         batch_patience: float = 0.005,
         poll_seconds: float = 2.0,
         allowed_hosts: Sequence[str] = (ANY,),
         cors_origins: Sequence[str] = (),
     ):
         self.models = models
-        self.metrics = _Metrics(models, lambda: self.batcher.queued)
-        self.batcher = Batcher(max_queued_texts, batch_patience, self.metrics.count_batch)
+        self.metrics = _Metrics(models, lambda: self.batcher)
+        self.batcher = Batcher(
+            max_queued_texts,
+            request_timeout,
+            batch_seconds,
+            batch_patience,
+            self.metrics.count_batch,
+        )
         self._bodies = BodyReader(max_body_bytes)
         self._max_texts = max_texts
+        self._max_text_bytes = max_text_bytes
         self._request_timeout = request_timeout
         self._poll_seconds = poll_seconds
         self._background: list[asyncio.Task] = []
@@ -202,6 +221,8 @@ class ServingApp:
                     answer = await self._answer(request, version, facts)
             except TimeoutError:
                 return _error(504, f"Timed out after {self._request_timeout:g} seconds")
+            except RequestTooLarge as error:
+                return _error(413, str(error))
             except QueueFull as error:
                 return _error(503, str(error), {"Retry-After": "1"})
         return answer
@@ -216,6 +237,7 @@ class ServingApp:
                 raise
             raise RequestError(_explain(error)) from error
         facts["batch"] = result.batch_size
+        facts["batch_ms"] = round(1000 * result.batch_seconds, 2)
         items = _total_items(result)
         if items > _MAX_ANSWER_ITEMS:
             raise RequestError(
@@ -244,6 +266,13 @@ class ServingApp:
             raise RequestError(
                 f"A request must have at most {self._max_texts} texts, received {texts}. Send "
                 "several requests",
+                413,
+            )
+        longest = max((len(text) for x in inputs.values() if x.dtype == object for text in x.flat),
+                      default=0)  # fmt: skip
+        if longest > self._max_text_bytes:
+            raise RequestError(
+                f"A text must have at most {self._max_text_bytes:,} bytes, received {longest:,}",
                 413,
             )
         facts["texts"] = texts
@@ -295,16 +324,13 @@ class ServingApp:
 
     def _hangs(self) -> Response | None:
         """An error if a batch will probably never end."""
-        seconds = self.batcher.busy_seconds
-        if seconds <= _HANGING * self._request_timeout:
+        if (seconds := self.batcher.busy_seconds) <= _HANGING * self._request_timeout:
             return None
         return _error(503, f"A batch has run for {seconds:.0f} seconds", {"Retry-After": "1"})
 
     async def _ready(self, request: Request) -> Response:
-        if hangs := self._hangs():
-            return hangs
         if self.models.ready:
-            return _json({"status": "ready"})
+            return self._hangs() or _json({"status": "ready"})
         waiting = [name for name in self.models.names if not self.models.current(name)]
         why = "stopping" if self.models.stopping else f"not loaded: {', '.join(waiting)}"
         return _error(503, f"The server is not ready: {why}", {"Retry-After": "1"})
@@ -320,7 +346,7 @@ class ServingApp:
 class _Metrics:
     """The metrics for Prometheus."""
 
-    def __init__(self, models: Models, queued: Callable[[], int]):
+    def __init__(self, models: Models, batcher: Callable[[], Batcher]):
         self.registry = prometheus_client.CollectorRegistry()
         # Labels are names that exist, never what a client made up.
         labels = ["model", "signature"]
@@ -339,7 +365,12 @@ class _Metrics:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             **own,
         )
-        prometheus_client.Gauge("queued_texts", "Texts waiting", **own).set_function(queued)
+        for name, what, read in (
+            ("queued_texts", "Texts waiting", lambda: batcher().queued),
+            ("queued_seconds", "Estimated time for them", lambda: batcher().queued_seconds),
+            ("busy_seconds", "Age of the running batch", lambda: batcher().busy_seconds),
+        ):
+            prometheus_client.Gauge(name, what, **own).set_function(read)
         self._models = models
         self.registry.register(self)
 

@@ -313,10 +313,21 @@ class Client:
         """The answers to batches of rows, in order, each of as many rows."""
         count = len(next(iter(inputs.values())))
 
-        def predict(start: int, timeout: float) -> dict[str, np.ndarray]:
-            end = min(start + self.batch_size, count)
+        def predict(start: int, end: int, timeout: float) -> dict[str, np.ndarray]:
             part = {name: np.array(rows[start:end], object) for name, rows in inputs.items()}
-            answer = self._transport.predict(part, signature, outputs, timeout)
+            until = time.monotonic() + timeout
+            try:
+                answer = self._transport.predict(part, signature, outputs, timeout)
+            except ServingError as error:
+                if error.code != 413 or end - start == 1:
+                    raise
+                # So many are too much work for one request.
+                middle = (start + end) // 2
+                halves = [
+                    predict(*half, max(0.0, until - time.monotonic()))
+                    for half in ((start, middle), (middle, end))
+                ]
+                return {name: np.concatenate([half[name] for half in halves]) for name in outputs}
             shapes = sorted({array.shape for array in answer.values()})
             if len(shapes) > 1 or len(shapes[0]) not in (1, 2) or shapes[0][0] != end - start:
                 raise ServingError(
@@ -327,7 +338,12 @@ class Client:
             return answer
 
         starts = range(0, count, self.batch_size)
-        calls = [lambda timeout, start=start: predict(start, timeout) for start in starts]
+        calls = [
+            lambda timeout, start=start: predict(
+                start, min(start + self.batch_size, count), timeout
+            )
+            for start in starts
+        ]
         return self._predict(calls, signature, time.monotonic() + self.timeout)
 
     def _predict(

@@ -24,7 +24,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
@@ -33,12 +32,8 @@ from bertgen_tf.checkpoints import versions as on_disk
 from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
 from bertgen_tf.checkpoints.presets import GRAPH_FILE
 from bertgen_tf.export.files import read_warmup
-from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
+from bertgen_tf.serving.signatures import Signature, make_signatures, warm_up
 
-# Where an export does not specify its batch sizes.
-MAX_BATCH_SIZE = 32
-# More than any export runs at once.
-_MAX_SPECIFIED_BATCH_SIZE = 4096
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
 # Of metadata.json, which is part of the list of all models.
 _MAX_SHOWN_BYTES = 2**20
@@ -52,46 +47,6 @@ _log = logging.getLogger(__name__)
 
 class NotLoadedYet(LookupError):
     """The first version of a model is being loaded."""
-
-
-class Signature:
-    """A function of an export.
-
-    Attributes:
-        name: the signature's.
-        inputs: the specifications of the inputs, by name.
-        max_batch_size: the most rows of one run.
-        has_rows: whether the first dimension of all inputs and outputs is the batch.
-    """
-
-    def __init__(
-        self, name: str, function: Any, max_batch_size: int = MAX_BATCH_SIZE, owner: Any = None
-    ):
-        self.name = name
-        self.inputs: dict[str, tf.TensorSpec] = dict(
-            sorted(function.structured_input_signature[1].items())
-        )
-        self.max_batch_size = max_batch_size
-        specs = [*self.inputs.values(), *function.structured_outputs.values()]
-        self.has_rows = bool(self.inputs) and all(
-            spec.shape.rank and spec.shape[0] is None for spec in specs
-        )
-        self._function = function
-        # Variables live as long as the loaded object.
-        self._owner = owner
-
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs it.
-
-        Args:
-            inputs: arrays of the types of `self.inputs`, strings as objects of bytes.
-
-        Returns:
-            the outputs by name, strings as objects of bytes.
-        """
-        tensors = {name: tf.constant(inputs[name], self.inputs[name].dtype) for name in self.inputs}
-        outputs = self._function(**tensors)
-        return {name: np.asarray(outputs[name].numpy()) for name in sorted(outputs)}
 
 
 @dataclasses.dataclass(eq=False)
@@ -140,16 +95,8 @@ class Version:
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
         loaded = tf.saved_model.load(str(self.path))
-        size = _largest_batch(self.metadata)
-        self.signatures = {
-            name: Signature(name, function, size, loaded)
-            for name, function in loaded.signatures.items()
-        }
-        for name, inputs in read_warmup(self.path):
-            signature = self.signatures.get(name or DEFAULT_SIGNATURE)
-            if signature is None:
-                raise ValueError(f"a warm-up request is to {name[:100]!r}, which is no signature")
-            signature.run(inputs)
+        self.signatures = make_signatures(loaded, self.metadata)
+        warm_up(self.signatures, read_warmup(self.path))
         if self.state != "LOADING":  # it took too long
             self.signatures = {}
 
@@ -467,19 +414,6 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         _log.warning("ignored %s: %s", folder / METADATA_FILE, error)
         return {}
     return metadata
-
-
-def _largest_batch(metadata: dict[str, Any]) -> int:
-    sizes = metadata.get("batch_sizes", [MAX_BATCH_SIZE])
-    most = _MAX_SPECIFIED_BATCH_SIZE
-    if (
-        isinstance(sizes, list)
-        and sizes
-        and all(type(size) is int and 0 < size <= most for size in sizes)
-    ):
-        return max(sizes)
-    _log.warning("ignored batch_sizes: expected a list of integers from 1 to %d", most)
-    return MAX_BATCH_SIZE
 
 
 def _code_name(code: int) -> str:

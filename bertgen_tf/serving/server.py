@@ -60,6 +60,8 @@ def serve(
     request_timeout: float = 30.0,
     max_body_bytes: int = 4 * 2**20,
     max_texts: int = 1024,
+    max_text_bytes: int = 2**16,
+    batch_seconds: float = 1.0,
     max_queued_texts: int = 4096,
     max_connections: int = 512,
     batch_patience: float = 0.005,
@@ -81,9 +83,13 @@ def serve(
         port: the same; 0 for any free one, which is logged.
         poll_seconds: between checks for new versions.
         load_timeout: seconds after which a load, with its warm-up requests, is given up.
-        request_timeout: seconds after which a request is answered with 504.
+        request_timeout: seconds after which a request is answered with 504. What would probably
+            take longer is refused at once: with 503 if others wait, with 413 if it would take more
+            than a third of the time alone.
         max_body_bytes: of a request; more is answered with 413.
         max_texts: of a request; more is answered with 413.
+        max_text_bytes: of each text; more is answered with 413.
+        batch_seconds: how long batches should take: a text that comes waits for two at most.
         max_queued_texts: waiting for their turn; more is answered with 503.
         max_connections: open at a time; more is answered with 503.
         batch_patience: seconds to wait for a full batch where several clients are active.
@@ -107,6 +113,8 @@ def serve(
         models,
         max_body_bytes=max_body_bytes,
         max_texts=max_texts,
+        max_text_bytes=max_text_bytes,
+        batch_seconds=batch_seconds,
         max_queued_texts=max_queued_texts,
         request_timeout=request_timeout,
         batch_patience=batch_patience,

@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 
+import numpy as np
 import pytest
 
 pytest.importorskip("starlette")
@@ -20,6 +21,7 @@ pytest.importorskip("prometheus_client")
 from bertgen_tf.serving import app as serving_app
 from bertgen_tf.serving.app import ServingApp
 from bertgen_tf.serving.exports import Models
+from bertgen_tf.serving.pricing import row_sizes
 from tests.helpers.litter import Litter
 from tests.helpers.serving_exports import VOCABULARY, write_export
 
@@ -377,6 +379,44 @@ def test_number_of_texts(models):
     assert predict(models, {"inputs": ["a"] * 3}, max_texts=3)[0] == 200
     status, answer = predict(models, {"inputs": ["a"] * 4}, max_texts=3)
     assert status == 413 and "at most 3 texts, received 4" in answer["error"]
+
+
+def test_bytes_of_a_text(models):
+    texts = ["ab", "é" * 3]
+    assert predict(models, {"inputs": texts}, max_text_bytes=6)[0] == 200
+    status, answer = predict(models, {"inputs": texts}, max_text_bytes=5)
+    assert status == 413 and "must have at most 5 bytes, received 6" in answer["error"]
+
+
+def test_a_request_has_a_price(folder):
+    """What would take too long is refused at once, and by a full queue of work, too."""
+
+    async def test(app):
+        started, go_on = hold_up(app)
+        signature = app.models.find("name").signatures["serving_default"]
+        for count in (1, 2):  # a second for each text
+            sizes = row_sizes({"text": np.array([b"a"] * count, object)}, count, None)
+            signature.cost.learn(sizes.padded, float(count))
+
+        async def send(count):
+            return await ask(app, "POST", PREDICT, json.dumps({"inputs": ["a"] * count}).encode())
+
+        status, _, answer = await send(5)
+        assert status == 413 and "at most 4 such texts" in json.loads(answer)["error"]
+        tasks = [asyncio.create_task(send(4)) for _ in range(3)]
+        while app.batcher.queued < 9 or not started.is_set():  # others run
+            await asyncio.sleep(0.001)
+        status, headers, answer = await send(4)
+        assert status == 503 and headers["retry-after"] == "1"
+        assert "and may take 12.5. Try again" in json.loads(answer)["error"]
+        metrics = (await ask(app, "GET", "/monitoring/prometheus/metrics"))[2].decode()
+        (queued,) = re.findall(r"^bertgen_tf_queued_seconds (\S+)", metrics, re.MULTILINE)
+        assert 8.5 < float(queued) < 11.5
+        assert float(re.findall(r"^bertgen_tf_busy_seconds (\S+)", metrics, re.MULTILINE)[0]) > 0
+        go_on.set()
+        assert [(await task)[0] for task in tasks] == [200] * 3
+
+    serve(folder, test, request_timeout=12.5, batch_seconds=1)
 
 
 def test_size_of_an_answer(models, monkeypatch):

@@ -3,12 +3,14 @@
 import asyncio
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from bertgen_tf.serving.batching import Batcher, QueueFull, is_client_error
+from bertgen_tf.serving.batching import Batcher, QueueFull, RequestTooLarge, is_client_error
+from bertgen_tf.serving.pricing import Cost, Size, row_sizes
 
 SECONDS = 60  # until a test that hangs fails
 
@@ -17,11 +19,13 @@ class Fake:
     """Gives its texts back; `bad` ones fail the run."""
 
     name = "fake"
+    max_length = None
 
     def __init__(self, max_batch_size=4, has_rows=True, inputs=("text",)):
         self.max_batch_size = max_batch_size
         self.has_rows = has_rows
         self.inputs = dict.fromkeys(inputs)
+        self.cost = Cost()
         self.runs = []
         self.started = threading.Event()
         self.go_on = threading.Event()
@@ -132,23 +136,195 @@ def test_short_requests_do_not_wait_for_a_long_one():
         long, short = await start(batcher, fake, texts(*"abcdefghijkl"), texts("short"))
         fake.go_on.set()
         assert await outputs([first, long, short]) == [["first"], list("abcdefghijkl"), ["short"]]
-        assert fake.runs[1:] == [list("abcd"), ["short", *"efg"], list("hijk"), ["l"]]
+        assert fake.runs[1:] == [[*"abc", "short"], list("defg"), list("hijk"), ["l"]]
 
     run(test)
 
 
-def test_signatures_take_turns():
+class Priced(Fake):
+    """Takes 1 s for a row, as far as its batcher knows."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        for count in (1, 2):
+            sizes = row_sizes(texts(*[b"text"] * count), count, None)
+            self.cost.learn(sizes.padded, float(count))
+        self.cost.learn = lambda size, seconds: None
+
+
+def priced(*values):
+    return texts(*(f"{value:04}".encode() for value in values))
+
+
+def test_rows_of_a_long_request_fill_a_batch_up_to_its_time():
+    async def test(batcher):
+        fake = Priced(max_batch_size=8)
+        await batcher.run(fake, priced(*range(7)))
+        assert [len(run) for run in fake.runs] == [3, 3, 1]
+        # One row of each request is not too much.
+        fake.runs.clear()
+        other = Fake()
+        first = await hold(batcher, other)
+        tasks = await start(batcher, fake, *(priced(value) for value in range(5)))
+        other.go_on.set()
+        await outputs([first, *tasks])
+        assert [len(run) for run in fake.runs] == [5]
+
+    run(test, batch_seconds=3.5)
+
+
+def test_a_single_text_waits_for_two_batches_at_most():
+    async def test(batcher):
+        one, other = Priced(max_batch_size=2), Priced(max_batch_size=2)
+        order = []
+        one.answer = lambda inputs: order.append("long") or {"out": inputs["text"]}
+        other.answer = lambda inputs: order.append("short") or {"out": inputs["text"]}
+        long = await start(batcher, one, *(priced(*range(20)) for _ in range(3)))
+        waits = []
+        for number in range(6):
+            one.go_on.clear()
+            one.started.clear()
+            assert await asyncio.to_thread(one.started.wait, SECONDS)
+            before = len(order)
+            (short,) = await start(batcher, other, priced(number))
+            one.go_on.set()
+            await short
+            waits.append(order[before:].index("short"))
+        await outputs(long)
+        assert max(waits) <= 2 and order.count("long") == 30
+
+    run(test, batch_seconds=2.5)
+
+
+def test_new_texts_cannot_starve_a_long_request():
+    async def test(batcher):
+        fake = Fake(max_batch_size=2)
+        first = await hold(batcher, fake)
+        (long,) = await start(batcher, fake, texts(*"abcdef"))
+        done = 0
+
+        async def client(number):
+            nonlocal done
+            while not long.done():
+                await batcher.run(fake, texts(str(number)))
+                done += 1
+
+        clients = [asyncio.create_task(client(number)) for number in range(20)]
+        await asyncio.sleep(0)
+        fake.go_on.set()
+        await outputs([first, long])
+        assert done < 60
+        await asyncio.gather(*clients)
+
+    run(test)
+
+
+def test_what_takes_too_long_alone_is_refused_with_the_number_that_does_not():
+    async def test(batcher):
+        fake = Priced()
+        with pytest.raises(RequestTooLarge, match=r"about 11 seconds, and may take 10\. Send at mo"
+                           r"st 10 such texts"):  # fmt: skip
+            await batcher.run(fake, priced(*range(11)))
+        assert not fake.runs and not batcher.queued
+        assert len((await batcher.run(fake, priced(*range(10)))).outputs["out"]) == 10
+        # A text is never too large.
+        long = texts(b"text" * 1000)
+        assert (await batcher.run(fake, long)).outputs["out"].tolist() == long["text"].tolist()
+        assert (await batcher.run(Fake(), texts(*"a" * 5000))).batch_size == 4
+
+    run(test, request_timeout=30, max_queued=10_000)
+
+
+def test_what_cannot_be_answered_in_time_is_refused():
+    async def test(batcher):
+        fake, other = Priced(), Fake()
+        first = await hold(batcher, other)
+        tasks = await start(batcher, fake, *(priced(*range(9)) for _ in range(3)))
+        with pytest.raises(QueueFull, match="would take about 36 seconds, and may take 30"):
+            await batcher.run(fake, priced(*range(9)))
+        # A short one waits for a few rows of each only.
+        tasks += await start(batcher, fake, priced(1))
+        assert round(batcher.queued_seconds) == 28
+        other.go_on.set()
+        await outputs([first, *tasks])
+        assert batcher.queued_seconds == 0
+
+    run(test, request_timeout=30)
+
+
+def test_a_cancelled_request_enters_no_further_batch():
+    async def test(batcher):
+        fake = Fake()
+        fake.go_on.clear()
+        (long,) = await start(batcher, fake, texts(*"abcdefghijkl"))
+        assert await asyncio.to_thread(fake.started.wait, SECONDS)
+        assert batcher.busy_seconds > 0
+        long.cancel()
+        await asyncio.sleep(0)
+        fake.go_on.set()
+        await batcher.run(fake, texts("next"))
+        assert fake.runs == [list("abcd"), ["next"]]
+        assert batcher.queued == batcher.busy_seconds == 0
+
+    run(test)
+
+
+def test_what_was_cancelled_is_not_run_again_when_its_batch_fails():
+    async def test(batcher):
+        fake = Fake()
+        other = Fake()
+        first = await hold(batcher, other)
+        tasks = await start(batcher, fake, texts("a"), texts("bad"))
+        fake.go_on.clear()
+        other.go_on.set()
+        await first
+        assert await asyncio.to_thread(fake.started.wait, SECONDS)
+        tasks[0].cancel()
+        await asyncio.sleep(0)
+        fake.go_on.set()
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            await tasks[1]
+        assert fake.runs == [["a", "bad"], ["bad"]]
+
+    run(test)
+
+
+def test_long_texts_do_not_hold_up_short_ones():
+    async def test(batcher):
+        fake = Fake()
+        short, long = texts(b"short"), texts(b"long " * 1000)
+        tasks = await run_together(batcher, fake, short, long, short)
+        await outputs(tasks)
+        assert [len(run) for run in fake.runs] == [2, 1]
+
+    run(test)
+
+
+def test_a_surprise_does_not_change_what_is_expected_by_much():
+    async def test(batcher):
+        fake = Fake()
+        fake.cost.learn(Size(100.0, 0.0), 1e-4)
+        before = fake.cost.seconds(Size(100.0, 0.0))
+        fake.answer = lambda inputs: time.sleep(0.2) or {"out": inputs["text"]}
+        await batcher.run(fake, texts(b"a"))
+        assert before < fake.cost.seconds(Size(100.0, 0.0)) < 10 * before
+
+    run(test)
+
+
+def test_texts_run_in_their_order_whatever_the_signature():
     async def test(batcher):
         one, other = Fake(max_batch_size=1), Fake(max_batch_size=1)
         order = []
         one.answer = lambda inputs: order.append("one") or {"out": inputs["text"]}
         other.answer = lambda inputs: order.append("other") or {"out": inputs["text"]}
         first = await hold(batcher, one)
-        tasks = await start(batcher, one, *(texts(c) for c in "abc"))
-        tasks += await start(batcher, other, *(texts(c) for c in "de"))
+        tasks = await start(batcher, one, texts("a"), texts("b"))
+        tasks += await start(batcher, other, texts("c"))
+        tasks += await start(batcher, one, texts("d"))
         one.go_on.set()
         await outputs([first, *tasks])
-        assert order == ["one", "one", "other", "one", "other", "one"]
+        assert order == ["one", "one", "one", "other", "one"]
 
     run(test)
 

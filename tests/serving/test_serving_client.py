@@ -317,6 +317,19 @@ def test_other_errors_are_not_sent_again(rest, status):
     assert len([path for _, path, _, _ in rest.requests if path.endswith(":predict")]) == 1
 
 
+def test_what_is_too_much_for_a_request_is_sent_in_halves(rest):
+    texts = [f"text {number}" for number in range(7)]
+    with Client(rest.url, "model", max_concurrency=1) as client:
+        expected = client.generate(texts, output_scores=True)
+        rest.requests.clear()
+        rest.faults[:] = [Reply(413, '{"error": "Send at most 4 such texts"}')] * 2
+        output = client.generate(texts, output_scores=True)
+    assert output.texts == expected.texts and output.texts[6] == "TEXT 6"
+    np.testing.assert_array_equal(output.scores, expected.scores)
+    # 7, its first half 3, of that 1 and 2, the second half 4.
+    assert len(rest.requests) == 5
+
+
 def test_other_codes_of_grpc_are_not_sent_again(served):
     with GrpcServer(served) as server, Client(server.url, "model") as client:
         server.faults[:] = ["INTERNAL"]

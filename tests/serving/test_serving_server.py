@@ -38,8 +38,9 @@ CLI = "import sys; from bertgen_tf.cli.main import main; sys.exit(main())"
 # The load of the model "slow" hangs, and so does the batch of the text "hang".
 IMPATIENT = """
 import sys, time
-from bertgen_tf.serving.exports import Signature, Version
+from bertgen_tf.serving.exports import Version
 from bertgen_tf.serving.server import serve
+from bertgen_tf.serving.signatures import Signature
 load, run = Version.load, Signature.run
 def hang_to_load(self):
     load(self)

@@ -5,9 +5,11 @@
 1. kill -9 and a restart under load: clients that retry lose nothing
 2. answers: 32 clients at a time; none lost, swapped or wrong
 3. batching: at least 3 times the texts a second of one client; what the server adds to a request
-4. memory: the same after thousands of requests of all lengths
-5. malformed requests: all answered with 4xx, and the server keeps running
-6. XLA compiles a bounded number of programs
+4. long requests give way: a text beside the largest ones that are allowed, of each plain signature,
+   is answered within three of the batches that run then; none is lost
+5. memory: the same after thousands of requests of all lengths
+6. malformed requests: all answered with 4xx, and the server keeps running
+7. XLA compiles a bounded number of programs
 
 Without --model it makes a small one with random weights. Every answer is compared with the one that
 the server gave to the same text alone. Batches are computed in another order: where two tokens are
@@ -26,6 +28,7 @@ import json
 import os
 import platform
 import random
+import re
 import signal
 import socket
 import statistics
@@ -168,14 +171,18 @@ class Connection:
 
     def ask(self, texts: list[str]) -> list[tuple[str, float]]:
         """Texts and scores."""
-        body = json.dumps({"signature_name": self.signature, "inputs": {"text": texts}})
-        self.connection.request("POST", self.path, body)
-        response = self.connection.getresponse()
-        content = response.read()
-        if response.status != 200:
-            raise RuntimeError(f"status {response.status}: {content[:300]!r}")
+        status, content = self.post({"text": texts})
+        if status != 200:
+            raise RuntimeError(f"status {status}: {content[:300]!r}")
         outputs = json.loads(content)["outputs"]
         return list(zip(outputs["text"], outputs["score"], strict=True))
+
+    def post(self, inputs: dict[str, list]) -> tuple[int, bytes]:
+        """Status and body of the answer."""
+        body = json.dumps({"signature_name": self.signature, "inputs": inputs})
+        self.connection.request("POST", self.path, body)
+        response = self.connection.getresponse()
+        return response.status, response.read()
 
 
 class LoadTest:
@@ -208,6 +215,7 @@ class LoadTest:
         try:
             self.overhead(server, alone)
             self.many_clients(server, alone)
+            self.long_requests(server)
             slow = start_slowly(server)  # they wait for their time-out while others are answered
             self.memory(server)
             self.malformed(server, slow)
@@ -300,6 +308,43 @@ class LoadTest:
             )
         sizes = [x["batch"] for x in server.lines() if "batch" in x][-len(times) :]
         self.check("texts run together, mean", f"{statistics.mean(sizes):.1f}")
+
+    def long_requests(self, server: Server) -> None:
+        """One client with the largest requests that are allowed, 16 with one text."""
+        plain = [name for name in server.signatures if not name.endswith("_xla")]
+        end = time.monotonic() + self.arguments.seconds
+        seen = sum(1 for _ in server.lines())
+        times: list[float] = []
+        sizes: dict[str, int] = {}
+        counts = {"equal": 0, "rounded": 0, "wrong": 0}
+        lock = threading.Lock()
+
+        def client(number: int) -> None:
+            if not number:
+                while time.monotonic() < end:
+                    for name in plain:
+                        sizes[name] = ask_for_most(Connection(server, name))
+                return
+            draw = random.Random(number)
+            connection = Connection(server)
+            while time.monotonic() < end:
+                text = draw.choice(list(self.expected))
+                start = time.perf_counter()
+                (answer,) = connection.ask([text])
+                with lock:
+                    times.append(time.perf_counter() - start)
+                    counts[self.compare(text, answer)] += 1
+
+        failures = in_threads(client, 17)
+        value = "{equal:,} equal, {rounded} rounded, {wrong} wrong".format(**counts)
+        self.check("16 clients beside long requests", value, are_right(counts))
+        self.check("requests without an answer", str(failures), failures == 0)
+        self.check("texts of them", ", ".join(f"{name} {n:,}" for name, n in sizes.items()))
+        batches = [x["batch_ms"] for x in itertools.islice(server.lines(), seen, None)
+                   if "batch_ms" in x]  # fmt: skip
+        p99, longest = 1000 * statistics.quantiles(times, n=100)[98], max(batches)
+        value = f"p99 {p99:.0f} ms, longest batch {longest:.0f} ms"
+        self.check("a text beside long requests", value, p99 < 3 * longest + MAX_OVERHEAD_MS)
 
     def compare(self, text: str, answer: tuple[str, float]) -> str:
         expected = self.expected[text]
@@ -397,6 +442,30 @@ class LoadTest:
         most = len(sizes) * len(lengths)
         value = f"{compiled} of at most {most}, {self.arguments.xla_requests} requests"
         self.check("programs that XLA compiled", value, 0 < compiled <= most)
+
+
+def ask_for_most(connection: Connection) -> int:
+    """Sends as many long texts as a request may have; returns how many."""
+    text = " ".join(SYLLABLES)
+    count = 1024
+    while True:
+        if connection.signature == "ids":
+            ids = [[5] * 60] * count
+            inputs = {"input_ids": ids, "attention_mask": [[1] * 60] * count}
+        elif connection.signature == "score":
+            inputs = {"source": [text] * count, "target": [text] * count}
+        else:
+            inputs = {"text": [text] * count}
+        status, content = connection.post(inputs)
+        if status == 200:
+            return count
+        allowed = re.search(rb"at most (\d+) such", content)
+        if status == 503:  # in its turn
+            time.sleep(1)
+        elif status == 413 and allowed:
+            count = int(allowed[1])
+        else:
+            raise RuntimeError(f"status {status}: {content[:300]!r}")
 
 
 def are_right(counts: dict[str, int]) -> bool:

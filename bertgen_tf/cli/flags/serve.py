@@ -76,7 +76,18 @@ def add_command(commands: Any) -> None:
     for flag, default, text in (
         ("--poll-seconds", 2.0, "between checks for new versions"),
         ("--load-timeout", 600.0, "until a load, with its warm-up requests, is given up"),
-        ("--request-timeout", 30.0, "until a request is given up, with status 504"),
+        (
+            "--request-timeout",
+            30.0,
+            "until a request is given up, with status 504; what would "
+            "probably take longer gets 503 at once, what would take a third of it alone 413",
+        ),
+        (
+            "--batch-seconds",
+            1.0,
+            "that a batch should take: long requests run in several, and "
+            "let others go first after each",
+        ),
         ("--shutdown-timeout", 30.0, "to answer what was accepted before it ends"),
     ):
         times.add_argument(
@@ -95,6 +106,7 @@ def add_command(commands: Any) -> None:
             "of all that are being received 503",
         ),
         ("--max-texts", 1024, "of a request; more gets 413"),
+        ("--max-text-bytes", 2**16, "of a text; more gets 413"),
         ("--max-queued-texts", 4096, "waiting for their turn; more gets 503"),
         ("--max-connections", 512, "open at a time; more gets 503"),
     ):
