@@ -5,6 +5,7 @@ accepted; what was accepted is answered before the process ends, within a time l
 whatever hangs.
 """
 
+import contextlib
 import datetime
 import json
 import logging
@@ -354,7 +355,8 @@ class _Protocol(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
             # Closed with bytes unread, the connection would be reset, and the answer lost.
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has gone
+                self.transport.write_eof()
             self.loop.call_later(_LINGER, self.transport.abort)
         else:
             self.transport.close()

@@ -515,6 +515,30 @@ def test_a_client_that_sends_no_more_gets_its_answers():
     asyncio.run(test())
 
 
+def test_a_client_that_went_before_it_was_refused(monkeypatch):
+    """Its connection is given up all the same."""
+
+    async def test():
+        accepted = Accepted(None)
+        async with asyncio.timeout(SECONDS), accepted as (_, writer):
+            writer.write(b"GET /a")
+            while not (accepted.protocols and accepted.protocols[0].conn.trailing_data[0]):
+                await asyncio.sleep(0)
+            (protocol,) = accepted.protocols
+
+            def gone():
+                raise OSError("Transport endpoint is not connected")
+
+            protocol.transport.write_eof = gone
+            protocol._time_over()
+            while accepted.state.connections:
+                await asyncio.sleep(0.01)
+            writer.close()
+
+    monkeypatch.setattr(server_module, "_LINGER", 0.0)
+    asyncio.run(test())
+
+
 def test_a_half_closed_connection_of_python(server):
     connection = http.client.HTTPConnection(*server.address, timeout=SECONDS)
     connection.request("POST", PREDICT, b'{"inputs": ["a"]}')
