@@ -24,7 +24,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.hub.modules import Tensors
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
-from bertgen_tf.checks import first_line
+from bertgen_tf.checks import check_regular_file, first_line
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import sources
@@ -34,6 +34,7 @@ METADATA_FILE = "metadata.json"
 _VARIABLES = "variables/variables"
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 _MAX_METADATA_BYTES = 16 * 2**20
+_MAX_METADATA_DEPTH = 50
 
 
 def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderModel) -> Model:
@@ -109,18 +110,31 @@ def read_metadata(folder: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         OSError: there is none, or it cannot be read.
-        ValueError: it is too large, or not a JSON object.
+        ValueError: it is no regular file, too large, or not a JSON object.
     """
     path = pathlib.Path(folder, METADATA_FILE)
+    check_regular_file(path)
     if path.stat().st_size > _MAX_METADATA_BYTES:
         raise ValueError(f"it has more than {_MAX_METADATA_BYTES:,} bytes")
     try:
         metadata = json.loads(path.read_text("utf-8"))
+        if _is_deep(metadata, _MAX_METADATA_DEPTH):
+            raise ValueError("it is nested too deeply")
+        # JSON has no NaN, which a browser refuses together with all that is sent with it.
+        json.dumps(metadata, allow_nan=False)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(metadata, dict):
         raise ValueError("it is not a JSON object")
     return metadata
+
+
+def _is_deep(value: Any, depth: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and (
+        not depth or any(_is_deep(item, depth - 1) for item in value)
+    )
 
 
 @contextlib.contextmanager
