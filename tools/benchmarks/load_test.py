@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
-from serving_requests import malformed_requests, send_bytes
+from serving_requests import is_refusal, malformed_requests, send_bytes
 
 CLI = "import sys; from bertgen_tf.cli.main import main; sys.exit(main())"
 TOLERANCE = 1e-3  # of scores
@@ -185,7 +185,32 @@ class Connection:
         return response.status, response.read()
 
 
-class LoadTest:
+class Promises:
+    """What was checked, printed as a table.
+
+    Attributes:
+        rows: what was checked, what came, and "kept", "BROKEN" or "".
+    """
+
+    def __init__(self):
+        self.rows: list[tuple[str, str, str]] = []
+
+    @property
+    def are_kept(self) -> bool:
+        return all(verdict != "BROKEN" for *_, verdict in self.rows)
+
+    def check(self, what: str, value: str, kept: bool | None = None) -> None:
+        verdict = {None: "", True: "kept", False: "BROKEN"}[kept]
+        self.rows.append((what, value, verdict))
+        print(f"{what:34}{value:50} {verdict}".rstrip(), flush=True)
+
+    def check_log(self, *servers: Server) -> None:
+        lines = itertools.chain(*(server.lines() for server in servers))
+        bad = [x for x in lines if "traceback" in x or x["level"] == "error"]
+        self.check("errors in the log", str(len(bad)), not bad)
+
+
+class LoadTest(Promises):
     """All tests, one after another.
 
     Args:
@@ -195,10 +220,10 @@ class LoadTest:
     """
 
     def __init__(self, arguments: argparse.Namespace, model: Path, folder: Path):
+        super().__init__()
         self.arguments = arguments
         self.model = model
         self.folder = folder
-        self.rows: list[tuple[str, str, str]] = []
         self.expected: dict[str, tuple[str, float]] = {}
 
     def run(self) -> bool:
@@ -224,15 +249,8 @@ class LoadTest:
             self.check("ends on SIGTERM", f"exit code {(code := server.stop())}", code == 0)
         finally:
             server.stop(signal.SIGKILL)
-        lines = itertools.chain(first.lines(), server.lines())
-        bad = [x for x in lines if "traceback" in x or x["level"] == "error"]
-        self.check("errors in the log", str(len(bad)), not bad)
-        return all(verdict != "BROKEN" for *_, verdict in self.rows)
-
-    def check(self, what: str, value: str, kept: bool | None = None) -> None:
-        verdict = {None: "", True: "kept", False: "BROKEN"}[kept]
-        self.rows.append((what, value, verdict))
-        print(f"{what:34}{value:50} {verdict}".rstrip(), flush=True)
+        self.check_log(first, server)
+        return self.are_kept
 
     def one_client(self, server: Server) -> list[float]:
         """Records the expected answer to each text; returns the seconds that each took."""
@@ -377,10 +395,7 @@ class LoadTest:
         statuses: dict[int, int] = {}
         for what, data in malformed_requests(server.name, self.arguments.malformed):
             status, body = send_bytes(server.address, data)
-            told = False
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                told = bool(json.loads(body)["error"])
-            if not 400 <= status < 500 or not told:
+            if not is_refusal(status, body):
                 print(f"answered with {status} {body[:200]!r}: {what}")
                 status = 0
             statuses[status] = statuses.get(status, 0) + 1
