@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 from google.protobuf import json_format
-from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
 from bertgen_tf.checkpoints.presets import GRAPH_FILE
@@ -60,26 +60,28 @@ class Signature:
     def __init__(
         self,
         name: str,
-        function: Any,
+        definition: meta_graph_pb2.SignatureDef,
+        session: tf.compat.v1.Session,
         max_batch_size: int = MAX_BATCH_SIZE,
         max_length: int | None = None,
         prior: Cost | None = None,
-        owner: Any = None,
     ):
         self.name = name
-        self.inputs: dict[str, tf.TensorSpec] = dict(
-            sorted(function.structured_input_signature[1].items())
-        )
+        self.inputs = {key: _spec(key, x) for key, x in sorted(definition.inputs.items())}
         self.max_batch_size = max_batch_size
         self.max_length = max_length
         self.cost = Cost(prior)
-        specs = [*self.inputs.values(), *function.structured_outputs.values()]
+        outputs = {key: _spec(key, x) for key, x in sorted(definition.outputs.items())}
         self.has_rows = bool(self.inputs) and all(
-            spec.shape.rank and spec.shape[0] is None for spec in specs
+            spec.shape.rank and spec.shape[0] is None
+            for spec in (*self.inputs.values(), *outputs.values())
         )
-        self._function = function
-        # Variables live as long as the loaded object.
-        self._owner = owner
+        self._outputs = list(outputs)
+        # Holds the session, which lives as long as its signatures.
+        self._function = session.make_callable(
+            [definition.outputs[key].name for key in outputs],
+            [definition.inputs[key].name for key in self.inputs],
+        )
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs it.
@@ -90,9 +92,9 @@ class Signature:
         Returns:
             the outputs by name, strings as objects of bytes.
         """
-        tensors = {name: tf.constant(inputs[name], self.inputs[name].dtype) for name in self.inputs}
-        outputs = self._function(**tensors)
-        return {name: np.asarray(outputs[name].numpy()) for name in sorted(outputs)}
+        arrays = [np.asarray(inputs[key], x.dtype.as_numpy_dtype) for key, x in self.inputs.items()]
+        outputs = self._function(*arrays)
+        return {key: np.asarray(x) for key, x in zip(self._outputs, outputs, strict=True)}
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,8 +139,7 @@ class Version:
             )
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
-        loaded = tf.saved_model.load(str(self.path))
-        self.signatures = _signatures(loaded, self.metadata)
+        self.signatures = _signatures(*_load(self.path, graph), self.metadata)
         _warm_up(self.signatures, read_warmup(self.path))
 
     def describe(self) -> dict[str, Any]:
@@ -395,16 +396,43 @@ def _longest_text(metadata: dict[str, Any]) -> int | None:
     return length if type(length) is int and length > 0 else None
 
 
-def _signatures(loaded: Any, metadata: dict[str, Any]) -> dict[str, Signature]:
+def _load(
+    path: Path, graph: saved_model_pb2.SavedModel
+) -> tuple[tf.compat.v1.Session, dict[str, meta_graph_pb2.SignatureDef]]:
+    """Loads an export as TensorFlow Serving does, into a session.
+
+    `tf.saved_model.load` would keep every program that XLA compiled until the process ends; a
+    session frees them.
+    """
+    tags = graph.meta_graphs[0].meta_info_def.tags
+    with tf.Graph().as_default() as nodes:
+        session = tf.compat.v1.Session(graph=nodes)
+        loaded = tf.compat.v1.saved_model.load(session, tags, str(path))
+    signatures = {
+        name: definition
+        for name, definition in loaded.signature_def.items()
+        if definition.method_name == tf.saved_model.PREDICT_METHOD_NAME
+    }
+    return session, signatures
+
+
+def _spec(name: str, tensor: meta_graph_pb2.TensorInfo) -> tf.TensorSpec:
+    return tf.TensorSpec(tf.TensorShape(tensor.tensor_shape), tf.as_dtype(tensor.dtype), name)
+
+
+def _signatures(
+    session: tf.compat.v1.Session,
+    definitions: dict[str, meta_graph_pb2.SignatureDef],
+    metadata: dict[str, Any],
+) -> dict[str, Signature]:
     """The signatures of a loaded export."""
     size, length = _largest_batch(metadata), _longest_text(metadata)
     signatures: dict[str, Signature] = {}
     # What each is compared with before it has run is made first.
-    order = sorted(loaded.signatures, key=lambda n: (n != DEFAULT_SIGNATURE, n.endswith(COMPILED)))
-    for name in order:
+    for name in sorted(definitions, key=lambda n: (n != DEFAULT_SIGNATURE, n.endswith(COMPILED))):
         plain = signatures.get(name.removesuffix(COMPILED)) or signatures.get(DEFAULT_SIGNATURE)
         prior = plain.cost if plain else None
-        signatures[name] = Signature(name, loaded.signatures[name], size, length, prior, loaded)
+        signatures[name] = Signature(name, definitions[name], session, size, length, prior)
     return signatures
 
 
