@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("uvicorn")
 import soak
-from load_test import make_model
+from serving_process import make_model
 
 
 @pytest.mark.slow

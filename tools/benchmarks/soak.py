@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from load_test import (
+from serving_process import (
     SECONDS,
     TOLERANCE,
     Promises,
