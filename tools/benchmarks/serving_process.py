@@ -1,4 +1,4 @@
-"""What tools/load_test and tools/soak share: a server process, a small model, a table of promises."""
+"""What tools/load_test and tools/soak share: a server process, a small model, a table."""
 
 import contextlib
 import http.client
