@@ -32,7 +32,7 @@ from bertgen_tf.checkpoints import versions as on_disk
 from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
 from bertgen_tf.checkpoints.presets import GRAPH_FILE
 from bertgen_tf.export.files import read_warmup
-from bertgen_tf.serving.signatures import Signature, make_signatures, warm_up
+from bertgen_tf.serving.signatures import Signature, load_signatures, warm_up
 
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
 # Of metadata.json, which is part of the list of all models.
@@ -94,8 +94,7 @@ class Version:
             )
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
-        loaded = tf.saved_model.load(str(self.path))
-        self.signatures = make_signatures(loaded, self.metadata)
+        self.signatures = load_signatures(self.path, graph, self.metadata)
         warm_up(self.signatures, read_warmup(self.path))
         if self.state != "LOADING":  # it took too long
             self.signatures = {}

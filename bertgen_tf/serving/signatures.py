@@ -3,10 +3,12 @@
 import logging
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from bertgen_tf.export.signatures import COMPILED
 from bertgen_tf.serving.pricing import Cost, row_sizes
@@ -38,26 +40,28 @@ class Signature:
     def __init__(
         self,
         name: str,
-        function: Any,
+        definition: meta_graph_pb2.SignatureDef,
+        session: tf.compat.v1.Session,
         max_batch_size: int = MAX_BATCH_SIZE,
         max_length: int | None = None,
         prior: Cost | None = None,
-        owner: Any = None,
     ):
         self.name = name
-        self.inputs: dict[str, tf.TensorSpec] = dict(
-            sorted(function.structured_input_signature[1].items())
-        )
+        self.inputs = {key: _spec(key, x) for key, x in sorted(definition.inputs.items())}
         self.max_batch_size = max_batch_size
         self.max_length = max_length
         self.cost = Cost(prior)
-        specs = [*self.inputs.values(), *function.structured_outputs.values()]
+        outputs = {key: _spec(key, x) for key, x in sorted(definition.outputs.items())}
         self.has_rows = bool(self.inputs) and all(
-            spec.shape.rank and spec.shape[0] is None for spec in specs
+            spec.shape.rank and spec.shape[0] is None
+            for spec in (*self.inputs.values(), *outputs.values())
         )
-        self._function = function
-        # Variables live as long as the loaded object.
-        self._owner = owner
+        self._outputs = list(outputs)
+        # Holds the session, which lives as long as its signatures.
+        self._function = session.make_callable(
+            [definition.outputs[key].name for key in outputs],
+            [definition.inputs[key].name for key in self.inputs],
+        )
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Runs it.
@@ -68,22 +72,45 @@ class Signature:
         Returns:
             the outputs by name, strings as objects of bytes.
         """
-        tensors = {name: tf.constant(inputs[name], self.inputs[name].dtype) for name in self.inputs}
-        outputs = self._function(**tensors)
-        return {name: np.asarray(outputs[name].numpy()) for name in sorted(outputs)}
+        arrays = [np.asarray(inputs[key], x.dtype.as_numpy_dtype) for key, x in self.inputs.items()]
+        outputs = self._function(*arrays)
+        return {key: np.asarray(x) for key, x in zip(self._outputs, outputs, strict=True)}
 
 
-def make_signatures(loaded: Any, metadata: dict[str, Any]) -> dict[str, Signature]:
-    """The signatures of a loaded export."""
+def load_signatures(
+    path: Path, graph: saved_model_pb2.SavedModel, metadata: dict[str, Any]
+) -> dict[str, Signature]:
+    """Loads an export as TensorFlow Serving does, into a session.
+
+    `tf.saved_model.load` would keep every program that XLA compiled until the process ends; a
+    session frees them.
+
+    Args:
+        path: of the export.
+        graph: its saved_model.pb.
+        metadata: its metadata.json.
+    """
+    tags = graph.meta_graphs[0].meta_info_def.tags
+    with tf.Graph().as_default() as nodes:
+        session = tf.compat.v1.Session(graph=nodes)
+        loaded = tf.compat.v1.saved_model.load(session, tags, str(path))
+    definitions = {
+        name: definition
+        for name, definition in loaded.signature_def.items()
+        if definition.method_name == tf.saved_model.PREDICT_METHOD_NAME
+    }
     size, length = _largest_batch(metadata), _longest_text(metadata)
     signatures: dict[str, Signature] = {}
     # What each is compared with before it has run is made first.
-    order = sorted(loaded.signatures, key=lambda n: (n != DEFAULT_SIGNATURE, n.endswith(COMPILED)))
-    for name in order:
+    for name in sorted(definitions, key=lambda n: (n != DEFAULT_SIGNATURE, n.endswith(COMPILED))):
         plain = signatures.get(name.removesuffix(COMPILED)) or signatures.get(DEFAULT_SIGNATURE)
         prior = plain.cost if plain else None
-        signatures[name] = Signature(name, loaded.signatures[name], size, length, prior, loaded)
+        signatures[name] = Signature(name, definitions[name], session, size, length, prior)
     return signatures
+
+
+def _spec(name: str, tensor: meta_graph_pb2.TensorInfo) -> tf.TensorSpec:
+    return tf.TensorSpec(tf.TensorShape(tensor.tensor_shape), tf.as_dtype(tensor.dtype), name)
 
 
 def warm_up(
