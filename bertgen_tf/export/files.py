@@ -1,7 +1,6 @@
 """What lies beside an export's graph: warm-up requests, batching parameters, a description."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -15,6 +14,7 @@ import tensorflow as tf
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.exports import METADATA_FILE
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER
+from bertgen_tf.checks import sha256
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.buckets import source_buckets
@@ -230,7 +230,7 @@ def write_metadata(
         "files": {
             path.relative_to(folder).as_posix(): {
                 "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
+                "sha256": sha256(path),
             }
             for path in files
         },
@@ -255,8 +255,3 @@ def _describe(function: Any, settings: Any) -> dict[str, Any]:
     if settings is not None:
         description["generation_config"] = settings.to_dict()
     return description
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

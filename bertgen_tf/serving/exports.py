@@ -24,8 +24,9 @@ import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
-from bertgen_tf.checkpoints.presets import GRAPH_FILE
+from bertgen_tf.checkpoints.exports import LOADED, METADATA_FILE, read_metadata, verify
+from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
+from bertgen_tf.checks import Damaged
 from bertgen_tf.export.files import read_warmup
 from bertgen_tf.export.signatures import COMPILED
 from bertgen_tf.serving.pricing import Cost, row_sizes
@@ -104,6 +105,7 @@ class Version:
         number: its version.
         path: the folder of the export.
         stamp: changes when its files do.
+        verify: whether `load` compares the files with the checksums in metadata.json.
         state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
         error: its code and message; "OK" and "" if there is none.
         signatures: by name, while it is loaded.
@@ -115,6 +117,7 @@ class Version:
     number: int
     path: Path
     stamp: Any = None
+    verify: bool = True
     state: str = "LOADING"
     error: tuple[str, str] = ("OK", "")
     signatures: dict[str, Signature] = dataclasses.field(default_factory=dict)
@@ -128,6 +131,8 @@ class Version:
 
         if not (self.path / GRAPH_FILE).is_file():
             raise FileNotFoundError(f"{self.path} has no {GRAPH_FILE}")
+        if self.verify:
+            verify(self.path, (*LOADED, f"{EXTRA_FOLDER}/*"))
         graph = saved_model_pb2.SavedModel.FromString((self.path / GRAPH_FILE).read_bytes())
         self.signature_defs = {
             name: json_format.MessageToDict(
@@ -170,6 +175,8 @@ class Version:
         code = "UNKNOWN"
         if isinstance(error, tf.errors.OpError):
             code = _code_name(error.error_code)
+        elif isinstance(error, Damaged):
+            code = "DATA_LOSS"
         elif isinstance(error, OSError):
             code = "NOT_FOUND"
         # Clients are told no paths of this machine; the log has them.
@@ -195,13 +202,16 @@ class Models:
     Args:
         folder: see the top of the module; or one model's folder, which holds its versions; or one
             version, which alone is served.
+        verify: whether files are compared with the checksums in metadata.json before they are
+            loaded; a version with a damaged file is not.
 
     Raises:
         FileNotFoundError: there is no model.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, verify: bool = True):
         self._folder = Path(folder)
+        self._verify = verify
         self._versions: dict[str, list[Version]] = {name: [] for name in self._scan()}
         self._was_ready = False
         self.stopping = False
@@ -331,7 +341,7 @@ class Models:
         for number in sorted(paths, reverse=True):
             stamp = _stamp(paths[number])
             if stamp and stamp not in broken:
-                return Version(name, number, paths[number], stamp)
+                return Version(name, number, paths[number], stamp, self._verify)
         return None
 
     def _scan(self) -> dict[str, dict[int, Path]]:

@@ -39,6 +39,13 @@ def add_command(commands: Any) -> None:
         epilog=_EPILOG,
     )
     parser.add_argument("folder", metavar="FOLDER", help="see below")
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="load exports without comparing their files with the checksums in metadata.json, "
+        "which takes about a second for each gigabyte; by default those that differ are not served",
+    )
     where = parser.add_argument_group("where")
     where.add_argument(
         "--host",
