@@ -24,7 +24,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.hub.modules import Tensors
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
-from bertgen_tf.checks import Damaged, first_line, read_json, sha256
+from bertgen_tf.checks import Damaged, first_line, read_json, sha256, shown
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import sources
@@ -74,8 +74,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
             "version, which wrote none. Export its preset again."
         )
     verify(folder, _READ)
-    size = sum(path.stat().st_size for path in (folder / _VARIABLES).parent.glob("*"))
-    model = presets.build(extra, presets.read_config(extra), model_class, size)
+    model = presets.build(extra, presets.read_config(extra), model_class, folder / "variables")
     tensors = _read_variables(folder)
     variables = {variable.path: variable for variable in model.weights}
     _check_fit(folder, {name: tuple(v.shape) for name, v in variables.items()}, tensors.shapes)
@@ -148,7 +147,12 @@ def verify(folder: str | os.PathLike, patterns: Sequence[str] = LOADED) -> None:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             continue
         path = folder / name
-        if ".." in path.parts or not path.is_file() or sha256(path) != checksum:
+        if os.path.isabs(name) or ".." in path.parts:
+            raise Damaged(
+                f"{folder / METADATA_FILE} should name files of its own folder, but names "
+                f"{shown(name)}: {remedy}."
+            )
+        if not path.is_file() or sha256(path) != checksum:
             found = "its checksum differs" if path.is_file() else "there is no such file"
             raise Damaged(f"{path} should be as it was exported, but {found}: {remedy}.")
 

@@ -140,7 +140,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     _check_file(folder, WEIGHTS_FILE)
     path = folder / WEIGHTS_FILE
     check_files(folder, [WEIGHTS_FILE])
-    model = build(folder, config, model_class, path.stat().st_size)
+    model = build(folder, config, model_class, path)
     try:
         stored = _count_tensors(path)
         model.load_weights(path)
@@ -160,23 +160,27 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
 
 
 def build(
-    folder: pathlib.Path, config: dict[str, Any], model_class: type[Model], weights_bytes: int
+    folder: pathlib.Path, config: dict[str, Any], model_class: type[Model], weights: pathlib.Path
 ) -> Model:
     """The model of what `write_settings` wrote, with initial weights.
 
     Args:
         config: what `read_config` gives.
-        weights_bytes: of the files of the weights, which bound the model.
+        weights: their file, or the folder of their files: more than that is not allocated.
 
     Raises:
         FileNotFoundError: a vocabulary is missing.
         ValueError: the settings, or a vocabulary, are damaged, or the weights are of a smaller
             model.
     """
+    files = [weights] if weights.is_file() else weights.glob("*")
+    size = sum(path.stat().st_size for path in files)
     try:
-        _check_sizes(config, weights_bytes)
-        _read_vocabularies(folder, config)
-        return model_class.from_config(config)
+        # A number has at least one byte.
+        least = max(_least_weights(config[side]["config"]) for side in ("encoder", "decoder"))
+        if least <= size:
+            _read_vocabularies(folder, config)
+            return model_class.from_config(config)
     except Damaged:
         raise
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -184,6 +188,10 @@ def build(
             f"{folder} should hold the settings and the vocabulary of a model, but building it "
             f"failed: {first_line(error)}"
         ) from error
+    raise ValueError(
+        f"{weights} should hold the weights of the model in {CONFIG_FILE}, which has more than "
+        f"{least:,}, but has {size:,} bytes."
+    )
 
 
 def load_preprocessor(folder: str | os.PathLike) -> Seq2SeqPreprocessor:
@@ -304,20 +312,12 @@ def _expected_tensors(model: EncoderDecoderModel) -> int:
     )
 
 
-def _check_sizes(config: dict[str, Any], weights_bytes: int) -> None:
-    """Raises a ValueError if the weights are too few, before a model of such sizes is built."""
-    for side in ("encoder", "decoder"):
-        sizes = BertGenerationConfig.from_dict(config[side]["config"])
-        width = sizes.hidden_size
-        least = width * (
-            sizes.vocab_size
-            + sizes.max_position_embeddings
-            + sizes.num_hidden_layers * (4 * width + 2 * sizes.intermediate_size)
-        )
-        if least > weights_bytes:  # a number has at least one byte
-            raise ValueError(
-                f"{side} has more than {least:,} weights, but its file has {weights_bytes:,} bytes"
-            )
+def _least_weights(stack: dict[str, Any]) -> int:
+    """A number of weights that no stack of these settings falls below."""
+    sizes = BertGenerationConfig.from_dict(stack)
+    layer = 4 * sizes.hidden_size + 2 * sizes.intermediate_size
+    rows = sizes.vocab_size + sizes.max_position_embeddings + sizes.num_hidden_layers * layer
+    return rows * sizes.hidden_size
 
 
 def _count_tensors(path: pathlib.Path) -> int:

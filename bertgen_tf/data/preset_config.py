@@ -67,8 +67,8 @@ def check_files(folder: str | os.PathLike, files: Iterable[str]) -> None:
         path = os.path.join(folder, name)
         if known != (_digest(content["model"]) if name == CONFIG_FILE else sha256(path)):
             raise Damaged(
-                f"{path} should be as it was written, but its checksum differs: copy the preset "
-                f'again or, if the change is meant, remove "{_CHECKSUMS}" from {CONFIG_FILE}.'
+                f"{path} should be as it was written, but its checksum differs: copy it again or, "
+                f'if the change is meant, remove "{_CHECKSUMS}" from {CONFIG_FILE}.'
             )
 
 

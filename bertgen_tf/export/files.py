@@ -196,7 +196,7 @@ def write_metadata(
     Args:
         further: fields by name; those that are empty are left out.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = describe_files(folder)
     metadata = {
         "name": name,
         "version": version,
@@ -205,7 +205,7 @@ def write_metadata(
         "source_checkpoint": model.source_checkpoint,
         "parameters": model.count_params(),
         "weights_bytes": sum(
-            path.stat().st_size for path in files if path.parent.name == "variables"
+            files[name]["bytes"] for name in files if name.startswith("variables/")
         ),
         "config": {
             "encoder": model.encoder.config.to_dict(),
@@ -227,17 +227,20 @@ def write_metadata(
             },
             "python": platform.python_version(),
         },
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": sha256(path),
-            }
-            for path in files
-        },
+        "files": files,
     }
     with open(folder / METADATA_FILE, "w", encoding="utf-8") as file:
         json.dump(metadata, file, indent=2)
         file.write("\n")
+
+
+def describe_files(folder: pathlib.Path) -> dict[str, Any]:
+    """Size and SHA-256 of each file in a folder, by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _describe(function: Any, settings: Any) -> dict[str, Any]:

@@ -152,8 +152,10 @@ def assign(
                 )
             elif variables[target].dtype == "int8" != value.dtype:
                 problems.append(f"{name} is {value.dtype}, but {target} is int8")
-            elif not _is_finite(value, variables[target].dtype):
-                problems.append(f"{name} holds NaN, infinity or what is too large for {target}")
+            elif not np.isfinite(value).all():
+                problems.append(f"{name} holds NaN or infinity")
+            elif not _fits(value, variables[target].dtype):
+                problems.append(f"{name} holds numbers too large for {variables[target].dtype}")
             assignments[target] = (name, rule)
     if unknown:
         problems.append(f"no rule for {_listed(unknown)}")
@@ -169,8 +171,8 @@ def assign(
         variables[target].assign(rule.transform(np.asarray(tensors[name])))
 
 
-def _is_finite(value: np.ndarray, dtype: str) -> bool:
-    """Whether an array is finite in the type of its variable."""
+def _fits(value: np.ndarray, dtype: str) -> bool:
+    """Whether a finite array stays finite in the type of its variable."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(value.astype(dtype, copy=False)).all())
 
