@@ -82,6 +82,10 @@ RULES = [Rule(r"old_(\w+)", r"\1"), Rule(r"also_(\w+)", r"\1"), Rule("unused", N
             {"old_a": np.ones(2, np.float16), "old_b": np.array([1, 2, -np.inf], np.float16)},
             "old_b holds NaN or infinity",
         ),
+        (
+            {"old_a": np.array([1, 1e39]), "old_b": np.ones(3)},
+            "old_a holds numbers too large for float32",
+        ),
         # The sizes agree: an assignment by flat order would pass.
         (
             {"old_a": np.ones((2, 1)), "old_b": np.ones(3)},
