@@ -1,9 +1,13 @@
 """Checks of single values and files, and another library's error as one line."""
 
+import hashlib
+import json
 import math
 import numbers
 import operator
 import os
+import pathlib
+import re
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -11,6 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 _LARGEST_INTEGER = 2**31 - 1
+# No JSON of a model comes near.
+_MOST_JSON_BYTES = 2**26
+
+
+class Damaged(ValueError):
+    """A file is not as it was written."""
 
 
 class GenerationError(ValueError):
@@ -132,6 +142,33 @@ def check_regular_file(path: str | os.PathLike) -> None:
         raise ValueError(f"{path} must be a file, but is {kind}.")
 
 
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is no regular file, too large, or not a JSON object; the message is a part of
+            a sentence.
+    """
+    check_regular_file(path)
+    if os.stat(path).st_size > _MOST_JSON_BYTES:
+        raise ValueError(f"it has more than {_MOST_JSON_BYTES:,} bytes")
+    try:
+        content = json.loads(pathlib.Path(path).read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The SHA-256 of a regular file, in hexadecimal; some 1 GB a second."""
+    check_regular_file(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def shown(value: Any) -> str:
     """A value in a message: its `repr`, cut if it is long."""
     text = repr(value)
@@ -144,6 +181,9 @@ def first_line(error: Exception) -> str:
     if lines and lines[0].startswith("Graph execution error"):
         # TensorFlow then says where first, and what last.
         lines = [line for line in lines if line.strip() and not line.startswith((" ", "[["))][-1:]
+    elif lines and re.match(r"A total of \d+ objects could not be loaded", lines[0]):
+        # Keras: its first line names a layer, what is wrong with it comes next.
+        lines = [line for line in lines[1:] if line.strip()] or lines
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 

@@ -4,17 +4,18 @@
 | --- | --- |
 | assets.extra/config.json, and the vocabularies beside it | a preset without its weights |
 | variables/ | the weights, by name |
-| metadata.json | whose export it is |
+| metadata.json | whose export it is, and the checksums of its files |
 
 The graph is not read, so nothing of it runs.
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -24,7 +25,7 @@ from tensorflow.core.protobuf import trackable_object_graph_pb2
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.hub.modules import Tensors
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
-from bertgen_tf.checks import check_regular_file, first_line
+from bertgen_tf.checks import Damaged, first_line, read_json, sha256, shown
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import sources
@@ -33,8 +34,11 @@ from bertgen_tf.network.weights import Rule, assign
 METADATA_FILE = "metadata.json"
 _VARIABLES = "variables/variables"
 _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
-_MAX_METADATA_BYTES = 16 * 2**20
 _MAX_METADATA_DEPTH = 50
+# Patterns of the names of files that TensorFlow reads when it loads an export.
+LOADED = (GRAPH_FILE, "fingerprint.pb", "variables/*", "assets/*")
+# Of those that `load` reads.
+_READ = ("variables/*", *(f"{EXTRA_FOLDER}/{name}" for name in sorted(presets.FILES)))
 
 
 def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderModel) -> Model:
@@ -71,7 +75,8 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
             f"{folder} should hold {EXTRA_FOLDER}/{presets.CONFIG_FILE}, but is of an older "
             "version, which wrote none. Export its preset again."
         )
-    model = presets.build(extra, presets.read_config(extra), model_class)
+    verify(folder, _READ)
+    model = presets.build(extra, presets.read_config(extra), model_class, folder / "variables")
     tensors = _read_variables(folder)
     variables = {variable.path: variable for variable in model.weights}
     _check_fit(folder, {name: tuple(v.shape) for name, v in variables.items()}, tensors.shapes)
@@ -112,21 +117,51 @@ def read_metadata(folder: str | os.PathLike) -> dict[str, Any]:
         OSError: there is none, or it cannot be read.
         ValueError: it is no regular file, too large, or not a JSON object.
     """
-    path = pathlib.Path(folder, METADATA_FILE)
-    check_regular_file(path)
-    if path.stat().st_size > _MAX_METADATA_BYTES:
-        raise ValueError(f"it has more than {_MAX_METADATA_BYTES:,} bytes")
-    try:
-        metadata = json.loads(path.read_text("utf-8"))
-        if _is_deep(metadata, _MAX_METADATA_DEPTH):
-            raise ValueError("it is nested too deeply")
-        # JSON has no NaN, which a browser refuses together with all that is sent with it.
-        json.dumps(metadata, allow_nan=False)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(metadata, dict):
-        raise ValueError("it is not a JSON object")
+    metadata = read_json(pathlib.Path(folder, METADATA_FILE))
+    if _is_deep(metadata, _MAX_METADATA_DEPTH):
+        raise ValueError("it is nested too deeply")
+    # JSON has no NaN, which a browser refuses together with all that is sent with it.
+    json.dumps(metadata, allow_nan=False)
     return metadata
+
+
+def verify(folder: str | os.PathLike, patterns: Sequence[str] = LOADED) -> None:
+    """Raises unless files of an export are as they were written, so far as metadata.json says.
+
+    A SavedModel without metadata.json, or with an older one without checksums, passes.
+
+    Args:
+        folder: NAME/VERSION.
+        patterns: of the names of the files, as for `fnmatch`, where `*` is any characters.
+
+    Raises:
+        OSError: a file cannot be read.
+        Damaged: a file was changed or is missing, or metadata.json cannot be read.
+    """
+    folder = pathlib.Path(folder)
+    remedy = "copy the export again"
+    if not os.path.lexists(folder / METADATA_FILE):
+        return
+    try:
+        files = read_json(folder / METADATA_FILE).get("files", {})
+        stored = {name: description["sha256"] for name, description in files.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise Damaged(
+            f"{folder / METADATA_FILE} should have the checksums of the export, but is damaged "
+            f"({first_line(error)}): {remedy}."
+        ) from error
+    for name, checksum in stored.items():
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        path = folder / name
+        if os.path.isabs(name) or ".." in path.parts:
+            raise Damaged(
+                f"{folder / METADATA_FILE} should name files of its own folder, but names "
+                f"{shown(name)}: {remedy}."
+            )
+        if not path.is_file() or sha256(path) != checksum:
+            found = "its checksum differs" if path.is_file() else "there is no such file"
+            raise Damaged(f"{path} should be as it was exported, but {found}: {remedy}.")
 
 
 def _is_deep(value: Any, depth: int) -> bool:

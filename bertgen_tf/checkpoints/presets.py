@@ -2,14 +2,13 @@
 
 | file | what it holds |
 | --- | --- |
-| config.json | sizes, settings of generation and tokenizer |
+| config.json | sizes, settings of generation and tokenizer; checksums of all files |
 | model.weights.h5 | the weights, in Keras's format |
 | vocab.txt or spiece.model | the tokenizer's vocabulary |
 | decoder-vocab.txt or decoder-spiece.model | that of targets, if it is a different one |
 """
 
 import inspect
-import json
 import math
 import os
 import pathlib
@@ -19,9 +18,16 @@ from typing import Any
 import h5py
 
 from bertgen_tf import tokenizers
-from bertgen_tf.checks import first_line
+from bertgen_tf.checks import Damaged, first_line
+from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.data import folders
-from bertgen_tf.data.preset_config import CONFIG_FILE, FORMAT, find_config
+from bertgen_tf.data.preset_config import (
+    CONFIG_FILE,
+    FORMAT,
+    check_files,
+    find_config,
+    write_config,
+)
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
 from bertgen_tf.models.pretrained import Model
 from bertgen_tf.network import sources
@@ -40,6 +46,9 @@ VOCABULARIES = {
 }
 # The tokenizers of a model, and the prefixes of their files' names.
 PREFIXES = {"tokenizer": None, "decoder_tokenizer": "decoder"}
+_NAMES = [name for name, _ in VOCABULARIES.values()]
+# What a preset can hold.
+FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, *_NAMES, *(f"decoder-{name}" for name in _NAMES)})
 
 
 def save(
@@ -62,7 +71,6 @@ def save(
     """
 
     def write(path: pathlib.Path) -> None:
-        write_settings(model, path)
         # The same weights without the optimizer's, which Keras would write too.
         bare = EncoderDecoderModel(model.encoder, model.decoder)
         try:
@@ -70,6 +78,7 @@ def save(
         except OSError as error:
             raise OSError(error.errno, error.strerror, f"{folder}/{WEIGHTS_FILE}") from error
         bare.save_weights(path / WEIGHTS_FILE)
+        write_settings(model, path)
 
     folders.write_folder(folder, write, is_preset, "a preset", check)
 
@@ -78,20 +87,20 @@ def write_settings(model: EncoderDecoderModel, folder: pathlib.Path, **changes: 
     """Writes all of a preset but the weights, as `build` reads it.
 
     Args:
-        folder: an existing one.
+        folder: an existing one, with the weights if it is to have them.
         changes: to what `get_config` gives.
     """
     config = {**model.get_config(), **changes}
+    files = [WEIGHTS_FILE] if (folder / WEIGHTS_FILE).is_file() else []
     for side, prefix in PREFIXES.items():
         if config.get(side) is None:
             continue
         # The vocabulary has a file of its own, in the format that its field takes.
         field = VOCABULARIES[config[side]["class_name"]][1]
         file = getattr(model, side).save_vocabulary(folder, prefix)
-        config[side]["config"][field] = os.path.basename(file)
-    with open(folder / CONFIG_FILE, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "model": config}, file, indent=2)
-        file.write("\n")
+        files.append(os.path.basename(file))
+        config[side]["config"][field] = files[-1]
+    write_config(folder, config, files)
 
 
 def _check_room(path: pathlib.Path, weights: list[Any]) -> None:
@@ -130,11 +139,12 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
     _check_file(folder, WEIGHTS_FILE)
-    model = build(folder, config, model_class)
     path = folder / WEIGHTS_FILE
+    check_files(folder, [WEIGHTS_FILE])
+    model = build(folder, config, model_class, path)
     try:
-        model.load_weights(path)
         stored = _count_tensors(path)
+        model.load_weights(path)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} should hold the weights of the model in {CONFIG_FILE}, but reading it failed: "
@@ -150,24 +160,39 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     return model
 
 
-def build(folder: pathlib.Path, config: dict[str, Any], model_class: type[Model]) -> Model:
+def build(
+    folder: pathlib.Path, config: dict[str, Any], model_class: type[Model], weights: pathlib.Path
+) -> Model:
     """The model of what `write_settings` wrote, with initial weights.
 
     Args:
         config: what `read_config` gives.
+        weights: their file, or the folder of their files: more than that is not allocated.
 
     Raises:
         FileNotFoundError: a vocabulary is missing.
-        ValueError: the settings, or a vocabulary, are damaged.
+        ValueError: the settings, or a vocabulary, are damaged, or the weights are of a smaller
+            model.
     """
+    files = [weights] if weights.is_file() else weights.glob("*")
+    size = sum(path.stat().st_size for path in files)
     try:
-        _read_vocabularies(folder, config)
-        return model_class.from_config(config)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # A number has at least one byte.
+        least = max(_least_weights(config[side]["config"]) for side in ("encoder", "decoder"))
+        if least <= size:
+            _read_vocabularies(folder, config)
+            return model_class.from_config(config)
+    except Damaged:
+        raise
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} should hold the settings and the vocabulary of a model, but building it "
             f"failed: {first_line(error)}"
         ) from error
+    raise ValueError(
+        f"{weights} should hold the weights of the model in {CONFIG_FILE}, which has more than "
+        f"{least:,}, but has {size:,} bytes."
+    )
 
 
 def load_preprocessor(folder: str | os.PathLike) -> Seq2SeqPreprocessor:
@@ -188,7 +213,9 @@ def load_preprocessor(folder: str | os.PathLike) -> Seq2SeqPreprocessor:
             if config.get(side) is not None:
                 options[side] = tokenizers.deserialize(config[side])
         return Seq2SeqPreprocessor(**options)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except Damaged:
+        raise
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(
             f"{folder} should hold the settings and the vocabulary of a model, but reading them "
             f"failed: {first_line(error)}"
@@ -243,6 +270,7 @@ def _read_vocabularies(folder: pathlib.Path, config: dict[str, Any]) -> None:
     """Puts the vocabularies of a folder into a config, as `get_config` of a tokenizer does."""
     for side, name, field in _vocabularies(config):
         _check_file(folder, name)
+        check_files(folder, [name])
         vocabulary = tokenizers.read_vocabulary(config[side]["class_name"], folder / name)
         config[side]["config"][field] = vocabulary
 
@@ -256,11 +284,12 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     """The config of the model in `folder`, without its vocabulary.
 
     Raises:
-        FileNotFoundError, ValueError: it is not a preset.
+        FileNotFoundError, ValueError: it is not a preset, or its config is damaged.
     """
     folder = pathlib.Path(folder)
     config = find_config(folder)
     if config is not None:
+        check_files(folder, [CONFIG_FILE])
         return config
     sources.handles.check_family(folder, sources.handles.PRESET)
     folders.check_replaced(folder)
@@ -285,17 +314,46 @@ def _expected_tensors(model: EncoderDecoderModel) -> int:
     )
 
 
+def _least_weights(stack: dict[str, Any]) -> int:
+    """A number of weights that no stack of these settings falls below."""
+    sizes = BertGenerationConfig.from_dict(stack)
+    layer = 4 * sizes.hidden_size + 2 * sizes.intermediate_size
+    rows = sizes.vocab_size + sizes.max_position_embeddings + sizes.num_hidden_layers * layer
+    return rows * sizes.hidden_size
+
+
 def _count_tensors(path: pathlib.Path) -> int:
-    names: list[str] = []
+    """How many tensors a file has, random states aside.
+
+    Raises:
+        ValueError: it holds something else than groups and tensors, each in one place.
+    """
+    count, seen = 0, set()
     with h5py.File(path) as file:
-        file.visititems(
-            lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
-        )
-    return sum("seed_generator" not in name for name in names)
+        groups: list[h5py.Group] = [file]
+        while groups:
+            group = groups.pop()
+            for name in group:
+                item = group[name] if _is_hard(group, name) else None
+                # A group can contain itself.
+                place = None if item is None else h5py.h5o.get_info(item.id).addr
+                if place in seen or not isinstance(item, h5py.Group | h5py.Dataset):
+                    raise ValueError(
+                        f"{group.name.rstrip('/')}/{name} should be a group or a tensor with a "
+                        "single name"
+                    )
+                seen.add(place)
+                if isinstance(item, h5py.Group):
+                    groups.append(item)
+                else:
+                    count += "seed_generator" not in item.name
+    return count
+
+
+def _is_hard(group: h5py.Group, name: str) -> bool:
+    return isinstance(group.get(name, getlink=True), h5py.HardLink)
 
 
 def is_preset(folder: pathlib.Path) -> bool:
     """Whether the folder holds a preset, and nothing else that replacing it would delete."""
-    names = [name for name, _ in VOCABULARIES.values()]
-    ours = {CONFIG_FILE, WEIGHTS_FILE, *names, *(f"decoder-{name}" for name in names)}
-    return has_config(folder) and ours.issuperset(os.listdir(folder))
+    return has_config(folder) and FILES.issuperset(os.listdir(folder))

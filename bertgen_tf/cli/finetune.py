@@ -18,9 +18,17 @@ from bertgen_tf import finetuning
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.handles import HUGGINGFACE, family_of
 from bertgen_tf.checkpoints.recipes import warm_start
-from bertgen_tf.checks import first_line
+from bertgen_tf.checks import Damaged, first_line
 from bertgen_tf.cli.flags.common import scoring_options
-from bertgen_tf.cli.flags.errors import PROGRAM, UserError, complain, flags, note, user_errors
+from bertgen_tf.cli.flags.errors import (
+    PROGRAM,
+    UserError,
+    complain,
+    flags,
+    in_flags,
+    note,
+    user_errors,
+)
 from bertgen_tf.cli.flags.finetune import COLUMNS, SETTINGS, normalizes_itself
 from bertgen_tf.data import data_presets, folders, resumable, text_files
 from bertgen_tf.finetuning import callbacks, diagnosis
@@ -28,6 +36,8 @@ from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import (
     ADAPTER_FILE,
     BEST_FILE,
+    SAMPLES_FOLDER,
+    TENSORBOARD_FOLDER,
     OtherModel,
     RunFolder,
     digest_weights,
@@ -350,17 +360,17 @@ class _Run:
                 preprocessor = presets.load_preprocessor(arguments.normalize_with)
                 options["normalize"] = preprocessor.normalize
             samples = self.samples = callbacks.GenerateCallback(
-                sources, references, arguments.metrics, folder=folder / "samples", **options
+                sources, references, arguments.metrics, folder=folder / SAMPLES_FOLDER, **options
             )
             self.callbacks.append(samples)
         if arguments.monitor:
             self.best = callbacks.KeepBest(
-                folder / BEST_FILE, f"val_{arguments.monitor}", arguments.patience
+                folder / BEST_FILE, f"val_{arguments.monitor}", arguments.patience, complain
             )
             self.callbacks.append(self.best)
         self.callbacks.append(callbacks.Log(self.steps, folder))
         if arguments.tensorboard:
-            self.callbacks.append(callbacks.TensorBoardCurves(folder / "tensorboard", samples))
+            self.callbacks.append(callbacks.TensorBoardCurves(folder / TENSORBOARD_FOLDER, samples))
 
     def train(self) -> None:
         """Trains to the end.
@@ -394,7 +404,8 @@ class _Run:
                 history[f"val_{name}"][self.epoch - 1] for name in ("loss", "accuracy")
             )
             self.results = {"loss": loss, "accuracy": accuracy}
-            which = "" if self.best is None else f" (best: epoch {self.best.best_epoch})"
+            best = 0 if self.best is None else self.best.best_epoch
+            which = f" (best: epoch {best})" if best else ""
             print(f"validation{which}: loss {loss:.4f} a token, {accuracy:.1%} of the tokens right")
 
     def save(self, config: dict[str, Any]) -> None:
@@ -426,13 +437,19 @@ class _Run:
         arguments, samples = self.arguments, self.samples
         if self.held_out is None:
             return
+        rows = []
+        if samples is not None:
+            try:
+                rows = samples.read(self.epoch)
+            except (OSError, Damaged) as error:
+                complain(f"what was generated is not judged: {error}")
         problem = diagnosis.find_problem(
             self.data,
             self.held_out,
             self.results,
             arguments.monitor or "loss",
             label_smoothing=arguments.label_smoothing,
-            samples=[] if samples is None else samples.read(self.epoch),
+            samples=rows,
             **({} if samples is None else samples.options),
         )
         if problem is not None:
@@ -455,6 +472,8 @@ def _errors(replicas: finetuning.Replicas) -> Iterator[None]:
         raise UserError(f"{error}, with --resume") from error
     except OtherModel as error:
         raise UserError(f"{error} --overwrite starts anew") from error
+    except Damaged as error:
+        raise UserError(in_flags(str(error))) from error
     except tf.errors.ResourceExhaustedError as error:
         raise UserError(
             "there is not enough memory for a step: lower --batch-size, with "

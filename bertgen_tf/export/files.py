@@ -1,7 +1,6 @@
 """What lies beside an export's graph: warm-up requests, batching parameters, a description."""
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -15,6 +14,7 @@ import tensorflow as tf
 from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.exports import METADATA_FILE
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER
+from bertgen_tf.checks import sha256
 from bertgen_tf.config import GenerationConfig
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.buckets import source_buckets
@@ -196,7 +196,7 @@ def write_metadata(
     Args:
         further: fields by name; those that are empty are left out.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = describe_files(folder)
     metadata = {
         "name": name,
         "version": version,
@@ -205,7 +205,7 @@ def write_metadata(
         "source_checkpoint": model.source_checkpoint,
         "parameters": model.count_params(),
         "weights_bytes": sum(
-            path.stat().st_size for path in files if path.parent.name == "variables"
+            files[name]["bytes"] for name in files if name.startswith("variables/")
         ),
         "config": {
             "encoder": model.encoder.config.to_dict(),
@@ -227,17 +227,20 @@ def write_metadata(
             },
             "python": platform.python_version(),
         },
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-            }
-            for path in files
-        },
+        "files": files,
     }
     with open(folder / METADATA_FILE, "w", encoding="utf-8") as file:
         json.dump(metadata, file, indent=2)
         file.write("\n")
+
+
+def describe_files(folder: pathlib.Path) -> dict[str, Any]:
+    """Size and SHA-256 of each file in a folder, by its path there."""
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _describe(function: Any, settings: Any) -> dict[str, Any]:
@@ -255,8 +258,3 @@ def _describe(function: Any, settings: Any) -> dict[str, Any]:
     if settings is not None:
         description["generation_config"] = settings.to_dict()
     return description
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

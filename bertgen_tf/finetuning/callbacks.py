@@ -7,17 +7,20 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from bertgen_tf import metrics as scores
-from bertgen_tf.checks import check_integer
+from bertgen_tf.checks import Damaged, check_integer
 from bertgen_tf.config import BATCH_SIZE, GenerationConfig
 from bertgen_tf.data import folders
-from bertgen_tf.finetuning.state import RunFolder, load_tensors, save_tensors
+from bertgen_tf.data.tensor_files import load_tensors, save_tensors
+from bertgen_tf.finetuning.state import RunFolder
+from bertgen_tf.network.weights import check_finite
 
 _INTERVAL = 10.0  # seconds between lines, where there is no terminal
 _SHOWN = 8  # texts for TensorBoard
@@ -101,9 +104,21 @@ class GenerateCallback(keras.callbacks.Callback):
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
     def read(self, epoch: int) -> list[dict[str, Any]]:
-        """What was written for an epoch, counted from 1: source, output and reference of each."""
-        with open(self._file(epoch), encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        """What was written for an epoch, counted from 1: source, output and reference of each.
+
+        Raises:
+            OSError: there is no such file.
+            Damaged: it holds something else.
+        """
+        rows = []
+        try:
+            with open(self._file(epoch), encoding="utf-8") as file:
+                for line in file:
+                    row = json.loads(line)
+                    rows.append({name: row[name] for name in ("source", "output", "reference")})
+        except (KeyError, RecursionError, TypeError, ValueError) as error:
+            raise Damaged(f"{self._file(epoch)} is damaged ({error!r})") from error
+        return rows
 
     def _file(self, epoch: int) -> pathlib.Path:
         return self.folder / f"epoch-{epoch:04d}.jsonl"
@@ -118,10 +133,18 @@ class KeepBest(keras.callbacks.Callback):
         path: the file, for `load`.
         monitor: the name of a log, such as "val_loss" or "val_bleu".
         patience: end after this many epochs without a better value; None for never.
+        complain: called with a warning if a training is resumed without the file.
     """
 
-    def __init__(self, path: str | os.PathLike, monitor: str, patience: int | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        monitor: str,
+        patience: int | None = None,
+        complain: Callable[[str], None] = lambda message: None,
+    ):
         super().__init__()
+        self.complain = complain
         self.path, self.monitor, self.patience = pathlib.Path(path), monitor, patience
         self.sign = -1 if monitor.endswith("loss") else 1
         self.best: float | None = None
@@ -134,16 +157,20 @@ class KeepBest(keras.callbacks.Callback):
         is_first = self.best is None and not math.isnan(value)
         if is_first or (self.best is not None and self.sign * value > self.sign * self.best):
             weights = self.model.get_weights()
-            save_tensors(self.path, {f"{i:05d}": w for i, w in enumerate(weights)})
+            save_tensors(self.path, {f"{i:05d}": w for i, w in enumerate(weights)}, {})
             self.best, self.best_epoch, self.waited = float(value), epoch + 1, 0
         else:
             self.waited += 1
         self._stop()
 
     def load(self, model: keras.Model) -> None:
-        """Loads the best weights into a model, if there are any."""
+        """Loads the best weights into a model, if there are any.
+
+        Raises:
+            Damaged: the file is.
+        """
         if self.best is not None:
-            tensors, _ = load_tensors(self.path)
+            tensors = self._read()
             model.set_weights([tensors[name] for name in sorted(tensors)])
 
     def get_state(self) -> dict[str, Any]:
@@ -151,10 +178,36 @@ class KeepBest(keras.callbacks.Callback):
         return {"best": self.best, "best_epoch": self.best_epoch, "waited": self.waited}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """For `bertgen_tf.finetuning.train`."""
+        """For `bertgen_tf.finetuning.train`.
+
+        Raises:
+            Damaged: the file is, of which is better told now than at the end.
+        """
         self.best, self.waited = state["best"], state["waited"]
         self.best_epoch = state["best_epoch"]
+        if self.best is not None and not os.path.lexists(self.path):
+            self.complain(
+                f"{self.path} is missing: the best weights are looked for from here on, or, if no "
+                "epoch is left, the last are taken"
+            )
+            self.best, self.best_epoch, self.waited = None, 0, 0
+        elif self.best is not None:
+            self._read()
         self._stop()
+
+    def _read(self) -> dict[str, np.ndarray]:
+        try:
+            tensors, _ = load_tensors(self.path)
+            check_finite(str(self.path), tensors)
+            if {name: t.shape for name, t in tensors.items()} != {
+                f"{i:05d}": tuple(w.shape) for i, w in enumerate(self.model.weights)
+            }:
+                raise Damaged(f"{self.path} has the weights of another model")
+            return tensors
+        except ValueError as error:
+            raise Damaged(
+                f"{error}; delete it to resume without the best weights so far"
+            ) from error
 
     def _stop(self) -> None:
         if self.patience is not None and self.waited >= self.patience:

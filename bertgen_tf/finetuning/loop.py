@@ -122,6 +122,7 @@ def train(
         the logs of the epochs, by name, like Keras's `History.history`.
 
     Raises:
+        Damaged: no state in `folder` is whole, or what a callback needs is not.
         Diverged: the loss or a weight is not finite; earlier states are kept.
         Interrupted: Ctrl-C or SIGTERM; the state is saved if there is a `folder`.
         OSError: the state could not be written; earlier ones are kept.
@@ -383,7 +384,7 @@ class _Loop:
         self._step_function.get_concrete_function(self.replicas.distribute(parts))
         assign_variables(self.model, state.tensors)
         if self.folder is not None and self.replicas.is_chief:
-            self.folder.cut_log(state.step, state.epoch)
+            self.folder.cut_log(state.step, state.epoch, self.complain)
         for name, callback in self._with_state().items():
             if name in state.callbacks:
                 callback.set_state(state.callbacks[name])

@@ -10,7 +10,8 @@
 | samples/ | what was generated after each epoch |
 | tensorboard/ | the same for TensorBoard, if asked for |
 
-A state gets its name only when all of it is on disk; two are kept, in case one is damaged.
+A state gets its name only when all of it is on disk; two are kept, in case one is damaged. States,
+best weights and adapter have checksums.
 """
 
 import contextlib
@@ -20,22 +21,29 @@ import os
 import pathlib
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import safetensors
-from safetensors.numpy import load_file, save_file
 
+from bertgen_tf.checks import Damaged, check_integer, read_json
 from bertgen_tf.data import folders
+from bertgen_tf.data.tensor_files import load_tensors, replace_file, save_tensors
+from bertgen_tf.network.weights import check_finite
 
 ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
+# What came of a log that could not be read.
+DAMAGED_LOG_FILE = "log.damaged.jsonl"
+SAMPLES_FOLDER, TENSORBOARD_FOLDER = "samples", "tensorboard"
 FORMAT = "bertgen_tf training"
 KEPT = 2
 _AGAIN = "overwrite=True starts anew"
+_STATE = r"state-(\d+)\.safetensors"
+_OWN = rf"{_STATE}|run\.json|log\.jsonl|best\.safetensors|adapter\.safetensors"
+# What is being written; safetensors renames its files, too.
+_NEW = rf"({_OWN})\.new|\.tmp\w{{6}}"
 
 
 class OtherModel(ValueError):
@@ -79,10 +87,16 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} should be a folder for the training, but is a file")
         run = self._read_run()
-        if run is None and self.path.exists() and {*os.listdir(self.path)} - {LOCK_FILE}:
+        names = os.listdir(self.path) if run is None and self.path.exists() else []
+        if others := sorted(name for name in names if not _is_own(name)):
             raise ValueError(
-                f"{self.path} should be new or the folder of a training, but holds other files: "
-                "choose another folder"
+                f"{self.path} should be new or the folder of a training, but holds other files, "
+                f"such as {others[0]}: choose another folder"
+            )
+        if {*names} - {LOCK_FILE} and not overwrite:
+            raise ValueError(
+                f"{self / RUN_FILE} should say which training {self.path} holds, but is missing or "
+                f"damaged: {_AGAIN}"
             )
         if run is not None and not run["complete"] and not resume and not overwrite:
             raise ValueError(
@@ -122,16 +136,16 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         # run.json last: until then what is left is recognised as a run of ours.
         names = {*os.listdir(self.path)} - {LOCK_FILE, RUN_FILE}
-        for path in sorted(self / name for name in names):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for name in names:
+            _remove(self / name)
         self._write_run(settings, complete=False)
 
     def end(self) -> None:
         """The model is saved: only what documents the training is kept."""
         self._write_run(self._read_run()["settings"], complete=True)
         for _, path in self._states():
-            path.unlink()
-        (self / BEST_FILE).unlink(missing_ok=True)
+            _remove(path)
+        _remove(self / BEST_FILE)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -166,15 +180,14 @@ class RunFolder:
                     self.path.rmdir()
 
     def _sweep(self) -> None:
-        """Removes what a killed training was writing; safetensors renames its files, too."""
-        ours = r"(run\.json|log\.jsonl|(best|state-\d+)\.safetensors)\.new|\.tmp\w{6}"
+        """Removes what a killed training was writing."""
         for path in self.path.iterdir():
-            if re.fullmatch(ours, path.name) and path.is_file():
+            if re.fullmatch(_NEW, path.name) and path.is_file():
                 path.unlink()
 
     def _read_run(self) -> dict[str, Any] | None:
         try:
-            run = json.loads((self / RUN_FILE).read_text(encoding="utf-8"))
+            run = read_json(self / RUN_FILE)
             valid = isinstance(run["settings"], dict) and isinstance(run["complete"], bool)
             if run["format"] == FORMAT and valid:
                 return run
@@ -188,7 +201,8 @@ class RunFolder:
         def write(path: pathlib.Path) -> None:
             path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
-        _replace(self / RUN_FILE, write)
+        _clear(self / RUN_FILE)
+        replace_file(self / RUN_FILE, write)
 
     # ------------------------------------------------------------------ states
 
@@ -199,13 +213,15 @@ class RunFolder:
             OSError: it could not be written; earlier ones are unchanged.
         """
         place = {"step": state.step, "epoch": state.epoch, "callbacks": state.callbacks}
-        save_tensors(self / f"state-{state.step:08d}.safetensors", state.tensors, place)
+        path = self / f"state-{state.step:08d}.safetensors"
+        _clear(path)
+        save_tensors(path, state.tensors, {"place": json.dumps(place)})
         for step, path in self._states():
             # Later ones were written before this run resumed from an earlier state.
             if step > state.step:
-                path.unlink()
+                _remove(path)
         for _, path in self._states()[:-KEPT]:
-            path.unlink()
+            _remove(path)
 
     def load(self, complain: Callable[[str], None], step: int | None = None) -> State | None:
         """The last undamaged state; None if there is none at all.
@@ -215,24 +231,23 @@ class RunFolder:
             step: only the state of this step.
 
         Raises:
-            OSError: all are damaged.
+            Damaged: all are damaged.
         """
         states = [pair for pair in self._states() if step in (None, pair[0])]
         for _, path in reversed(states):
             try:
-                tensors, place = load_tensors(path)
-                return State(tensors=tensors, **place)
-            except (ValueError, TypeError) as error:
+                return _read_state(path)
+            except Damaged as error:
                 complain(f"{error}; trying the previous one")
         if states:
-            raise OSError(f"{self.path} holds no undamaged state: {_AGAIN}")
+            raise Damaged(f"{self.path} holds no undamaged state: {_AGAIN}")
         return None
 
     def _states(self) -> list[tuple[int, pathlib.Path]]:
         """Steps and files, the last step last."""
         found = []
         for path in self.path.glob("state-*.safetensors"):
-            match = re.fullmatch(r"state-(\d+)\.safetensors", path.name)
+            match = re.fullmatch(_STATE, path.name)
             if match:
                 found.append((int(match[1]), path))
         return sorted(found)
@@ -245,91 +260,70 @@ class RunFolder:
         with folders.disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
 
-    def cut_log(self, step: int, epoch: int) -> None:
+    def cut_log(self, step: int, epoch: int, complain: Callable[[str], None]) -> None:
         """Removes what came after a state, and will come again.
+
+        A log with lines that cannot be read is kept under another name.
 
         Args:
             step, epoch: of the state.
+            complain: called with a message in that case.
         """
         path = self / LOG_FILE
-        if not path.exists():
+        if not os.path.lexists(path):
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        # Without the last line: what has no end was being written.
+        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else [b""]
+        kept, damaged = [], False
+        for line in lines:
+            try:
                 numbers = json.loads(line)
                 if numbers["step"] <= step and numbers.get("epoch", 0) <= epoch:
-                    kept.append(line + "\n")
-        _replace(path, lambda new: new.write_text("".join(kept), encoding="utf-8"))
+                    kept.append(line + b"\n")
+            except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+                damaged = True
+        if damaged:
+            other = self / DAMAGED_LOG_FILE
+            _remove(other)
+            os.replace(path, other)
+            complain(
+                f"{path} has damaged lines: it is now {other.name}, and a new one has the others"
+            )
+        replace_file(path, lambda new: new.write_bytes(b"".join(kept)))
 
 
-def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], place: Any = None) -> None:
-    """Writes arrays as safetensors, with a checksum; the file appears when it is complete.
-
-    Args:
-        path: of the file.
-        tensors: arrays by name.
-        place: what else to keep, as JSON.
-
-    Raises:
-        OSError: the file could not be written; an earlier one is unchanged.
-    """
-    metadata = {"place": json.dumps(place), "crc32": str(_checksum(tensors))}
-
-    def write(new: pathlib.Path) -> None:
-        new.touch()
-        mode = new.stat().st_mode  # safetensors makes files that only their owner can read
-        try:
-            save_file(tensors, new, metadata)
-            new.chmod(mode)
-        except safetensors.SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else 0
-            reason = os.strerror(number) if code else str(error)
-            raise OSError(number, reason, str(path)) from error
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-
-    _replace(path, write)
-
-
-def load_tensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], Any]:
-    """What `save_tensors` wrote.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+def _read_state(path: pathlib.Path) -> State:
+    """Raises Damaged if it is not one."""
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-        tensors = load_file(path)
-        if _checksum(tensors) != int(metadata["crc32"]):
-            raise ValueError("its checksum differs")
-        return tensors, json.loads(metadata["place"])
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-
-
-def _checksum(tensors: Mapping[str, np.ndarray]) -> int:
-    checksum = 0
-    for name in sorted(tensors):
-        checksum = zlib.crc32(name.encode(), checksum)
-        checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8),
-                              checksum)  # fmt: skip
-    return checksum
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Lets `write` make a file, which then gets its name."""
-    new = path.with_name(f"{path.name}.new")
-    try:
-        with folders.disk_errors(path, new):
-            write(new)
-            os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
+        tensors, metadata = load_tensors(path)
+        state = State(tensors=tensors, **json.loads(metadata["place"]))
+        check_integer("step", state.step, 0)
+        check_integer("epoch", state.epoch, 0)
+        weights = {name: t for name, t in tensors.items() if name.startswith("model/")}
+        check_finite(str(path), weights)
+        return state
+    except Damaged:
         raise
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise Damaged(f"{path} is damaged ({error})") from error
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file of this name is a training's."""
+    others = (LOCK_FILE, DAMAGED_LOG_FILE, SAMPLES_FOLDER, TENSORBOARD_FOLDER)
+    return name in others or re.fullmatch(f"{_OWN}|{_NEW}", name) is not None
+
+
+def _clear(path: pathlib.Path) -> None:
+    """Makes room for a file: a folder is in the way of it, a file is replaced."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+
+
+def _remove(path: pathlib.Path) -> None:
+    """Removes a file or a folder, if there is one."""
+    _clear(path)
+    path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- the model's part

@@ -16,6 +16,7 @@ from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.network.projections import Projection, dense, initializer, linear
+from bertgen_tf.network.weights import loading_finite
 
 # Finite, so that no row of scores can turn into NaN.
 MASKED_SCORE = -1e9
@@ -41,13 +42,27 @@ def after_sublayer(layer: Any, hidden: Any, output: Any, training: bool | None) 
     return hidden if layer.config.norm_first else layer.layer_norm(hidden)
 
 
+class LayerNormalization(keras.layers.LayerNormalization):
+    """Keras's, which reads only finite weights from files."""
+
+    def load_own_variables(self, store: Any) -> None:
+        with loading_finite(self, self.variables):
+            super().load_own_variables(store)
+
+
+class Embedding(keras.layers.Embedding):
+    """Keras's, which reads only finite weights from files."""
+
+    def load_own_variables(self, store: Any) -> None:
+        with loading_finite(self, self.variables):
+            super().load_own_variables(store)
+
+
 def final_norm(config: BertGenerationConfig, policy: Any) -> keras.layers.Layer | None:
     """The layer with which a stack with `norm_first` normalises its output."""
     if not config.norm_first:
         return None
-    return keras.layers.LayerNormalization(
-        epsilon=config.layer_norm_eps, name="final_norm", dtype=policy
-    )
+    return LayerNormalization(epsilon=config.layer_norm_eps, name="final_norm", dtype=policy)
 
 
 class Embeddings(keras.layers.Layer):
@@ -59,26 +74,26 @@ class Embeddings(keras.layers.Layer):
 
     Args:
         config: sizes.
-        word_embeddings: the `keras.layers.Embedding` of another stack to read from, which makes
+        word_embeddings: the `Embedding` of another stack to read from, which makes
             the two stacks share one matrix; by default the layer has its own.
     """
 
     def __init__(
         self,
         config: BertGenerationConfig,
-        word_embeddings: keras.layers.Embedding | None = None,
+        word_embeddings: Embedding | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.config = config
-        self.word_embeddings = word_embeddings or keras.layers.Embedding(
+        self.word_embeddings = word_embeddings or Embedding(
             config.vocab_size,
             config.hidden_size,
             embeddings_initializer=initializer(config),
             name="word_embeddings",
             dtype=self.dtype_policy,
         )
-        self.position_embeddings = keras.layers.Embedding(
+        self.position_embeddings = Embedding(
             config.max_position_embeddings,
             config.hidden_size,
             embeddings_initializer=initializer(config),
@@ -87,7 +102,7 @@ class Embeddings(keras.layers.Layer):
         )
         self.layer_norm = None
         if not config.norm_first:
-            self.layer_norm = keras.layers.LayerNormalization(
+            self.layer_norm = LayerNormalization(
                 epsilon=config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
             )
         self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=self.dtype_policy)
@@ -126,7 +141,7 @@ class Attention(keras.layers.Layer):
         )
         self.output_dense = dense(config.hidden_size, config, "output_dense", policy)
         self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=policy)
-        self.layer_norm = keras.layers.LayerNormalization(
+        self.layer_norm = LayerNormalization(
             epsilon=config.layer_norm_eps, name="layer_norm", dtype=policy
         )
 
@@ -331,7 +346,7 @@ class FeedForward(keras.layers.Layer):
         self.activation = activation(config.hidden_act)
         self.output_dense = dense(config.hidden_size, config, "output_dense", policy)
         self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=policy)
-        self.layer_norm = keras.layers.LayerNormalization(
+        self.layer_norm = LayerNormalization(
             epsilon=config.layer_norm_eps, name="layer_norm", dtype=policy
         )
 
@@ -353,7 +368,7 @@ class HeadTransform(keras.layers.Layer):
         super().__init__(**kwargs)
         self.dense = dense(config.hidden_size, config, "dense", self.dtype_policy)
         self.activation = activation(config.head_transform)
-        self.layer_norm = keras.layers.LayerNormalization(
+        self.layer_norm = LayerNormalization(
             epsilon=config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
         )
 

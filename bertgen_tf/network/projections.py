@@ -11,7 +11,7 @@ from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
-from bertgen_tf.network.weights import VariablePart
+from bertgen_tf.network.weights import VariablePart, loading_finite
 
 
 def dense(
@@ -233,7 +233,7 @@ class Dense(keras.layers.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         if self.parts == 1:
-            _load(store, [*self.stored_variables(), *(self.adapters[0] or ())], self.path)
+            _load(store, self, [*self.stored_variables(), *(self.adapters[0] or ())])
 
 
 class Projection(keras.layers.Layer):
@@ -270,7 +270,7 @@ class Projection(keras.layers.Layer):
         _save(store, self.variable_parts)
 
     def load_own_variables(self, store: Any) -> None:
-        _load(store, self.variable_parts, self.path)
+        _load(store, self, self.variable_parts)
 
 
 def _save(store: Any, variables: list[Any]) -> None:
@@ -278,11 +278,12 @@ def _save(store: Any, variables: list[Any]) -> None:
         store[str(number)] = np.transpose(variable.numpy())
 
 
-def _load(store: Any, variables: list[Any], path: str) -> None:
-    if len(store.keys()) != len(variables):
-        raise ValueError(
-            f"{path} should be stored as {len(variables)} tensors (kernel and bias, for int8 a "
-            f"scale, for LoRA two matrices), found {len(store.keys())}."
-        )
-    for number, variable in enumerate(variables):
-        variable.assign(np.transpose(store[str(number)]))
+def _load(store: Any, layer: keras.layers.Layer, variables: list[Any]) -> None:
+    with loading_finite(layer, variables):
+        if len(store.keys()) != len(variables):
+            raise ValueError(
+                f"{layer.path} should be stored as {len(variables)} tensors (kernel and bias, for "
+                f"int8 a scale, for LoRA two matrices), found {len(store.keys())}."
+            )
+        for number, variable in enumerate(variables):
+            variable.assign(np.transpose(store[str(number)]))

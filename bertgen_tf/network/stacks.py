@@ -43,6 +43,7 @@ from bertgen_tf.network.masks import (
 )
 from bertgen_tf.network.projections import Dense, initializer, quantized_weights, rebuilding
 from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
+from bertgen_tf.network.weights import loading_finite
 
 SHARING = ("none", "word_embeddings", "all")
 _NOT_ALONE = "A stack cannot be quantized alone. Call quantize of the EncoderDecoderModel."
@@ -309,6 +310,11 @@ class BertGenerationDecoder(_Stack):
             self.head_transform.build((None, None, self.config.hidden_size))
         if self.config.quantization is not None or not self.config.tie_word_embeddings:
             self._build_output_kernel()
+
+    def load_own_variables(self, store: Any) -> None:
+        own = [*self._trainable_variables, *self._non_trainable_variables]
+        with loading_finite(self, own):
+            super().load_own_variables(store)
 
     def _build_output_kernel(self) -> None:
         shape = (self.config.vocab_size, self.config.hidden_size)

@@ -4,9 +4,10 @@ A rule table says what each source tensor becomes. Nothing is assigned before ev
 model is never half loaded, and all problems come in one error.
 """
 
+import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -78,6 +79,34 @@ def named_variables(layer: keras.Layer, prefix: str = "") -> dict[str, Any]:
     return named
 
 
+def check_finite(source: str, tensors: Mapping[str, Any]) -> None:
+    """Raises a ValueError if an array or a variable holds NaN or infinity.
+
+    Args:
+        source: where the tensors come from, for the error.
+        tensors: by name.
+    """
+    for name, tensor in tensors.items():
+        if not np.isfinite(np.asarray(tensor)).all():
+            raise ValueError(
+                f"{source} should have finite weights, but {name} has NaN or infinity."
+            )
+
+
+@contextlib.contextmanager
+def loading_finite(layer: keras.Layer, variables: Iterable[Any]) -> Iterator[None]:
+    """For `load_own_variables` of a layer: refuses weights that are not finite.
+
+    Keras tries a layer that failed under its other names, where nothing is stored. So this also
+    looks where reading failed: the variables still hold what was read first.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            yield
+    finally:
+        check_finite(layer.path, {variable.name: variable for variable in variables})
+
+
 def assign(
     variables: Mapping[str, Any],
     tensors: Mapping[str, Any],
@@ -125,6 +154,8 @@ def assign(
                 problems.append(f"{name} is {value.dtype}, but {target} is int8")
             elif not np.isfinite(value).all():
                 problems.append(f"{name} holds NaN or infinity")
+            elif not _fits(value, variables[target].dtype):
+                problems.append(f"{name} holds numbers too large for {variables[target].dtype}")
             assignments[target] = (name, rule)
     if unknown:
         problems.append(f"no rule for {_listed(unknown)}")
@@ -138,6 +169,12 @@ def assign(
         raise WeightsError(f"{source} does not fit the model: {'; '.join(shown)}.")
     for target, (name, rule) in assignments.items():
         variables[target].assign(rule.transform(np.asarray(tensors[name])))
+
+
+def _fits(value: np.ndarray, dtype: str) -> bool:
+    """Whether a finite array stays finite in the type of its variable."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(value.astype(dtype, copy=False)).all())
 
 
 def keep_layers(tensors: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

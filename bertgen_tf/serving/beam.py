@@ -27,6 +27,8 @@ from typing import Any
 import tensorflow as tf
 import tensorflow_text  # noqa: F401  registers the ops of the tokenizers
 
+from bertgen_tf.checkpoints.exports import verify
+
 try:
     from apache_beam.ml.inference.base import ModelHandler, PredictionResult
 except ImportError as error:
@@ -44,10 +46,11 @@ class SavedModel:
         signature: one of the export's, from `text`.
 
     Raises:
-        ValueError: the export has no such signature.
+        ValueError: the export is damaged, or has no such signature.
     """
 
     def __init__(self, export: str, signature: str):
+        verify(export)
         signatures = tf.saved_model.load(export).signatures
         fitting = sorted(
             name

@@ -29,8 +29,9 @@ from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
 from bertgen_tf.checkpoints import versions as on_disk
-from bertgen_tf.checkpoints.exports import METADATA_FILE, read_metadata
-from bertgen_tf.checkpoints.presets import GRAPH_FILE
+from bertgen_tf.checkpoints.exports import LOADED, METADATA_FILE, read_metadata, verify
+from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
+from bertgen_tf.checks import Damaged
 from bertgen_tf.export.files import read_warmup
 from bertgen_tf.serving.signatures import Signature, load_signatures, warm_up
 
@@ -58,6 +59,7 @@ class Version:
         number: its version.
         path: the folder of the export.
         stamp: changes when its files do; empty until they were looked at.
+        verify: whether `load` compares the files with the checksums in metadata.json.
         state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
         error: its code and message; "OK" and "" if there is none.
         signatures: by name, while it is loaded.
@@ -69,6 +71,7 @@ class Version:
     number: int
     path: Path
     stamp: str = ""
+    verify: bool = True
     state: str = "LOADING"
     error: tuple[str, str] = ("OK", "")
     signatures: dict[str, Signature] = dataclasses.field(default_factory=dict)
@@ -83,6 +86,8 @@ class Version:
 
         self._real_path = os.path.realpath(self.path)
         on_disk.check_files(self.path)
+        if self.verify:
+            verify(self.path, (*LOADED, f"{EXTRA_FOLDER}/*"))
         graph = saved_model_pb2.SavedModel.FromString((self.path / GRAPH_FILE).read_bytes())
         if not graph.meta_graphs:
             raise ValueError(f"{self.path / GRAPH_FILE} holds no graph")
@@ -137,6 +142,8 @@ class Version:
             code = "DEADLINE_EXCEEDED"
         elif isinstance(error, PermissionError):
             code = "PERMISSION_DENIED"
+        elif isinstance(error, Damaged):
+            code = "DATA_LOSS"
         elif isinstance(error, OSError):
             code = "NOT_FOUND"
         # Clients are told no paths of this machine; the log has them.
@@ -163,14 +170,17 @@ class Models:
         folder: see the top of the module; or one model's folder, which holds its versions; or one
             version, which alone is served.
         load_timeout: seconds after which a load is given up.
+        verify: whether files are compared with the checksums in metadata.json before they are
+            loaded; a version with a damaged file is not.
 
     Raises:
         FileNotFoundError: there is no model.
     """
 
-    def __init__(self, folder: str | Path, load_timeout: float = 600.0):
+    def __init__(self, folder: str | Path, load_timeout: float = 600.0, verify: bool = True):
         self._folder = on_disk.VersionFolder(folder)
         self._load_timeout = load_timeout
+        self._verify = verify
         found, problems = self._folder.scan()
         self._versions = {name: [_newest(name, paths)] for name, paths in found.items()}
         # What is being done, by model.
@@ -310,7 +320,7 @@ class Models:
                 if stamp and stamp not in broken:
                     if current and current.stamp == stamp:
                         return None
-                    version = Version(name, number, paths[number], stamp)
+                    version = Version(name, number, paths[number], stamp, self._verify)
                     version.metadata = _read_metadata(version.path)
                     return version
             return None

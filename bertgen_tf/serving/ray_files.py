@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2
 
+from bertgen_tf.checkpoints.exports import verify
 from bertgen_tf.checks import check_integer
 from bertgen_tf.config import BATCH_SIZE
 from bertgen_tf.data import resumable, text_files, text_lines
@@ -155,7 +156,7 @@ def describe_export(export: str | os.PathLike, signature: str) -> dict[str, Any]
     """What determines the outputs of an export, to tell runs apart.
 
     Raises:
-        ValueError: it is not an export, or has no such signature from `text` to `text`.
+        ValueError: it is not an export, is damaged, or has no such signature from `text` to `text`.
     """
     folder = pathlib.Path(export)
     path = folder / "saved_model.pb"
@@ -177,6 +178,7 @@ def describe_export(export: str | os.PathLike, signature: str) -> dict[str, Any]
             f"signature must be one from text to text, which in {export} are {', '.join(fitting)}; "
             f"received {signature!r}"
         )
+    verify(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {"export": resumable.digest(*files), "signature": signature}
 

@@ -70,6 +70,7 @@ def serve(
     shutdown_timeout: float = 30.0,
     allowed_hosts: Sequence[str] | None = None,
     cors_origins: Sequence[str] | None = None,
+    verify: bool = True,
 ) -> None:
     """Serves the exports of a folder until SIGTERM, SIGHUP or Ctrl-C.
 
@@ -101,13 +102,14 @@ def serve(
             localhost and its addresses, else all.
         cors_origins: sites whose pages may send requests and read the answers; "*" for all. None:
             only the server's own page.
+        verify: see `bertgen_tf.serving.exports.Models`.
 
     Raises:
         FileNotFoundError: the folder has no models.
         OSError: the address is not free.
         ValueError: `cors_origins` has what is no site.
     """
-    models = Models(folder, load_timeout)
+    models = Models(folder, load_timeout, verify)
     listener = _listen(host, port)
     _log_as_json()
     app = ServingApp(

@@ -1,7 +1,6 @@
 """SentencePiece tokenizer of the BertGeneration checkpoints."""
 
 import base64
-import binascii
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,11 +205,12 @@ class BertGenerationTokenizer(TextTokenizer):
         Raises:
             ValueError: `proto` is not base64, or names a file, as that of a preset does.
         """
-        if config["proto"].endswith(".model"):  # There is no full stop in base64.
-            raise file_name_in_config("proto", config["proto"])
+        proto = config["proto"]
+        if isinstance(proto, str) and proto.endswith(".model"):  # There is no full stop in base64.
+            raise file_name_in_config("proto", proto)
         try:
-            proto = base64.b64decode(config["proto"], validate=True)
-        except binascii.Error as error:
+            proto = base64.b64decode(proto, validate=True)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"proto must be a SentencePiece model in base64: {error}.") from error
         return cls(**{**config, "proto": proto})
 

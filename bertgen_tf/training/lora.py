@@ -10,7 +10,7 @@ full by default.
 An adapter file is a safetensors file with what was trained: `PROJECTION/lora_a` and
 `PROJECTION/lora_b` for each adapted projection, named as in `decoder/layer_0/self_attention/query`,
 and the new weights under names of the same kind, with matrices as [units, inputs]. Its metadata
-holds the settings as JSON.
+holds the settings as JSON, and a checksum, which older files lack.
 """
 
 import json
@@ -20,11 +20,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from bertgen_tf.checks import first_line
+from bertgen_tf.checks import Damaged, shown
 from bertgen_tf.data import folders
+from bertgen_tf.data.tensor_files import load_tensors, write_tensors
 from bertgen_tf.network.projections import Dense, Projection
 from bertgen_tf.network.weights import Rule, assign, named_variables
 from bertgen_tf.training.freezing import new_variables
@@ -89,14 +88,10 @@ def merge(model: "EncoderDecoderModel") -> None:
 def save(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     """See `EncoderDecoderModel.save_adapter`."""
     _check_enabled(model)
-    path = pathlib.Path(path)
     tensors = {name: variable.numpy() for name, variable in _trained(model).items()}
-    metadata = {"format": FORMAT, "settings": json.dumps({n: model.lora[n] for n in _SETTINGS})}
-    try:
-        with folders.whole_file(path) as new:
-            save_file(tensors, new, metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {first_line(error)}") from error
+    settings = json.dumps({name: model.lora[name] for name in _SETTINGS})
+    with folders.whole_file(path) as new:
+        write_tensors(new, tensors, {"format": FORMAT, "settings": settings})
 
 
 def load(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
@@ -213,17 +208,18 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} should be an adapter, but there is no such file.")
     try:
-        with safe_open(path, "np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        settings = json.loads(metadata.get("settings", "null"))
-    except (SafetensorError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} should be a safetensors file that save_adapter wrote, but reading it failed: "
-            f"{first_line(error)}"
+        tensors, metadata = load_tensors(path)
+    except Damaged as error:
+        raise Damaged(
+            f"path must be a file that save_adapter wrote, but {error}: copy it again."
         ) from error
+    try:
+        settings = json.loads(metadata.get("settings", "null"))
+    except (RecursionError, ValueError):
+        settings = None
     valid = (
-        metadata.get("format") == FORMAT
+        set(metadata) == {"format", "settings"}
+        and metadata["format"] == FORMAT
         and isinstance(settings, dict)
         and set(settings) == set(_SETTINGS)
         and all(isinstance(settings[name], type_) for name, type_ in _SETTINGS.items())
@@ -232,6 +228,6 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not valid:
         raise ValueError(
             f"{path} should be an adapter that save_adapter wrote, but its metadata is not that of "
-            f"one: {metadata}."
+            f"one: {shown(metadata)}."
         )
     return settings, tensors

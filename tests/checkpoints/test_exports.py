@@ -11,6 +11,7 @@ import tensorflow as tf
 
 import bertgen_tf as bg
 from bertgen_tf.checkpoints import exports
+from bertgen_tf.checks import Damaged
 from tests.helpers import (
     CORPUS,
     EXPORT_OPTIONS,
@@ -135,7 +136,17 @@ def light(model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def export(light, tmp_path) -> Path:
-    return Path(shutil.copytree(light, tmp_path / "other/2"))
+    """Without checksums, as an older version wrote it: what they would refuse is read."""
+    folder = Path(shutil.copytree(light, tmp_path / "other/2"))
+    change_json(folder / "metadata.json", lambda metadata: metadata.pop("files"))
+    change_json(folder / "assets.extra/config.json", lambda config: config.pop("checksums"))
+    return folder
+
+
+def change_json(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def refused(path, kind=ValueError) -> str:
@@ -180,10 +191,7 @@ def test_damaged_settings(export):
 
 
 def change_settings(path, change) -> None:
-    file = path / "assets.extra/config.json"
-    content = json.loads(file.read_text())
-    change(content["model"])
-    file.write_text(json.dumps(content))
+    change_json(path / "assets.extra/config.json", lambda content: change(content["model"]))
 
 
 def test_weights_of_another_model(export):
@@ -214,4 +222,50 @@ def test_damaged_weights(export):
     (export / "variables/variables.index").write_bytes(b"no index")
     assert "variables should hold the weights of the export, but reading" in refused(export)
     shutil.rmtree(export / "variables")
-    assert "variables should hold the weights of the export, but reading" in refused(export)
+    assert "which has more than 4,392, but has 0 bytes" in refused(export)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("variables/variables.data-00000-of-00001", True),
+        ("assets.extra/vocab.txt", True),
+        ("saved_model.pb", False),
+    ],
+)
+def test_files_that_were_changed(light, tmp_path, name, read):
+    folder = Path(shutil.copytree(light, tmp_path / "other/2"))
+    exports.verify(folder, ["*"])
+    path = folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(Damaged, match=f"{name} should be as it was exported, but its checksum"):
+        exports.verify(folder, ["*"])
+    if read:
+        assert "its checksum differs: copy the export again." in refused(folder, Damaged)
+    else:
+        load(folder)
+    path.unlink()
+    with pytest.raises(Damaged, match="but there is no such file: copy the export again"):
+        exports.verify(folder, ["*"])
+    exports.verify(folder, ["*.index"])
+
+
+def test_metadata_that_is_damaged_or_names_other_files(light, tmp_path):
+    folder = Path(shutil.copytree(light, tmp_path / "other/2"))
+    path = folder / "metadata.json"
+    for files in (3, {"a": 3}, {"a": {}}):
+        change_json(path, lambda metadata, files=files: metadata.update(files=files))
+        with pytest.raises(Damaged, match=r"should have the checksums .* but is damaged \("):
+            exports.verify(folder)
+    for name in ("../secret", str(tmp_path / "secret")):
+        (tmp_path / "other/secret").touch()
+        files = {name: {"sha256": "0"}}
+        change_json(path, lambda metadata, files=files: metadata.update(files=files))
+        with pytest.raises(Damaged, match="should name files of its own"):
+            exports.verify(folder, ["*"])
+    path.write_bytes(b"\xff")
+    with pytest.raises(Damaged, match="should have the checksums"):
+        exports.verify(folder)
+    path.unlink()
+    exports.verify(folder)  # of another program, perhaps

@@ -12,6 +12,7 @@ import pytest
 
 import bertgen_tf as bg
 from bertgen_tf.checkpoints import presets
+from bertgen_tf.checks import Damaged
 from bertgen_tf.network.weights import named_variables
 from tests.helpers import (
     CORPUS,
@@ -44,7 +45,10 @@ def saved(model, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def preset(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "preset"))
+    """Without checksums, as an older version wrote it: what they would refuse is read."""
+    folder = Path(shutil.copytree(saved, tmp_path / "preset"))
+    edit(folder, "checksums", value=...)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,7 @@ def test_round_trip(sharing, kind, spiece, tmp_path):
     assert files == ["config.json", "model.weights.h5", *vocabulary]
     # No vocabulary in config.json, and no path of the machine that wrote it.
     config = (tmp_path / "new/preset/config.json").read_text()
-    assert len(config) < 4000 and str(tmp_path) not in config
+    assert len(config) < 4500 and str(tmp_path) not in config
 
     moved = (tmp_path / "new/preset").rename(tmp_path / "elsewhere")
     if kind != "none":
@@ -351,6 +355,7 @@ def test_a_vocabulary_that_is_damaged(preset, spiece, tmp_path):
     model = make_deep_model(make_tokenizer=lambda: bg.BertGenerationTokenizer(spiece))
     model.save_to_preset(tmp_path / "other")
     (tmp_path / "other/spiece.model").write_bytes(spiece[: len(spiece) // 2])
+    edit(tmp_path / "other", "checksums", value=...)
     one_error(tmp_path / "other", ValueError, "must be a SentencePiece model")
 
 
@@ -402,6 +407,111 @@ def test_no_path_in_the_config_is_followed(path, preset, tmp_path):
 def test_no_vocabulary_in_the_config_is_taken(preset):
     edit(preset, "model", "tokenizer", "config", "vocabulary", value=[*SPECIALS, "a"])
     assert load(preset).tokenizer.vocab_size == len((preset / "vocab.txt").read_text().split())
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.weights.h5", "vocab.txt"])
+def test_a_file_that_was_changed(name, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "preset"))
+    path = folder / name
+    if name == "config.json":
+        edit(folder, "model", "generation_config", "num_beams", value=2)
+    else:
+        path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(Damaged) as error:
+        load(folder)
+    assert str(error.value) == (
+        f"{path} should be as it was written, but its checksum differs: copy it again or, if the "
+        'change is meant, remove "checksums" from config.json.'
+    )
+    if name == "model.weights.h5":
+        presets.load_preprocessor(folder)
+    else:
+        with pytest.raises(Damaged, match=f"{name} should be as it was written"):
+            presets.load_preprocessor(folder)
+    assert presets.is_preset(folder)  # it can be replaced
+    edit(folder, "checksums", value=...)
+    if name == "config.json":
+        assert load(folder).generation_config.num_beams == 2
+        load(folder).save_to_preset(folder)
+        assert "checksums" in json.loads(path.read_text())
+
+
+def test_another_layout_of_the_config_and_checksums_that_are_none(saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "preset"))
+    content = json.loads((folder / "config.json").read_text())
+    assert sorted(content["checksums"]) == ["config.json", "model.weights.h5", "vocab.txt"]
+    content["model"] = dict(reversed(content["model"].items()))
+    (folder / "config.json").write_text(json.dumps(content))
+    load(folder)
+    for checksums in ([], 3, {}, {"config.json": 3}, {**content["checksums"], "vocab.txt": None}):
+        edit(folder, "checksums", value=checksums)
+        with pytest.raises(Damaged, match="its checksum differs"):
+            load(folder)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "num_hidden_layers", "intermediate_size"])
+def test_sizes_beyond_the_weights_are_told_before_anything_is_built(field, preset, monkeypatch):
+    monkeypatch.setattr(bg.EncoderDecoderModel, "from_config", None)
+    edit(preset, "model", "encoder", "config", field, value=10**9)
+    one_error(preset, ValueError, "model.weights.h5", "of the model in config.json, which has more")
+
+
+def test_a_config_nested_too_deeply_and_a_pipe(preset):
+    path = preset / "config.json"
+    for depth in (900, 200_000):
+        inner = "[" * depth + "]" * depth
+        path.write_text(f'{{"format": "bertgen_tf preset", "model": {{"tokenizer": {inner}}}}}')
+        one_error(preset, ValueError)
+    path.unlink()
+    os.mkfifo(path)
+    one_error(preset, ValueError, "its config.json is missing or is not that of a bertgen_tf pre")
+
+
+EMBEDDINGS = "encoder/embeddings/word_embeddings/vars/0"
+KERNEL = "decoder/blocks/transformer_block/cross_attention/key/vars/0"
+
+
+@pytest.mark.parametrize("name", [EMBEDDINGS, KERNEL, "decoder/vars/0", "encoder/embeddings/la"])
+@pytest.mark.parametrize(
+    "value", [np.float32(np.nan), np.float32(np.inf), np.float64(1e39)], ids=str
+)
+def test_weights_that_are_not_finite(name, value, preset):
+    import h5py
+
+    if name.endswith("la"):
+        name = "encoder/embeddings/layer_norm/vars/0"
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        tensor = file[name][...].astype(value.dtype)
+        tensor.flat[-1] = value
+        del file[name]
+        file[name] = tensor
+    one_error(preset, ValueError, "should have finite weights, but ", "has NaN or infinity.")
+
+
+@pytest.mark.parametrize("kind", ["itself", "soft", "external", "twice"])
+def test_weights_with_links(kind, preset):
+    import h5py
+
+    with h5py.File(preset / "model.weights.h5", "r+") as file:
+        file["encoder/more"] = {
+            "itself": file["encoder"],
+            "soft": h5py.SoftLink("/encoder"),
+            "external": h5py.ExternalLink("/etc/passwd", "/"),
+            "twice": file[EMBEDDINGS],
+        }[kind]
+    one_error(preset, ValueError, "should be a group or a tensor with a single name")
+
+
+def test_a_keras_file_whose_weights_are_not_finite(tmp_path):
+    model = make_small_model()
+    for layer in (model.decoder, model.encoder.embeddings.word_embeddings):
+        variable = layer.weights[-1]
+        whole = np.array(variable)
+        variable.assign(np.full_like(whole, np.nan))
+        model.save(tmp_path / "a.keras")
+        variable.assign(whole)
+        with pytest.raises(ValueError, match="should have finite weights, but .* has NaN or inf"):
+            keras.saving.load_model(tmp_path / "a.keras")
 
 
 @pytest.mark.parametrize("two", [False, True])

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import bertgen_tf as bg
 from bertgen_tf import finetuning
 from bertgen_tf.cli import finetune as cli_finetune
 from bertgen_tf.cli import main as cli
+from bertgen_tf.cli.flags.errors import UserError
 from bertgen_tf.finetuning import state as training_state
 from bertgen_tf.finetuning.data import TrainingData
 from tests.helpers import ROOT, TESTS, WORDS, fails, make_deep_model, make_small_model
@@ -381,6 +383,16 @@ def test_texts_are_compared_as_evaluate_does(folder, tmp_path, capsys, monkeypat
     itself = ["--overwrite", "--normalize-with", f"{tmp_path / 'new'}/"]
     assert "training diverged" in fails_late(capsys, [*arguments, *itself])
     assert seen["options"]["normalize"].__self__ is seen["model"].preprocessor
+
+
+def test_damaged_states_have_one_way_on(tmp_path):
+    run = training_state.RunFolder(tmp_path / "model")
+    run.begin({})
+    (run / "state-00000004.safetensors").write_bytes(b"")
+    replicas = finetuning.Replicas(tf.distribute.get_strategy())
+    with pytest.raises(UserError) as error, cli_finetune._errors(replicas):
+        run.load(lambda message: None)
+    assert str(error.value) == f"{run.path} holds no undamaged state: --overwrite starts anew"
 
 
 def test_a_run_that_began_before_there_were_scoring_flags_is_resumed(folder, tmp_path):

@@ -147,7 +147,8 @@ def write_bare_export(model: bg.EncoderDecoderModel, path: Path, **further) -> P
     module.weights = [weight.value for weight in model.weights]
     tf.saved_model.save(module, str(path))
     export_files.write_settings(path, model, model.generation_config)
-    metadata = {"versions": {"bertgen_tf": "0.1.0"}, **further}
+    files = export_files.describe_files(path)
+    metadata = {"versions": {"bertgen_tf": "0.1.0"}, "files": files, **further}
     (path / "metadata.json").write_text(json.dumps(metadata))
     return path
 

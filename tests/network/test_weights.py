@@ -60,6 +60,14 @@ def test_patterns_match_whole_names_only():
 RULES = [Rule(r"old_(\w+)", r"\1"), Rule(r"also_(\w+)", r"\1"), Rule("unused", None)]
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(1e39, "float32"), (7e4, "float16")])
+def test_numbers_too_large_for_their_variable(value, dtype):
+    variables = {"a": keras.Variable(np.zeros(2), dtype=dtype)}
+    with pytest.raises(WeightsError, match=f"old_a holds numbers too large for {dtype}"):
+        assign(variables, {"old_a": np.array([1, value])}, RULES, source="module 7")
+    assert not variables["a"].numpy().any()
+
+
 @pytest.mark.parametrize(
     ("tensors", "problem"),
     [

@@ -401,6 +401,7 @@ def test_a_name_that_cannot_be_served_is_told_at_the_start(folder):
 
 @pytest.mark.parametrize("damage", ["graph", "weights", "metadata"])
 def test_damaged_files(folder, damage):
+    """Found by TensorFlow, where there are no checksums."""
     path = {
         "graph": folder / "name/1/saved_model.pb",
         "weights": next((folder / "name/1/variables").glob("*.data*")),
@@ -408,7 +409,7 @@ def test_damaged_files(folder, damage):
     }[damage]
     whole = path.read_bytes()
     path.write_bytes(b"\xff damaged")
-    models = Models(folder)
+    models = Models(folder, verify=damage != "metadata")
     look(models)
     if damage == "metadata":
         assert models.find("name").metadata == {}
@@ -422,6 +423,27 @@ def test_damaged_files(folder, damage):
         path.write_bytes(whole)
         look(models)
         assert answer(models.find("name")) == b"ax"
+
+
+@pytest.mark.parametrize("name", ["saved_model.pb", "variables/variables.index", "metadata.json"])
+def test_files_that_differ_from_their_checksums(folder, exports, name):
+    """The version before it is served."""
+    newer = shutil.copytree(exports / "b", folder / "name/2")
+    content = json.loads((newer / "metadata.json").read_text())
+    content["files"] = export_files.describe_files(newer)
+    (newer / "metadata.json").write_text(json.dumps(content))
+    path = newer / name
+    whole = path.read_bytes()
+    path.write_bytes(b"{" if name == "metadata.json" else whole + b"\0")
+    models = Models(folder)
+    look(models, times=2)
+    assert states(models) == [(2, "END"), (1, "AVAILABLE")]
+    code, message = models.versions("name", 2)[0].error
+    assert code == "DATA_LOSS" and f"name/2/{name} should " in message
+    assert message.endswith(": copy the export again.")
+    path.write_bytes(whole)
+    look(models)
+    assert answer(models.find("name")) == b"bx"
 
 
 @pytest.mark.parametrize("ids, works", [(5, True), (VOCABULARY, False)])

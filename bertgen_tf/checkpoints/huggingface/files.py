@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bertgen_tf import checks
 from bertgen_tf.checks import first_line
 from bertgen_tf.network import sources
 
@@ -91,9 +92,8 @@ def is_huggingface(source: str | os.PathLike) -> bool:
     if not os.path.exists(source):
         return is_hub_name(os.fspath(source))
     try:
-        content = json.loads(pathlib.Path(source, CONFIG_FILE).read_text(encoding="utf-8"))
-        return isinstance(content, dict) and model_type_of(content) is not None
-    except (OSError, ValueError, RecursionError):
+        return model_type_of(checks.read_json(pathlib.Path(source, CONFIG_FILE))) is not None
+    except (OSError, ValueError):
         return False
 
 
@@ -171,19 +171,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: there is no such file, or it holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return checks.read_json(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{path.parent} should be a Hugging Face checkpoint with a file {path.name}, but has "
             "none."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} should be a JSON file, but reading it failed: {first_line(error)}"
         ) from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(values).__name__}.")
-    return values
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -46,6 +46,13 @@ def add_command(commands: Any) -> None:
         help="see below. SavedModels are programs, which can read and write files: only those that "
         "you trust",
     )
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="load exports without comparing their files with the checksums in metadata.json, "
+        "which takes about a second for each gigabyte; by default those that differ are not served",
+    )
     where = parser.add_argument_group("where")
     where.add_argument(
         "--host",
