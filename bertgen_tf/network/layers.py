@@ -16,7 +16,7 @@ from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.network.projections import Projection, dense, initializer, linear
-from bertgen_tf.network.weights import loading_finite
+from bertgen_tf.network.weights import FiniteWeights
 
 # Finite, so that no row of scores can turn into NaN.
 MASKED_SCORE = -1e9
@@ -42,20 +42,12 @@ def after_sublayer(layer: Any, hidden: Any, output: Any, training: bool | None) 
     return hidden if layer.config.norm_first else layer.layer_norm(hidden)
 
 
-class LayerNormalization(keras.layers.LayerNormalization):
-    """Keras's, which reads only finite weights from files."""
-
-    def load_own_variables(self, store: Any) -> None:
-        with loading_finite(self, self.variables):
-            super().load_own_variables(store)
+class LayerNormalization(FiniteWeights, keras.layers.LayerNormalization):
+    """Keras's, which refuses weights that are not finite."""
 
 
-class Embedding(keras.layers.Embedding):
-    """Keras's, which reads only finite weights from files."""
-
-    def load_own_variables(self, store: Any) -> None:
-        with loading_finite(self, self.variables):
-            super().load_own_variables(store)
+class Embedding(FiniteWeights, keras.layers.Embedding):
+    """Keras's, which refuses weights that are not finite."""
 
 
 def final_norm(config: BertGenerationConfig, policy: Any) -> keras.layers.Layer | None:

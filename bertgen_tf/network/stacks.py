@@ -26,7 +26,7 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import HEAD_FIELDS, OWN_FIELDS, BertGenerationConfig
-from bertgen_tf.network import sources
+from bertgen_tf.network import sources, weights
 from bertgen_tf.network.layers import (
     Embeddings,
     HeadTransform,
@@ -43,13 +43,12 @@ from bertgen_tf.network.masks import (
 )
 from bertgen_tf.network.projections import Dense, initializer, quantized_weights, rebuilding
 from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
-from bertgen_tf.network.weights import loading_finite
 
 SHARING = ("none", "word_embeddings", "all")
 _NOT_ALONE = "A stack cannot be quantized alone. Call quantize of the EncoderDecoderModel."
 
 
-class _Stack(keras.Model):
+class _Stack(weights.FiniteWeights, keras.Model):
     """What encoder and decoder have in common."""
 
     config: BertGenerationConfig
@@ -310,11 +309,6 @@ class BertGenerationDecoder(_Stack):
             self.head_transform.build((None, None, self.config.hidden_size))
         if self.config.quantization is not None or not self.config.tie_word_embeddings:
             self._build_output_kernel()
-
-    def load_own_variables(self, store: Any) -> None:
-        own = [*self._trainable_variables, *self._non_trainable_variables]
-        with loading_finite(self, own):
-            super().load_own_variables(store)
 
     def _build_output_kernel(self) -> None:
         shape = (self.config.vocab_size, self.config.hidden_size)

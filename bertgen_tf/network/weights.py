@@ -93,6 +93,15 @@ def check_finite(source: str, tensors: Mapping[str, Any]) -> None:
             )
 
 
+class FiniteWeights:
+    """A layer that refuses to load weights that are not finite."""
+
+    def load_own_variables(self, store: Any) -> None:
+        own = [*self._trainable_variables, *self._non_trainable_variables]
+        with loading_finite(self, own):
+            super().load_own_variables(store)
+
+
 @contextlib.contextmanager
 def loading_finite(layer: keras.Layer, variables: Iterable[Any]) -> Iterator[None]:
     """For `load_own_variables` of a layer: refuses weights that are not finite.
