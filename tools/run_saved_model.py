@@ -3,6 +3,7 @@
     echo "a text" | python tools/run_saved_model.py saved_models/NAME/VERSION
 
 Reads one text a line from standard input and writes one JSON object a line: input, text, score.
+A SavedModel is a program, which can read and write files: run those that you trust.
 """
 
 import argparse

@@ -11,6 +11,7 @@ The graph is not read, so nothing of it runs.
 
 import contextlib
 import fnmatch
+import json
 import os
 import pathlib
 import warnings
@@ -37,6 +38,7 @@ _OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
 LOADED = (GRAPH_FILE, "fingerprint.pb", "variables/*", "assets/*")
 # Of those that `load` reads.
 _READ = ("variables/*", *(f"{EXTRA_FOLDER}/{name}" for name in sorted(presets.FILES)))
+_MAX_METADATA_DEPTH = 50
 
 
 def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderModel) -> Model:
@@ -113,9 +115,14 @@ def read_metadata(folder: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         OSError: there is none, or it cannot be read.
-        ValueError: it is too large, or not a JSON object.
+        ValueError: it is no regular file, too large, or not a JSON object.
     """
-    return read_json(pathlib.Path(folder, METADATA_FILE))
+    metadata = read_json(pathlib.Path(folder, METADATA_FILE))
+    if _is_deep(metadata, _MAX_METADATA_DEPTH):
+        raise ValueError("it is nested too deeply")
+    # JSON has no NaN, which a browser refuses together with all that is sent with it.
+    json.dumps(metadata, allow_nan=False)
+    return metadata
 
 
 def verify(folder: str | os.PathLike, patterns: Sequence[str] = LOADED) -> None:
@@ -155,6 +162,14 @@ def verify(folder: str | os.PathLike, patterns: Sequence[str] = LOADED) -> None:
         if not path.is_file() or sha256(path) != checksum:
             found = "its checksum differs" if path.is_file() else "there is no such file"
             raise Damaged(f"{path} should be as it was exported, but {found}: {remedy}.")
+
+
+def _is_deep(value: Any, depth: int) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and (
+        not depth or any(_is_deep(item, depth - 1) for item in value)
+    )
 
 
 @contextlib.contextmanager

@@ -134,6 +134,7 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
     """
     folder = pathlib.Path(folder)
     sources.handles.check_family(folder, sources.handles.PRESET)
+    folders.check_replaced(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} should be a preset folder, but there is no such folder.")
     config = read_config(folder)
@@ -291,6 +292,7 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
         check_files(folder, [CONFIG_FILE])
         return config
     sources.handles.check_family(folder, sources.handles.PRESET)
+    folders.check_replaced(folder)
     raise ValueError(
         f"{folder} should be a preset that save_to_preset wrote, but its {CONFIG_FILE} is missing "
         f"or is not that of a {FORMAT}."

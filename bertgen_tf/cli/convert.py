@@ -37,6 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     source, target, verify = arguments.source, arguments.target, arguments.verify
+    folders.sweep(target)
     kind = kind_of(source)
     if kind == PRESET:
         folders.check_writable(target, huggingface.is_ours, "a Hugging Face checkpoint")

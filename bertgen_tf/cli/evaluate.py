@@ -8,8 +8,7 @@ import importlib.util
 import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -19,7 +18,7 @@ from bertgen_tf.cli.common import load_model, read_settings
 from bertgen_tf.cli.flags.errors import complain, note, user_errors
 from bertgen_tf.cli.flags.evaluate import read_scores
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.data import data_presets, resumable, text_files
+from bertgen_tf.data import data_presets, folders, resumable, text_files
 from bertgen_tf.metrics import scores as metrics
 from bertgen_tf.metrics import significance
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -115,14 +114,14 @@ def _run(
         from bertgen_tf.metrics.plot import plot_by_length
 
         names = [_name(arguments)] + ([os.path.basename(arguments.baseline)] if baseline else [])
-        with _replacing(arguments.plot) as path:
+        with folders.whole_file(arguments.plot) as path:
             plot_by_length([results, *([others] if others else [])], names, task.sources, path)
     if arguments.json:
         settings = {k: v for k, v in task.options.items() if k != "normalize"}
         settings |= {**resampling, "normalize_with": arguments.normalize_with}
         content = _describe(arguments, len(sources), results, intervals, comparisons)
         content |= {"settings": settings, "generation": config and config.to_dict()}
-        with _replacing(arguments.json) as path, open(path, "w", encoding="utf-8") as file:
+        with folders.whole_file(arguments.json) as path, open(path, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
             file.write("\n")
 
@@ -289,12 +288,3 @@ def _name(arguments: argparse.Namespace) -> str:
     """What the plot calls the system."""
     path = arguments.predictions or arguments.preset or arguments.export
     return os.path.basename(os.path.normpath(path))
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[str]:
-    """Yields a file to write beside `path`, which replaces it when it is complete."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=os.path.dirname(path) or ".") as folder:
-        new = os.path.join(folder, os.path.basename(path))
-        yield new
-        os.replace(new, path)

@@ -30,7 +30,7 @@ from bertgen_tf.cli.flags.errors import (
     user_errors,
 )
 from bertgen_tf.cli.flags.finetune import COLUMNS, SETTINGS, normalizes_itself
-from bertgen_tf.data import data_presets, resumable, text_files
+from bertgen_tf.data import data_presets, folders, resumable, text_files
 from bertgen_tf.finetuning import callbacks, diagnosis
 from bertgen_tf.finetuning.data import TrainingData
 from bertgen_tf.finetuning.state import (
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     """
     # First, what would otherwise fail after hours of training.
     folder = RunFolder(arguments.output)
+    folders.sweep(arguments.output)
     with user_errors():
         if arguments.preset:
             presets.read_config(arguments.preset)

@@ -15,7 +15,7 @@ from bertgen_tf.cli.common import load_model, read_settings
 from bertgen_tf.cli.flags.errors import UserError, complain, note, user_errors
 from bertgen_tf.cli.flags.generate import is_stream
 from bertgen_tf.config import GenerationConfig
-from bertgen_tf.data import resumable, text_files
+from bertgen_tf.data import folders, resumable, text_files
 from bertgen_tf.data.progress import EmptyOutputs
 from bertgen_tf.export.saved_model import export_saved_model
 from bertgen_tf.generation.generator import WINDOW
@@ -192,7 +192,9 @@ def _run_jobs(
     with contextlib.ExitStack() as stack:
         export, signature = arguments.export, _signature(arguments)
         if model is not None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            # What a killed run left there is removed by the next one.
+            place = Path(tempfile.gettempdir(), "generate")
+            folder = stack.enter_context(folders.temporary_folder(place))
             several = config.num_return_sequences > 1
             signatures = {HYPOTHESES: config} if several else {}
             export = export_saved_model(

@@ -20,6 +20,7 @@ from bertgen_tf.cli import startup
 from bertgen_tf.cli.flags import convert, evaluate, export, finetune, generate, serve
 from bertgen_tf.cli.flags.errors import PROGRAM, UserError, complain, in_flags
 from bertgen_tf.cli.flags.parser import Parser
+from bertgen_tf.data import folders
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 # In the order of the help. Each has `add_command` and `check`, and a module in `bertgen_tf.cli` of
@@ -60,17 +61,24 @@ def main(argv: list[str] | None = None) -> int:
         complain(str(stop) or "interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        # Otherwise Python warns when it flushes what nobody reads.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return BROKEN_PIPE
     except (UserError, GenerationError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.strerror and error.filename is not None:
             message = f"{error.filename}: {error.strerror}"
+        elif folders.is_disk_error(error):  # all files that are written have a name
+            message = f"standard output: {error.strerror}"
+            _give_up_output()
         complain(f"error: {in_flags(' '.join(message.split()))}")
         return USER_ERROR
     return 0
+
+
+def _give_up_output() -> None:
+    """Otherwise Python warns when it flushes what cannot be written."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

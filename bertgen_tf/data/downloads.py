@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from bertgen_tf.data import folders
 from bertgen_tf.data.progress import show_progress
 
 _TIMEOUT_SECONDS = 60
@@ -55,7 +56,7 @@ def fetch(
         ValueError: the file is too large, or differs from what it was.
     """
     path = pathlib.Path(path)
-    with _locked(path):
+    with folders.disk_errors(path), locked(path):
         pinned = _read_pin(path)
         if path.exists():
             _check(path, pinned, sha256)
@@ -192,7 +193,7 @@ def _write_pin(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
     """One process at a time fetches a file; others wait, then find it."""
     lock: Callable[[Any], None] = lambda file: None  # noqa: E731
     with contextlib.suppress(ImportError):  # Windows

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from bertgen_tf.data import folders
+
 _AGAIN = "overwrite=True starts anew"
 
 
@@ -109,7 +111,10 @@ def open_output(
         yield sys.stdout
         return
     partial = _partial(path)
-    with open(partial, "a", encoding="utf-8", newline="\n") as file:
+    with (
+        folders.disk_errors(partial),
+        open(partial, "a", encoding="utf-8", newline="\n") as file,
+    ):
         _lock(file, partial)
         try:
             file.truncate(begun.size)
@@ -195,11 +200,17 @@ def _check_same_run(path: str, run: dict[str, Any]) -> None:
 
 
 def _write_settings(path: str, run: dict[str, Any]) -> None:
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        json.dump(run, file, indent=2)
-        file.write("\n")
-        sync(file)
-    os.replace(f"{path}.new", path)
+    new = f"{path}.new"
+    try:
+        with open(new, "w", encoding="utf-8") as file:
+            json.dump(run, file, indent=2)
+            file.write("\n")
+            sync(file)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(new)
+        raise
 
 
 def _complete_lines(path: str) -> Begun:

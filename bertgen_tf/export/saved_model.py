@@ -103,6 +103,7 @@ def export_saved_model(
     Raises:
         ExportError: the export did not answer as the model does; it was not kept.
         FileExistsError: the version exists already.
+        OSError: the disk is full, or cannot be written.
         ValueError: the model has no tokenizer, the version is not an integer, the settings do not
             fit the model, a signature has a name that is not allowed, or description or examples
             are not text.
@@ -129,7 +130,7 @@ def export_saved_model(
             print(step, flush=True)
 
     # A server that polls the folder skips names that are not integers.
-    with temporary_folder(path) as temporary:
+    with temporary_folder(path, names="[0-9]+") as temporary:
         show("tracing the signatures")
         module = ServingModule(model, config, signatures, logits_processor)
         # Traced here: what `save` traces itself would be traced again for the description.

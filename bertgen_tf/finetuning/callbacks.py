@@ -17,9 +17,10 @@ import tensorflow as tf
 from bertgen_tf import metrics as scores
 from bertgen_tf.checks import Damaged, check_integer
 from bertgen_tf.config import BATCH_SIZE, GenerationConfig
-from bertgen_tf.finetuning.state import RunFolder
-from bertgen_tf.network.tensor_files import load_tensors, save_tensors
+from bertgen_tf.data import folders
+from bertgen_tf.finetuning.state import RunFolder, save_tensors
 from bertgen_tf.network.weights import check_finite
+from bertgen_tf.training.tensor_files import load_tensors
 
 _INTERVAL = 10.0  # seconds between lines, where there is no terminal
 _SHOWN = 8  # texts for TensorBoard
@@ -94,7 +95,10 @@ class GenerateCallback(keras.callbacks.Callback):
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self._file(epoch + 1), "w", encoding="utf-8") as file:
+        with (
+            folders.whole_file(self._file(epoch + 1)) as path,
+            open(path, "w", encoding="utf-8") as file,
+        ):
             for row in zip(self.sources, self.outputs, self.references, strict=True):
                 values = dict(zip(("source", "output", "reference"), row, strict=True))
                 file.write(json.dumps(values, ensure_ascii=False) + "\n")
@@ -153,7 +157,7 @@ class KeepBest(keras.callbacks.Callback):
         is_first = self.best is None and not math.isnan(value)
         if is_first or (self.best is not None and self.sign * value > self.sign * self.best):
             weights = self.model.get_weights()
-            save_tensors(self.path, {f"{i:05d}": w for i, w in enumerate(weights)}, {})
+            save_tensors(self.path, {f"{i:05d}": w for i, w in enumerate(weights)})
             self.best, self.best_epoch, self.waited = float(value), epoch + 1, 0
         else:
             self.waited += 1
@@ -322,6 +326,7 @@ class TensorBoardCurves(keras.callbacks.Callback):
 
     Raises:
         ImportError: tensorboard is not installed.
+        OSError: while it trains, if the disk is full or cannot be written.
     """
 
     def __init__(
@@ -346,7 +351,8 @@ class TensorBoardCurves(keras.callbacks.Callback):
         return {"step": self.step}
 
     def on_train_begin(self, logs: Any = None) -> None:
-        self.writer = tf.summary.create_file_writer(self.folder)
+        with folders.disk_errors(self.folder):
+            self.writer = tf.summary.create_file_writer(self.folder)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self.step += 1
@@ -368,15 +374,17 @@ class TensorBoardCurves(keras.callbacks.Callback):
                 for row in list(zip(*columns, strict=True))[:_SHOWN]
             ]
             table = "\n".join(["source | output | reference", "---|---|---", *rows])
-            with self.writer.as_default(self.step):
+            with folders.disk_errors(self.folder), self.writer.as_default(self.step):
                 tf.summary.text("samples", table)
-        self.writer.flush()
+        with folders.disk_errors(self.folder):
+            self.writer.flush()
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.writer.close()
+        with folders.disk_errors(self.folder):
+            self.writer.close()
 
     def _write(self, logs: dict[str, Any], prefix: str) -> None:
-        with self.writer.as_default(self.step):
+        with folders.disk_errors(self.folder), self.writer.as_default(self.step):
             for name, value in logs.items():
                 tf.summary.scalar(prefix + name, value)
 

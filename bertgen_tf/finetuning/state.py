@@ -28,8 +28,9 @@ import keras
 import numpy as np
 
 from bertgen_tf.checks import Damaged, check_integer, read_json
-from bertgen_tf.network.tensor_files import load_tensors, replace_file, save_tensors
+from bertgen_tf.data import folders
 from bertgen_tf.network.weights import check_finite
+from bertgen_tf.training.tensor_files import load_tensors, write_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"
@@ -40,7 +41,7 @@ FORMAT = "bertgen_tf training"
 KEPT = 2
 _AGAIN = "overwrite=True starts anew"
 _STATE = r"state-(\d+)\.safetensors"
-_OWN = rf"({_STATE}|run\.json|log\.jsonl|best\.safetensors|adapter\.safetensors)(\.new)?"
+_OWN = rf"({_STATE}|run\.json|log\.jsonl|best\.safetensors)(\.new)?|\.?adapter\.safetensors(-.*)?"
 
 
 class OtherModel(ValueError):
@@ -154,6 +155,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         path, held = self / LOCK_FILE, f"another training is writing to {self.path}: let it end"
+        is_locked = False
         with open(path, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,13 +163,26 @@ class RunFolder:
                 raise OSError(held) from error
             except OSError:  # a file system without locks
                 pass
+            else:
+                is_locked = True
             # A training that ended between opening and locking has removed it.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise OSError(held)
+            if is_locked:
+                self._sweep()
             try:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty, as it is when no training began
+                    self.path.rmdir()
+
+    def _sweep(self) -> None:
+        """Removes what a killed training was writing; safetensors renames its files, too."""
+        ours = r"(run\.json|log\.jsonl|(best|state-\d+)\.safetensors)\.new|\.tmp\w{6}"
+        for path in self.path.iterdir():
+            if re.fullmatch(ours, path.name) and path.is_file():
+                path.unlink()
 
     def _read_run(self) -> dict[str, Any] | None:
         try:
@@ -186,7 +201,7 @@ class RunFolder:
             path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
 
         _clear(self / RUN_FILE)
-        replace_file(self / RUN_FILE, write)
+        _replace(self / RUN_FILE, write)
 
     # ------------------------------------------------------------------ states
 
@@ -197,9 +212,7 @@ class RunFolder:
             OSError: it could not be written; earlier ones are unchanged.
         """
         place = {"step": state.step, "epoch": state.epoch, "callbacks": state.callbacks}
-        path = self / f"state-{state.step:08d}.safetensors"
-        _clear(path)
-        save_tensors(path, state.tensors, {"place": json.dumps(place)})
+        save_tensors(self / f"state-{state.step:08d}.safetensors", state.tensors, place)
         for step, path in self._states():
             # Later ones were written before this run resumed from an earlier state.
             if step > state.step:
@@ -240,7 +253,8 @@ class RunFolder:
 
     def log(self, **numbers: Any) -> None:
         """Adds a line to the log."""
-        with open(self / LOG_FILE, "a", encoding="utf-8") as file:
+        path = self / LOG_FILE
+        with folders.disk_errors(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(numbers) + "\n")
 
     def cut_log(self, step: int, epoch: int, complain: Callable[[str], None]) -> None:
@@ -272,7 +286,22 @@ class RunFolder:
             complain(
                 f"{path} has damaged lines: it is now {other.name}, and a new one has the others"
             )
-        replace_file(path, lambda new: new.write_bytes(b"".join(kept)))
+        _replace(path, lambda new: new.write_bytes(b"".join(kept)))
+
+
+def save_tensors(path: pathlib.Path, tensors: dict[str, np.ndarray], place: Any = None) -> None:
+    """Writes arrays as safetensors, with a checksum; the file appears when it is complete.
+
+    Args:
+        path: of the file.
+        tensors: arrays by name.
+        place: what else to keep, as JSON.
+
+    Raises:
+        OSError: the file could not be written; an earlier one is unchanged.
+    """
+    _clear(path)
+    _replace(path, lambda new: write_tensors(new, tensors, {"place": json.dumps(place)}))
 
 
 def _read_state(path: pathlib.Path) -> State:
@@ -289,6 +318,19 @@ def _read_state(path: pathlib.Path) -> State:
         raise
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise Damaged(f"{path} is damaged ({error})") from error
+
+
+def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+    """Lets `write` make a file, which then gets its name."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        with folders.disk_errors(path, new):
+            write(new)
+            os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def _is_own(name: str) -> bool:

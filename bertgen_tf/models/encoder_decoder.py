@@ -271,7 +271,12 @@ class EncoderDecoderModel(keras.Model):
         lora.merge(self)
 
     def save_adapter(self, path: str | os.PathLike) -> None:
-        """Writes what LoRA trained to one safetensors file; see `bertgen_tf.training.lora`."""
+        """Writes what LoRA trained to one safetensors file; see `bertgen_tf.training.lora`.
+
+        Raises:
+            OSError: it cannot be written; a file that was there is unchanged.
+            ValueError: the model has no adapters.
+        """
         lora.save(self, path)
 
     def load_adapter(self, path: str | os.PathLike) -> None:

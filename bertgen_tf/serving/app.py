@@ -10,7 +10,8 @@
 | GET /monitoring/prometheus/metrics | for Prometheus |
 | GET / | the page |
 
-Errors are `{"error": "..."}`.
+Errors are `{"error": "..."}`. The server is neither alive nor ready while a batch hangs, which has
+run for four times as long as a request may.
 """
 
 import asyncio
@@ -19,7 +20,6 @@ import json
 import logging
 import re
 import time
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -32,6 +32,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from bertgen_tf.checkpoints.versions import LARGEST_VERSION
 from bertgen_tf.serving.batching import (
     Batcher,
     QueueFull,
@@ -39,15 +40,17 @@ from bertgen_tf.serving.batching import (
     Result,
     is_client_error,
 )
-from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
+from bertgen_tf.serving.exports import Models, NotLoadedYet, Version
 from bertgen_tf.serving.origins import ANY, BrowserGuard
 from bertgen_tf.serving.rest_json import (
     DEFAULT_SIGNATURE,
+    BodyReader,
     RequestError,
     parse_request,
     read_inputs,
     write_outputs,
 )
+from bertgen_tf.serving.signatures import Signature
 
 PAGE_FILE = "playground.html"
 _PAGE_HEADERS = {
@@ -62,8 +65,8 @@ _PAGE_HEADERS = {
 _LARGE_BODY = 2**16
 # Numbers and strings in an answer; in JSON each takes tens of bytes.
 _MAX_ANSWER_ITEMS = 4_000_000
-# This much of a refused body is read anyway: most clients read no answer before they have sent it.
-_MAX_DRAINED_BYTES = 64 * 2**20
+# A batch that has run for this many times the time of a request hangs.
+_HANGING = 4
 _CLIENT_GONE = 499  # only in logs and metrics
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -111,7 +114,7 @@ class ServingApp:
             batch_patience,
             self.metrics.count_batch,
         )
-        self._max_body_bytes = max_body_bytes
+        self._bodies = BodyReader(max_body_bytes)
         self._max_texts = max_texts
         self._max_text_bytes = max_text_bytes
         self._request_timeout = request_timeout
@@ -251,13 +254,13 @@ class ServingApp:
         self, request: Request, version: Version, facts: dict[str, Any]
     ) -> tuple[Signature, dict[str, np.ndarray], bool]:
         """The requested signature, its inputs, and whether to answer by rows."""
-        body = await self._read_body(request)
-        content = await _in_thread_if_large(body, lambda: parse_request(body))
-        signature = _find_signature(version, content.get("signature_name"))
-        facts["signature"] = signature.name
-        inputs, rows = await _in_thread_if_large(
-            body, lambda: read_inputs(content, signature.inputs)
-        )
+        async with self._bodies.read(request.headers, request.stream()) as body:
+            content = await _in_thread_if_large(body, lambda: parse_request(body))
+            signature = _find_signature(version, content.get("signature_name"))
+            facts["signature"] = signature.name
+            inputs, rows = await _in_thread_if_large(
+                body, lambda: read_inputs(content, signature.inputs)
+            )
         texts = max((x.shape[0] for x in inputs.values() if x.ndim), default=1)
         if texts > self._max_texts:
             raise RequestError(
@@ -274,46 +277,6 @@ class ServingApp:
             )
         facts["texts"] = texts
         return signature, inputs, rows
-
-    async def _read_body(self, request: Request) -> bytes:
-        """The body, decompressed.
-
-        Raises:
-            RequestError: it is too large, or not gzip.
-        """
-        limit = self._max_body_bytes
-        too_large = RequestError(f"The body must have at most {limit:,} bytes", 413)
-        # h11 has checked that it is a number.
-        length = int(request.headers.get("content-length", "0")[:20])
-        if length > limit and (
-            request.headers.get("expect", "").lower() == "100-continue"
-            or length > _MAX_DRAINED_BYTES
-        ):
-            raise too_large
-        body, size = bytearray(), 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size <= limit:
-                body += chunk
-            elif size > _MAX_DRAINED_BYTES:
-                break
-        if size > limit:
-            raise too_large
-        encoding = request.headers.get("content-encoding", "identity").lower()
-        if encoding == "identity":
-            return bytes(body)
-        if encoding != "gzip":
-            raise RequestError("Content-Encoding must be gzip or identity", 415)
-        try:
-            stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
-            plain = stream.decompress(bytes(body), limit + 1)
-        except zlib.error as error:
-            raise RequestError(f"The body is not gzip: {error}") from error
-        if len(plain) > limit:
-            raise too_large
-        if not stream.eof or stream.unused_data:
-            raise RequestError("The body is not one complete gzip stream")
-        return plain
 
     # -------------------------------------------------------------------------- everything else
 
@@ -338,9 +301,7 @@ class ServingApp:
         """One entry for each model; those not loaded have no signatures."""
         models = []
         for name in self.models.names:
-            version = self.models.current(name) or next(iter(self.models.versions(name)), None)
-            if version is None:
-                continue
+            version = self.models.current(name) or self.models.versions(name)[0]
             metadata = {key: value for key, value in version.metadata.items() if key != "files"}
             models.append(
                 {
@@ -359,11 +320,17 @@ class ServingApp:
         )
 
     async def _alive(self, request: Request) -> Response:
-        return _json({"status": "alive"})
+        return self._hangs() or _json({"status": "alive"})
+
+    def _hangs(self) -> Response | None:
+        """An error if a batch will probably never end."""
+        if (seconds := self.batcher.busy_seconds) <= _HANGING * self._request_timeout:
+            return None
+        return _error(503, f"A batch has run for {seconds:.0f} seconds", {"Retry-After": "1"})
 
     async def _ready(self, request: Request) -> Response:
         if self.models.ready:
-            return _json({"status": "ready"})
+            return self._hangs() or _json({"status": "ready"})
         waiting = [name for name in self.models.names if not self.models.current(name)]
         why = "stopping" if self.models.stopping else f"not loaded: {', '.join(waiting)}"
         return _error(503, f"The server is not ready: {why}", {"Retry-After": "1"})
@@ -435,7 +402,8 @@ def _target(request: Request) -> tuple[str, int | None]:
         raise HTTPException(405, headers={"Allow": "POST"})
     if number is None:
         return name, None
-    if not (number.isascii() and number.isdecimal() and len(number) < 19):
+    decimal = number.isascii() and number.isdecimal() and len(number) < 100
+    if not decimal or int(number) > LARGEST_VERSION:
         raise RequestError(f"Failed to convert version: {number[:40]!r} to numeric")
     return name, int(number)
 
@@ -504,7 +472,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 async def _request_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestError):
         # The rest of the body of a too large request must not be read as another request.
-        headers = {"Connection": "close"} if error.status == 413 else None
+        headers = {413: {"Connection": "close"}, 503: {"Retry-After": "1"}}.get(error.status)
         return _error(error.status, str(error), headers)
     if isinstance(error, NotLoadedYet):
         return _error(503, str(error), {"Retry-After": "1"})

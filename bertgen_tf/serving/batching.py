@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.serving.exports import Signature
 from bertgen_tf.serving.pricing import RowSizes, Size, row_sizes
+from bertgen_tf.serving.signatures import Signature
 
 _log = logging.getLogger(__name__)
 

@@ -14,6 +14,8 @@
             | WriteToText("outputs", file_name_suffix=".txt")
         )
 
+A SavedModel is a program, which can read and write files on the workers: run those that you trust.
+
 Beam and this project must be installed where the workers of a pipeline run, in an environment with
 protobuf below 7, which Beam needs.
 """

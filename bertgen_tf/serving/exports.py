@@ -6,6 +6,7 @@ takes over; the old one is unloaded when its last request is done. An export tha
 is reported, and tried again only when its files change; the version before it stays in service, and
 so does a model whose folder disappears.
 
+The folder may hold anything: what is broken, or never ends, stops neither answers nor other models.
 `Models` belongs to one event loop; files are read and models loaded in threads.
 """
 
@@ -13,87 +14,40 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import json
 import logging
+import os
+import re
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from google.protobuf import json_format
 from tensorflow.core.protobuf import saved_model_pb2
 
+from bertgen_tf.checkpoints import versions as on_disk
 from bertgen_tf.checkpoints.exports import LOADED, METADATA_FILE, read_metadata, verify
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
 from bertgen_tf.checks import Damaged
 from bertgen_tf.export.files import read_warmup
-from bertgen_tf.export.signatures import COMPILED
-from bertgen_tf.serving.pricing import Cost, row_sizes
-from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
+from bertgen_tf.serving.signatures import Signature, load_signatures, warm_up
 
-# Where an export does not specify its batch sizes.
-MAX_BATCH_SIZE = 32
-# To measure what requests cost; what is not measured in this time is learned from requests.
-_MEASURING_SECONDS = 2.0
-_MEASURED_ROWS = 4
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
+# Of metadata.json, which is part of the list of all models.
+_MAX_SHOWN_BYTES = 2**20
+# Seconds that other models wait for a load.
+_PATIENCE = 10.0
+# What does not end with them keeps no process alive.
+THREADS = "bertgen_tf-"
 
 _log = logging.getLogger(__name__)
 
 
 class NotLoadedYet(LookupError):
     """The first version of a model is being loaded."""
-
-
-class Signature:
-    """A function of an export.
-
-    Attributes:
-        name: the signature's.
-        inputs: the specifications of the inputs, by name.
-        max_batch_size: the most rows of one run.
-        max_length: how many tokens of a text it reads; None if that is not known.
-        has_rows: whether the first dimension of all inputs and outputs is the batch.
-        cost: what its batches cost.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        function: Any,
-        max_batch_size: int = MAX_BATCH_SIZE,
-        max_length: int | None = None,
-        prior: Cost | None = None,
-        owner: Any = None,
-    ):
-        self.name = name
-        self.inputs: dict[str, tf.TensorSpec] = dict(
-            sorted(function.structured_input_signature[1].items())
-        )
-        self.max_batch_size = max_batch_size
-        self.max_length = max_length
-        self.cost = Cost(prior)
-        specs = [*self.inputs.values(), *function.structured_outputs.values()]
-        self.has_rows = bool(self.inputs) and all(
-            spec.shape.rank and spec.shape[0] is None for spec in specs
-        )
-        self._function = function
-        # Variables live as long as the loaded object.
-        self._owner = owner
-
-    def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Runs it.
-
-        Args:
-            inputs: arrays of the types of `self.inputs`, strings as objects of bytes.
-
-        Returns:
-            the outputs by name, strings as objects of bytes.
-        """
-        tensors = {name: tf.constant(inputs[name], self.inputs[name].dtype) for name in self.inputs}
-        outputs = self._function(**tensors)
-        return {name: np.asarray(outputs[name].numpy()) for name in sorted(outputs)}
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,8 +58,8 @@ class Version:
         model: its name.
         number: its version.
         path: the folder of the export.
-        stamp: changes when its files do.
-        verify: whether `load` compares the files with the checksums in metadata.json.
+        stamp: changes when its files do; empty until they were looked at.
+        verify: whether `load` compares the files with the checksums in `metadata`.
         state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
         error: its code and message; "OK" and "" if there is none.
         signatures: by name, while it is loaded.
@@ -116,7 +70,7 @@ class Version:
     model: str
     number: int
     path: Path
-    stamp: Any = None
+    stamp: str = ""
     verify: bool = True
     state: str = "LOADING"
     error: tuple[str, str] = ("OK", "")
@@ -124,16 +78,19 @@ class Version:
     signature_defs: dict[str, Any] = dataclasses.field(default_factory=dict)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     _users: int = 0
+    _real_path: str = ""
 
     def load(self) -> None:
         """Loads it and runs its warm-up requests, so that the first real ones need not wait."""
         import tensorflow_text  # noqa: F401 (registers the operations of tokenizers)
 
-        if not (self.path / GRAPH_FILE).is_file():
-            raise FileNotFoundError(f"{self.path} has no {GRAPH_FILE}")
-        if self.verify:
+        self._real_path = os.path.realpath(self.path)
+        on_disk.check_files(self.path)
+        if self.verify and self.metadata:
             verify(self.path, (*LOADED, f"{EXTRA_FOLDER}/*"))
         graph = saved_model_pb2.SavedModel.FromString((self.path / GRAPH_FILE).read_bytes())
+        if not graph.meta_graphs:
+            raise ValueError(f"{self.path / GRAPH_FILE} holds no graph")
         self.signature_defs = {
             name: json_format.MessageToDict(
                 definition,
@@ -142,9 +99,15 @@ class Version:
             )
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
-        loaded = tf.saved_model.load(str(self.path))
-        self.signatures = _signatures(loaded, self.metadata)
-        _warm_up(self.signatures, read_warmup(self.path))
+        self.signatures = load_signatures(self.path, graph, self.metadata)
+        warm_up(self.signatures, read_warmup(self.path))
+        if self.state != "LOADING":  # it took too long
+            self.signatures = {}
+
+    @property
+    def to_load(self) -> bool:
+        """Whether it was chosen, and not tried yet."""
+        return self.state == "LOADING" and bool(self.stamp)
 
     def describe(self) -> dict[str, Any]:
         """Its status, as in TensorFlow Serving's JSON."""
@@ -177,12 +140,16 @@ class Version:
             code = _code_name(error.error_code)
         elif isinstance(error, Damaged):
             code = "DATA_LOSS"
+        elif isinstance(error, TimeoutError):
+            code = "DEADLINE_EXCEEDED"
+        elif isinstance(error, PermissionError):
+            code = "PERMISSION_DENIED"
         elif isinstance(error, OSError):
             code = "NOT_FOUND"
         # Clients are told no paths of this machine; the log has them.
-        told = str(error)
-        for path in {str(self.path), str(self.path.resolve())}:
-            told = told.replace(path, f"{self.model}/{self.number}")
+        paths = [p for p in (str(self.path), self._real_path) if len(p) > 1]
+        pattern = "|".join(map(re.escape, sorted(paths, key=len, reverse=True)))
+        told = re.sub(pattern, f"{self.model}/{self.number}", str(error))
         self.error = code, " ".join(told.split())[:1000] or type(error).__name__
         self._end()
 
@@ -202,6 +169,7 @@ class Models:
     Args:
         folder: see the top of the module; or one model's folder, which holds its versions; or one
             version, which alone is served.
+        load_timeout: seconds after which a load is given up.
         verify: whether files are compared with the checksums in metadata.json before they are
             loaded; a version with a damaged file is not.
 
@@ -209,15 +177,20 @@ class Models:
         FileNotFoundError: there is no model.
     """
 
-    def __init__(self, folder: str | Path, verify: bool = True):
-        self._folder = Path(folder)
+    def __init__(self, folder: str | Path, load_timeout: float = 600.0, verify: bool = True):
+        self._folder = on_disk.VersionFolder(folder)
+        self._load_timeout = load_timeout
         self._verify = verify
-        self._versions: dict[str, list[Version]] = {name: [] for name in self._scan()}
+        found, problems = self._folder.scan()
+        self._versions = {name: [_newest(name, paths)] for name, paths in found.items()}
+        # What is being done, by model.
+        self._tasks: dict[str, asyncio.Task] = {}
         self._was_ready = False
         self.stopping = False
         if not self._versions:
-            what = "has no models" if self._folder.is_dir() else "is not a folder"
-            raise FileNotFoundError(f"{folder} {what}: expected {_LAYOUT}")
+            what = "has no models" if os.path.isdir(folder) else "is not a folder"
+            why = next((f". {path} {problem}" for path, problem in problems.items()), "")
+            raise FileNotFoundError(f"{folder} {what}: expected {_LAYOUT}{why}")
 
     @property
     def names(self) -> list[str]:
@@ -230,7 +203,9 @@ class Models:
 
         A model that is added later, and may be broken, does not matter.
         """
-        self._was_ready = self._was_ready or all(self.current(name) for name in self._versions)
+        self._was_ready = self._was_ready or (
+            bool(self._versions) and all(self.current(name) for name in self._versions)
+        )
         return self._was_ready and not self.stopping
 
     def current(self, name: str) -> Version | None:
@@ -282,31 +257,86 @@ class Models:
         Args:
             seconds: from one time to the next.
         """
-        while True:
-            try:
-                await self.look()
-            except Exception:
-                _log.exception("could not look for versions")
-            await asyncio.sleep(seconds)
+        try:
+            while True:
+                try:
+                    await self.look(_PATIENCE)
+                except Exception:
+                    _log.exception("could not look for versions")
+                await asyncio.sleep(seconds)
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
 
-    async def look(self) -> None:
-        """Loads what is new."""
-        found = await asyncio.to_thread(self._scan)
+    async def look(self, patience: float | None = None) -> None:
+        """Loads what is new, one model after the other.
+
+        Args:
+            patience: seconds after which the next model need not wait for one that takes longer;
+                None: each is waited for.
+        """
+        scan = asyncio.ensure_future(_in_thread("scan", self._folder.scan))
+        if not (await asyncio.wait({scan}, timeout=patience))[0]:
+            _log.warning("the folder of the models cannot be read yet, still waiting")
+        found, problems = await scan
+        self._folder.tell(problems)
+        if self._folder.path in problems:
+            return
+        self._forget_models(found)
         for name in sorted(found):
-            self._versions.setdefault(name, [])
-        waiting = []
-        for name, paths in sorted(found.items()):
-            wanted = await asyncio.to_thread(self._wanted, name, paths)
-            self._forget(name, paths)
-            current = self.current(name)
-            if wanted and (not current or wanted.stamp != current.stamp):
-                wanted.metadata = await asyncio.to_thread(_read_metadata, wanted.path)
-                waiting.append(wanted)
-        # All are listed while the first one loads.
-        for version in waiting:
-            self._versions[version.model].append(version)
-        for version in waiting:
+            # All are listed while the first one loads.
+            self._versions.setdefault(name, [_newest(name, found[name])])
+        for step in (self._choose, self._load_chosen):
+            for name in sorted(found):
+                if name in self._tasks:
+                    continue
+                task = asyncio.create_task(self._attend(name, step, found[name]))
+                self._tasks[name] = task
+                if not (await asyncio.wait({task}, timeout=patience))[0]:
+                    _log.info("still loading, others go on", extra={"model": name})
+
+    async def _attend(
+        self, name: str, step: Callable[..., Awaitable[None]], paths: dict[int, Path]
+    ) -> None:
+        try:
+            await step(name, paths)
+        except Exception:
+            _log.exception("could not look for versions", extra={"model": name})
+        finally:
+            del self._tasks[name]
+
+    async def _choose(
+        self, name: str, paths: dict[int, Path], below: int = on_disk.LARGEST_VERSION + 1
+    ) -> None:
+        """Lists the highest version that is not known to be broken, if it is not loaded."""
+        self._forget(name, paths)
+        versions = self._versions[name]
+        broken = {v.stamp for v in versions if v.state == "END" and v.error[1]}
+        current = self.current(name)
+
+        def choose() -> Version | None:
+            for number in sorted((n for n in paths if n < below), reverse=True):
+                stamp = on_disk.stamp(paths[number])
+                if stamp and stamp not in broken:
+                    if current and current.stamp == stamp:
+                        return None
+                    version = Version(name, number, paths[number], stamp, self._verify)
+                    version.metadata = _read_metadata(version.path)
+                    return version
+            return None
+
+        chosen = await _in_thread(f"files of {name}", choose)
+        looked_at = [v for v in versions if v.stamp]
+        # Where all folders are just gone, what was listed stays until the next look.
+        self._versions[name] = [*looked_at, chosen] if chosen else looked_at or versions
+
+    async def _load_chosen(self, name: str, paths: dict[int, Path]) -> None:
+        """Loads the listed version; where it is broken, the next lower one."""
+        while version := next((v for v in self._versions[name] if v.to_load), None):
             await self._load(version)
+            if version.state != "END":
+                return
+            await self._choose(name, paths, version.number)
 
     async def _load(self, version: Version) -> None:
         fields = {"model": version.model, "version": version.number, "path": str(version.path)}
@@ -314,9 +344,11 @@ class Models:
         _log.info("loading", extra=fields)
         start = time.monotonic()
         try:
-            await asyncio.to_thread(version.load)
+            async with asyncio.timeout(self._load_timeout) as deadline:
+                await _in_thread(f"load {version.model}/{version.number}", version.load)
         except Exception as error:
-            version.fail(error)
+            late = f"It was not loaded within {self._load_timeout:g} seconds"
+            version.fail(TimeoutError(late) if deadline.expired() else error)
             _log.error("cannot load: %s", version.error[1], extra=fields)
         else:
             version.state = "AVAILABLE"
@@ -324,119 +356,73 @@ class Models:
                 old.retire()
             _log.info("loaded", extra={**fields, "ms": round(1000 * (time.monotonic() - start))})
         # Graphs are full of reference cycles.
-        await asyncio.to_thread(gc.collect)
+        await _in_thread("garbage", gc.collect)
 
     def _forget(self, name: str, paths: dict[int, Path]) -> None:
         """Drops what ended, except the last of each number whose folder exists."""
         last = {v.number: v for v in self._versions[name]}
-        self._versions[name] = [
+        kept = [
             v
             for v in self._versions[name]
             if v.state != "END" or (v.number in paths and last[v.number] is v)
         ]
+        self._versions[name] = kept or [_newest(name, paths)]
 
-    def _wanted(self, name: str, paths: dict[int, Path]) -> Version | None:
-        """The highest version that is not known to be broken."""
-        broken = {v.stamp for v in self._versions[name] if v.state == "END" and v.error[1]}
-        for number in sorted(paths, reverse=True):
-            stamp = _stamp(paths[number])
-            if stamp and stamp not in broken:
-                return Version(name, number, paths[number], stamp, self._verify)
-        return None
-
-    def _scan(self) -> dict[str, dict[int, Path]]:
-        """The versions of each model."""
-        folder = self._folder
-        if (folder / GRAPH_FILE).is_file():
-            path = folder.resolve()
-            if path.name.isdecimal():
-                return {path.parent.name: {int(path.name): path}}
-            return {path.name: {1: path}}
-        versions = _numbered(folder)
-        if versions:
-            return {folder.resolve().name: versions}
-        models = {path.name: _numbered(path) for path in _subfolders(folder)}
-        return {name: versions for name, versions in models.items() if versions}
+    def _forget_models(self, found: on_disk.Found) -> None:
+        """Drops those whose folders are gone, unless they are loaded."""
+        for name in self._versions.keys() - found.keys() - self._tasks.keys():
+            loaded = [v for v in self._versions[name] if v.state in ("AVAILABLE", "UNLOADING")]
+            self._versions[name] = loaded
+            if not loaded:
+                del self._versions[name]
 
 
-def _numbered(folder: Path) -> dict[int, Path]:
-    # Not isdigit, which is true for other scripts' numbers and superscripts.
-    return {int(p.name): p for p in _subfolders(folder) if p.name.isascii() and p.name.isdecimal()}
+def _newest(name: str, paths: dict[int, Path]) -> Version:
+    number = max(paths)
+    return Version(name, number, paths[number])
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return [path for path in folder.iterdir() if path.is_dir()]
-    except OSError:  # it is gone, or a file
-        return []
+async def _in_thread(name: str, work: Callable[[], Any]) -> Any:
+    """Runs it in a thread of its own, which need not end for the process to end."""
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
 
+    def finish(result: Any, error: BaseException | None) -> None:
+        if future.done():  # nobody waits any more
+            return
+        if isinstance(error, Exception) and not isinstance(error, StopIteration):
+            future.set_exception(error)
+        elif error:  # asyncio would end the server
+            future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
+        else:
+            future.set_result(result)
 
-def _stamp(path: Path) -> tuple[Any, ...]:
-    """Differs when any file of the folder does; empty if the folder is gone."""
-    try:
-        stats = [(str(p), p.stat()) for p in (path, *sorted(path.rglob("*")))]
-    except OSError:
-        return ()
-    return tuple((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name=f"{THREADS}{name}", daemon=True).start()
+    return await future
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
+    """What can be shown of metadata.json; nothing if it cannot be read."""
     try:
-        return read_metadata(folder)
+        metadata = read_metadata(folder)
+        shown = {key: value for key, value in metadata.items() if key != "files"}
+        if len(json.dumps(shown)) > _MAX_SHOWN_BYTES:
+            raise ValueError(f"it has more than {_MAX_SHOWN_BYTES:,} bytes beside `files`")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         _log.warning("ignored %s: %s", folder / METADATA_FILE, error)
         return {}
-
-
-def _largest_batch(metadata: dict[str, Any]) -> int:
-    sizes = metadata.get("batch_sizes")
-    if isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes):
-        return max(sizes)
-    return MAX_BATCH_SIZE
-
-
-def _longest_text(metadata: dict[str, Any]) -> int | None:
-    try:
-        length = metadata["config"]["preprocessor"]["max_source_length"]
-    except (KeyError, TypeError):
-        return None
-    return length if type(length) is int and length > 0 else None
-
-
-def _signatures(loaded: Any, metadata: dict[str, Any]) -> dict[str, Signature]:
-    """The signatures of a loaded export."""
-    size, length = _largest_batch(metadata), _longest_text(metadata)
-    signatures: dict[str, Signature] = {}
-    # What each is compared with before it has run is made first.
-    order = sorted(loaded.signatures, key=lambda n: (n != DEFAULT_SIGNATURE, n.endswith(COMPILED)))
-    for name in order:
-        plain = signatures.get(name.removesuffix(COMPILED)) or signatures.get(DEFAULT_SIGNATURE)
-        prior = plain.cost if plain else None
-        signatures[name] = Signature(name, loaded.signatures[name], size, length, prior, loaded)
-    return signatures
-
-
-def _warm_up(
-    signatures: dict[str, Signature], requests: Iterable[tuple[str, dict[str, np.ndarray]]]
-) -> None:
-    """Runs requests, then measures what they cost, now that nothing has to be prepared."""
-    first: dict[str, dict[str, np.ndarray]] = {}
-    for name, inputs in requests:
-        signatures[name or DEFAULT_SIGNATURE].run(inputs)
-        first.setdefault(name or DEFAULT_SIGNATURE, inputs)
-    # First a text of each, then a few: the time of a batch does not grow as its rows do.
-    end = time.monotonic() + _MEASURING_SECONDS
-    for rows in (1, _MEASURED_ROWS):
-        for name, inputs in first.items():
-            signature = signatures[name]
-            if signature.has_rows and time.monotonic() < end:
-                batch = {key: np.repeat(x[:1], rows, axis=0) for key, x in inputs.items()}
-                start = time.monotonic()
-                signature.run(batch)
-                sizes = row_sizes(batch, rows, signature.max_length)
-                signature.cost.learn(sizes.padded, time.monotonic() - start)
+    return metadata
 
 
 def _code_name(code: int) -> str:

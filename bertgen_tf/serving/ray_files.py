@@ -69,9 +69,10 @@ def generate_files(
     """Generates a text for each line of many files.
 
     Args:
-        export: SavedModel folder NAME/VERSION. Generation settings are those it was exported
-            with. On a cluster all machines must find it under this path; they need `ray`,
-            `tensorflow` and `tensorflow_text`, but not `bertgen_tf`.
+        export: SavedModel folder NAME/VERSION: a program, which can read and write files, so one
+            that you trust. Generation settings are those it was exported with. On a cluster all
+            machines must find it under this path; they need `ray`, `tensorflow` and
+            `tensorflow_text`, but not `bertgen_tf`.
         pattern: input files, such as "lines/*.jsonl"; their extensions specify the format, as for
             `bertgen-tf generate`. They are read on this machine.
         output: folder for `NAME.jsonl`, one for each input file NAME.*. A line is the object of the

@@ -1,4 +1,4 @@
-"""The JSON of TensorFlow Serving's REST API, to arrays and back.
+"""The bodies of TensorFlow Serving's REST API: JSON, to arrays and back.
 
 A request names its tensors in one of two forms:
 
@@ -13,9 +13,11 @@ whose names end in `_bytes` are base64, other strings are UTF-8.
 
 import base64
 import binascii
+import contextlib
 import json
 import reprlib
-from collections.abc import Mapping
+import zlib
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,10 @@ import tensorflow as tf
 DEFAULT_SIGNATURE = "serving_default"
 # How deep a request may nest lists, where the signature does not specify it.
 _MAX_RANK = 8
+# How many bodies of the largest size all requests that are being read may have together.
+_MAX_BODIES = 16
+# This much of a refused body is read anyway: most clients read no answer before they have sent it.
+_MAX_DRAINED_BYTES = 64 * 2**20
 
 
 class RequestError(ValueError):
@@ -36,6 +42,91 @@ class RequestError(ValueError):
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
         self.status = status
+
+
+class BodyReader:
+    """Reads the bodies of all requests, within a bound on each and on their sum.
+
+    Args:
+        max_bytes: of a body, also after decompression.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes = max_bytes
+        self._room = _MAX_BODIES * max_bytes
+
+    @contextlib.asynccontextmanager
+    async def read(
+        self, headers: Mapping[str, str], chunks: AsyncIterable[bytes]
+    ) -> AsyncIterator[bytes]:
+        """A body, decompressed; it counts until the end of the context.
+
+        Args:
+            headers: of the request, checked as HTTP.
+            chunks: of its body.
+
+        Raises:
+            RequestError: it is too large, there are too many, or it is not gzip.
+        """
+        limit = self._max_bytes
+        refusal = None
+        too_large = RequestError(f"The body must have at most {limit:,} bytes", 413)
+        length = int(headers.get("content-length", "0")[:20])
+        if length > limit and (
+            headers.get("expect", "").lower() == "100-continue" or length > _MAX_DRAINED_BYTES
+        ):
+            raise too_large
+        body, size, counted = bytearray(), 0, 0
+        try:
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > limit:
+                    refusal = too_large
+                elif len(chunk) > self._room:
+                    refusal = refusal or self._full()
+                if not refusal:
+                    body += chunk
+                    counted += len(chunk)
+                    self._room -= len(chunk)
+                    continue
+                body.clear()
+                self._room += counted
+                counted = 0
+                if size > _MAX_DRAINED_BYTES:
+                    break
+            if refusal:
+                raise refusal
+            encoding = headers.get("content-encoding", "identity").lower()
+            if encoding == "gzip":
+                body = self._decompress(body)
+                if len(body) > self._room:
+                    raise self._full()
+                counted += len(body)
+                self._room -= len(body)
+            elif encoding != "identity":
+                raise RequestError("Content-Encoding must be gzip or identity", 415)
+            yield bytes(body)
+        finally:
+            self._room += counted
+
+    def _decompress(self, body: bytearray) -> bytes:
+        try:
+            stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+            plain = stream.decompress(body, self._max_bytes + 1)
+        except zlib.error as error:
+            raise RequestError(f"The body is not gzip: {error}") from error
+        if len(plain) > self._max_bytes:
+            raise RequestError(f"The body must have at most {self._max_bytes:,} bytes", 413)
+        if not stream.eof or stream.unused_data:
+            raise RequestError("The body is not one complete gzip stream")
+        return plain
+
+    def _full(self) -> RequestError:
+        return RequestError(
+            f"The requests that are being received have more than {_MAX_BODIES * self._max_bytes:,}"
+            " bytes. Try again later",
+            503,
+        )
 
 
 def parse_request(body: bytes) -> dict[str, Any]:

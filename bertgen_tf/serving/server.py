@@ -1,15 +1,20 @@
 """The process of `bertgen-tf serve`: HTTP, connection limits, logs, shutdown.
 
-Logs are JSON, one object a line, on stderr. After SIGTERM or Ctrl-C nothing more is accepted; what
-was accepted is answered before the process ends, within a time limit.
+Logs are JSON, one object a line, on stderr. After SIGTERM, SIGHUP or Ctrl-C nothing more is
+accepted; what was accepted is answered before the process ends, within a time limit, which holds
+whatever hangs.
 """
 
+import contextlib
 import datetime
 import json
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,7 +25,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bertgen_tf.serving.app import ServingApp
-from bertgen_tf.serving.exports import Models
+from bertgen_tf.serving.exports import THREADS, Models
 from bertgen_tf.serving.origins import default_hosts
 
 _MAX_HEADER_BYTES = 2**16
@@ -28,6 +33,12 @@ _MAX_HEADER_BYTES = 2**16
 _KEEP_ALIVE = 75
 # Seconds in which a refused client may read why.
 _LINGER = 1.0
+# Seconds from one look whether a client that sends no more is still there.
+_PROBE = 0.2
+# Seconds in which threads may end; and beyond the time for shutdown, for all that belongs to it.
+_THREADS_GRACE, _SHUTDOWN_GRACE = 0.5, 2.0
+# SIGHUP: the terminal is gone. Windows has none.
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)}
 _REASONS = {
     400: "Bad Request",
     408: "Request Timeout",
@@ -46,6 +57,7 @@ def serve(
     port: int = 8501,
     *,
     poll_seconds: float = 2.0,
+    load_timeout: float = 600.0,
     request_timeout: float = 30.0,
     max_body_bytes: int = 4 * 2**20,
     max_texts: int = 1024,
@@ -60,13 +72,19 @@ def serve(
     cors_origins: Sequence[str] | None = None,
     verify: bool = True,
 ) -> None:
-    """Serves the exports of a folder until SIGTERM or Ctrl-C.
+    """Serves the exports of a folder until SIGTERM, SIGHUP or Ctrl-C.
+
+    A SavedModel is a program, which can read and write files: serve those that you trust.
+
+    When a load or a batch has still not ended at the end, this ends the process, as Python would
+    wait for it.
 
     Args:
         folder: see `bertgen_tf.serving.exports`.
         host: address to listen on.
         port: the same; 0 for any free one, which is logged.
         poll_seconds: between checks for new versions.
+        load_timeout: seconds after which a load, with its warm-up requests, is given up.
         request_timeout: seconds after which a request is answered with 504. What would probably
             take longer is refused at once: with 503 if others wait, with 413 if it would take more
             than a third of the time alone.
@@ -78,7 +96,8 @@ def serve(
         max_connections: open at a time; more is answered with 503.
         batch_patience: seconds to wait for a full batch where several clients are active.
         receive_timeout: seconds in which a request must arrive; later is answered with 408.
-        shutdown_timeout: seconds in which to answer what was accepted.
+        shutdown_timeout: seconds in which to answer what was accepted; about a second later the
+            process has ended.
         allowed_hosts: names that the `Host` of a request may have; "*" for all. None: on loopback
             localhost and its addresses, else all.
         cors_origins: sites whose pages may send requests and read the answers; "*" for all. None:
@@ -90,7 +109,7 @@ def serve(
         OSError: the address is not free.
         ValueError: `cors_origins` has what is no site.
     """
-    models = Models(folder, verify)
+    models = Models(folder, load_timeout, verify)
     listener = _listen(host, port)
     _log_as_json()
     app = ServingApp(
@@ -126,15 +145,26 @@ def serve(
     address, number = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
     _log.info("serving on %s", url, extra={"url": url, "models": models.names})
-    # uvicorn sends itself the signal again when it has stopped: that must not end it with an error.
-    ignored = {number: signal.signal(number, _ignore) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = _Server(config, models, shutdown_timeout)
+    # Before uvicorn has its handlers, and when it has stopped and sends itself the signal again.
+    handlers = {
+        number: signal.signal(number, server.handle_exit)
+        for number in _SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN  # by nohup
+    }
     try:
-        _Server(config, models).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
-        for number, handler in ignored.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         listener.close()
+        hanging = _hanging_threads()
+        server.finish()
+    if hanging:
+        _log.warning("does not end: %s", ", ".join(hanging))
     _log.info("stopped")
+    if hanging:
+        os._exit(0)  # `sys.exit` would wait for them
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -148,20 +178,49 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _ignore(number: int, frame: FrameType | None) -> None:
-    pass
-
-
 class _Server(uvicorn.Server):
-    """Not ready from the signal on."""
+    """Not ready from the signal on; the process ends in the given time.
 
-    def __init__(self, config: uvicorn.Config, models: Models):
+    Args:
+        seconds: for the end.
+    """
+
+    def __init__(self, config: uvicorn.Config, models: Models, seconds: float):
         super().__init__(config)
         self._models = models
+        self._seconds = seconds
+        self._signalled, self._ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._guard, daemon=True).start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._models.stopping = True
+        if not self._models.stopping:
+            self._models.stopping = True
+            self._signalled.set()
         super().handle_exit(sig, frame)
+
+    def finish(self) -> None:
+        """It has ended: the process need not."""
+        self._ended.set()
+        self._signalled.set()
+
+    def _guard(self) -> None:
+        """Ends the process when its time is over, even if the event loop hangs."""
+        self._signalled.wait()
+        if not self._ended.wait(self._seconds + _SHUTDOWN_GRACE):
+            # In a thread: what hangs may hold the log.
+            tell = threading.Thread(target=_log.error, args=("ended by force",), daemon=True)
+            tell.start()
+            tell.join(_THREADS_GRACE)
+            os._exit(1)
+
+
+def _hanging_threads() -> list[str]:
+    """The names of those, for loads and batches, that do not end."""
+    end = time.monotonic() + _THREADS_GRACE
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 class _Protocol(H11Protocol):
@@ -176,6 +235,7 @@ class _Protocol(H11Protocol):
     most_connections: int
     _clock: Any = None
     _refused = False
+    _half_closed = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -201,6 +261,40 @@ class _Protocol(H11Protocol):
         if not self.flow.write_paused and self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._stop_clock()
 
+    def eof_received(self) -> bool:
+        """The client sends no more: it waits for its answers, or it has gone; whether it may."""
+        if self._refused or not self._waits():
+            return False
+        self._half_closed = True
+        self._close_after_last()
+        if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] == "1.1":
+            # Both look the same until something is sent; what has gone then resets the connection.
+            # Clients skip this line.
+            proceed = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+            self.transport.write(self.conn.send(proceed))
+        self.loop.call_later(_PROBE, self._probe)
+        return True
+
+    def _waits(self) -> bool:
+        """Whether a whole request is to be answered."""
+        cycle = self.cycle
+        return cycle is not None and not (cycle.response_complete or cycle.more_body)
+
+    def _close_after_last(self) -> None:
+        if not self.conn.trailing_data[0]:  # requests that were sent ahead
+            self.cycle.keep_alive = False
+
+    def _probe(self) -> None:
+        if self.transport.is_closing():
+            return
+        connection = self.transport.get_extra_info("socket")
+        if not self._waits():
+            self.transport.close()
+        elif connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        else:
+            self.loop.call_later(_PROBE, self._probe)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._start_clock()
@@ -211,6 +305,8 @@ class _Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._half_closed and self._waits():
+            self._close_after_last()
         # The rest of an unwanted body keeps its clock; what was sent ahead has been handled.
         if self.conn.their_state is not h11.SEND_BODY:
             self._stop_clock()
@@ -261,7 +357,8 @@ class _Protocol(H11Protocol):
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event))
             # Closed with bytes unread, the connection would be reset, and the answer lost.
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the client has gone
+                self.transport.write_eof()
             self.loop.call_later(_LINGER, self.transport.abort)
         else:
             self.transport.close()

@@ -20,12 +20,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
+from safetensors import SafetensorError
 
-from bertgen_tf.checks import Damaged, shown
+from bertgen_tf.checks import Damaged, first_line, shown
+from bertgen_tf.data import folders
 from bertgen_tf.network.projections import Dense, Projection
-from bertgen_tf.network.tensor_files import load_tensors, save_tensors
 from bertgen_tf.network.weights import Rule, assign, named_variables
 from bertgen_tf.training.freezing import new_variables
+from bertgen_tf.training.tensor_files import load_tensors, write_tensors
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -88,8 +90,12 @@ def save(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:
     """See `EncoderDecoderModel.save_adapter`."""
     _check_enabled(model)
     tensors = {name: variable.numpy() for name, variable in _trained(model).items()}
-    settings = json.dumps({name: model.lora[name] for name in _SETTINGS})
-    save_tensors(pathlib.Path(path), tensors, {"format": FORMAT, "settings": settings})
+    metadata = {"format": FORMAT, "settings": json.dumps({n: model.lora[n] for n in _SETTINGS})}
+    try:
+        with folders.whole_file(path) as new:
+            write_tensors(new, tensors, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {first_line(error)}") from error
 
 
 def load(model: "EncoderDecoderModel", path: str | os.PathLike) -> None:

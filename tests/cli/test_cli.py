@@ -96,6 +96,14 @@ def test_a_reader_that_goes_away_is_no_traceback(monkeypatch):
         assert cli.main(["--help"]) == 141
 
 
+def test_output_on_a_full_disk_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["--help"]) == 2
+    expected = "bertgen-tf: error: standard output: No space left on device\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_ctrl_c_is_no_traceback(preset, tmp_path, monkeypatch, capsys):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt

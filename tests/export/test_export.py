@@ -492,7 +492,7 @@ def test_a_killed_export_leaves_no_version(tmp_path):
     def poll():  # as a server does
         while not done.is_set():
             seen.update(p.name for p in folder.glob("*") if p.name.isdecimal())
-            if any(folder.glob(".1-*/metadata.json")) or process.poll() is not None:
+            if any(folder.glob(".1.*/metadata.json")) or process.poll() is not None:
                 break
         os.killpg(process.pid, signal.SIGKILL)
 
@@ -503,8 +503,9 @@ def test_a_killed_export_leaves_no_version(tmp_path):
     done.set()
     assert process.wait(60) == -signal.SIGKILL
     assert seen == set()
-    assert [p.name.startswith(".1-") for p in folder.iterdir()] == [True]
-    # What is left is in nobody's way.
+    assert [p.name.startswith(".1.") for p in folder.iterdir()] == [True]
+    # What is left is in nobody's way, and gone with the next export, whatever its number.
     model = make_small_model("all")
-    path = bg.export_saved_model(model, folder / "1", max_new_tokens=5, check=False)
+    path = bg.export_saved_model(model, folder / "2", max_new_tokens=5, check=False)
     assert "serving_default" in tf.saved_model.load(path).signatures
+    assert [p.name for p in folder.iterdir()] == ["2"]

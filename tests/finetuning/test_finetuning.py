@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -126,6 +128,31 @@ def test_the_best_weights_are_kept_and_a_plateau_ends_it(data, tmp_path):
     for epoch, value in enumerate([float("nan"), 1.0, 3.0, 2.0]):
         higher.on_epoch_end(epoch, {"val_bleu": value})
     assert higher.get_state() == {"best": 3.0, "best_epoch": 3, "waited": 1}
+
+
+def test_curves_log_and_outputs_on_a_full_disk_are_an_oserror(tmp_path):
+    """Not TensorFlow's error, which would mean the memory."""
+    pytest.importorskip("tensorboard")
+    folder = RunFolder(tmp_path / "model")
+    folder.begin({})
+    curves = TensorBoardCurves(tmp_path / "tb")
+    samples = bg.GenerateCallback(["a"], ["b"], folder=tmp_path / "samples")
+    samples.set_model(types.SimpleNamespace(generate=lambda sources, *args, **options: sources))
+    curves.on_train_begin()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        for write, file in (
+            (lambda: curves.on_epoch_end(0, {"val_loss": 1.0}), tmp_path / "tb"),
+            (lambda: folder.log(step=3, loss=1.0), folder / "log.jsonl"),
+            (lambda: samples.on_epoch_end(0), tmp_path / "samples/epoch-0001.jsonl"),
+        ):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+            assert caught.value.filename == str(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "samples").iterdir())
 
 
 @pytest.mark.slow

@@ -219,7 +219,7 @@ def test_what_cannot_be_written_leaves_the_earlier_state(folder, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bertgen_tf.network.tensor_files.os.fsync", full)
+    monkeypatch.setattr("bertgen_tf.training.tensor_files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         folder.save(state(8))
     assert states(folder) == ["state-00000004.safetensors"]
@@ -243,6 +243,18 @@ def test_one_training_at_a_time(folder):
         pass
     with folder.lock():
         pass
+
+
+def test_what_a_killed_training_was_writing_is_removed_by_the_next(folder):
+    folder.save(state(4))
+    kept = sorted(path.name for path in folder.path.iterdir())
+    for name in ("state-00000007.safetensors.new", ".tmpaB3dEf", "run.json.new", "notes.new"):
+        (folder / name).touch()
+    with folder.lock():
+        assert sorted(path.name for path in folder.path.iterdir()) == sorted(
+            [*kept, "lock", "notes.new"]
+        )
+    assert folder.load(pytest.fail).step == 4
 
 
 def test_other_variables_are_refused_as_a_whole():

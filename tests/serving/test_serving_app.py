@@ -2,8 +2,12 @@
 
 import asyncio
 import base64
+import collections
 import gzip
 import json
+import logging
+import os
+import random
 import re
 import shutil
 import threading
@@ -18,6 +22,7 @@ from bertgen_tf.serving import app as serving_app
 from bertgen_tf.serving.app import ServingApp
 from bertgen_tf.serving.exports import Models
 from bertgen_tf.serving.pricing import row_sizes
+from tests.helpers.litter import Litter
 from tests.helpers.serving_exports import VOCABULARY, write_export
 
 PREDICT = "/v1/models/name:predict"
@@ -38,6 +43,20 @@ def models(folder):
     return models
 
 
+def http_scope(method, path, headers=()):
+    return {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "http_version": "1.1",
+        "headers": [(k.lower().encode(), v.encode()) for k, v in headers],
+    }
+
+
 async def ask(app, method, path, body=b"", headers=(), gone=None):
     """Status, headers and body of an answer; `gone`: an event by which the client goes away."""
     parts = [body[:7], body[7:]] if body else [b""]
@@ -56,21 +75,7 @@ async def ask(app, method, path, body=b"", headers=(), gone=None):
     async def send(message):
         sent.append(message)
 
-    await app(
-        {
-            "type": "http",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "root_path": "",
-            "scheme": "http",
-            "http_version": "1.1",
-            "headers": [(k.lower().encode(), v.encode()) for k, v in headers],
-        },
-        receive,
-        send,
-    )
+    await app(http_scope(method, path, headers), receive, send)
     answer = {k.decode(): v.decode() for k, v in sent[0]["headers"]}
     return sent[0]["status"], answer, b"".join(m.get("body", b"") for m in sent[1:])
 
@@ -312,6 +317,45 @@ def test_body_limit(models):
         assert status == 413 and "at most" in answer["error"]
 
 
+def test_the_sum_of_unfinished_bodies_is_limited(models):
+    """100 clients that have sent 4 MB each, and do not go on, do not take the memory of all."""
+    size = 2**16
+    body = b'{"inputs": ["' + b"a" * size
+
+    async def test(app):
+        held, ends = [], asyncio.Event()
+
+        def client():
+            parts, answers = [body], []
+
+            async def receive():
+                if parts:
+                    return {"type": "http.request", "body": parts.pop(), "more_body": True}
+                await ends.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                answers.append(message)
+
+            return app(http_scope("POST", PREDICT), receive, send)
+
+        held = [asyncio.create_task(client()) for _ in range(100)]
+        await asyncio.sleep(0)
+        status, headers, answer = await ask(app, "POST", PREDICT, b'{"inputs": "a"}' + b" " * size)
+        assert status == 503 and headers["retry-after"] == "1"
+        assert "are being received have more than 1,049,600 bytes" in answer.decode()
+        assert (await ask(app, "POST", PREDICT, b'{"inputs": "a"}'))[0] == 200
+        assert (await ask(app, "GET", "/healthz"))[0] == 200
+        ends.set()
+        await asyncio.gather(*held)
+        for send in (body + b'"]}', gzip.compress(body + b'"]}')):
+            headers = [("Content-Encoding", "gzip")] if send[:1] != b"{" else []
+            for _ in range(20):  # what was counted is free again
+                assert (await ask(app, "POST", PREDICT, send, headers))[0] == 200
+
+    serve(models, test, max_body_bytes=size + 64)
+
+
 def test_a_body_that_is_too_large_is_not_asked_for(models):
     async def test(app):
         headers = [("Content-Length", "101"), ("Expect", "100-continue")]
@@ -439,6 +483,94 @@ def test_time_is_over(folder):
         go_on.set()
 
     serve(folder, test, request_timeout=0.05)
+
+
+def test_a_batch_that_hangs_is_no_sign_of_life(folder):
+    """From four times the time of a request on: then nobody waits for it."""
+
+    async def test(app):
+        started, go_on = hold_up(app)
+        assert app.batcher.busy_seconds == 0
+        task = asyncio.create_task(ask(app, "POST", PREDICT, b'{"inputs": "a"}'))
+        await asyncio.to_thread(started.wait, 60)
+        assert (await ask(app, "GET", "/healthz"))[0] == 200
+        while (await ask(app, "GET", "/healthz"))[0] == 200:
+            await asyncio.sleep(0.01)
+        assert app.batcher.busy_seconds > 0.4 and (await task)[0] == 504
+        for path in ("/healthz", "/readyz"):
+            status, headers, body = await ask(app, "GET", path)
+            assert status == 503 and headers["retry-after"] == "1"
+            assert "A batch has run for" in json.loads(body)["error"]
+        go_on.set()
+        while app.batcher.busy_seconds:
+            await asyncio.sleep(0.01)
+        assert (await ask(app, "GET", "/healthz"))[0] == 200
+
+    serve(folder, test, request_timeout=0.1)
+
+
+def test_models_are_listed_before_they_load(folder):
+    other = ServingApp(Models(folder))
+    status, _, body = asyncio.run(ask(other, "GET", "/v1/models"))
+    assert status == 200
+    (model,) = json.loads(body)["models"]
+    assert (model["name"], model["version"], model["state"]) == ("name", "3", "LOADING")
+
+
+def test_versions_of_int64_can_be_asked_for(folder, tmp_path):
+    number = 2**63 - 1
+    shutil.copytree(folder / "name/3", tmp_path / f"models/name/{number}")
+    path = f"/v1/models/name/versions/{number}"
+    models = Models(tmp_path / "models")
+    assert request(models, "POST", f"{path}:predict", {"inputs": ["a"]})[0] == 200
+    assert request(models, "GET", f"/v1/models/name/versions/{number + 1}")[0] == 400
+
+
+# ------------------------------------------------------------- anything in the folder of a server
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="makes sockets by /proc")
+def test_anything_in_the_folder_of_a_running_server(folder, tmp_path, caplog):
+    """BERTGEN_FUZZ_STEPS and BERTGEN_FUZZ_SEED make it longer, and another one."""
+    caplog.set_level(logging.CRITICAL)
+    steps = int(os.environ.get("BERTGEN_FUZZ_STEPS", 120))
+    seed = os.environ.get("BERTGEN_FUZZ_SEED", "1")
+    print(f"BERTGEN_FUZZ_SEED={seed}")  # pytest shows it where the test fails
+    root = tmp_path / "models"
+    shutil.copytree(folder / "name/3", root / "good/1")
+    litter = Litter(random.Random(seed), root, folder / "name/3")
+    write_export(tmp_path / "new", "*")
+    path, body = "/v1/models/good:predict", b'{"inputs": ["a", "b"]}'
+    done, told = collections.Counter(), set()
+
+    async def test(app):
+        await app.start()
+        expected = (await ask(app, "POST", path, body))[2]
+        assert json.loads(expected)["outputs"]["text"] == [">a", ">b"]
+        for _ in range(steps):
+            done[await asyncio.to_thread(litter.step)] += 1
+            status, _, answer = await ask(app, "POST", path, body)
+            assert (status, answer) == (200, expected)
+            status, _, listed = await ask(app, "GET", "/v1/models")
+            assert status == 200
+            models = json.loads(listed, parse_constant=pytest.fail)["models"]
+            assert all(re.fullmatch("[A-Za-z0-9._-]+", model["name"]) for model in models)
+            for model in models:
+                status, _, answer = await ask(app, "GET", f"/v1/models/{model['name']}")
+                assert status == 200
+                assert str(tmp_path) not in answer.decode(), answer.decode()
+                versions = json.loads(answer)["model_version_status"]
+                told.update(version["status"]["error_code"] for version in versions)
+            for probe in ("/healthz", "/readyz", "/monitoring/prometheus/metrics"):
+                assert (await ask(app, "GET", probe))[0] == 200
+        # A new version is taken up.
+        (tmp_path / "new").rename(root / f"good/{2**63 - 1}")
+        while b"*a" not in (await ask(app, "POST", path, body))[2]:
+            await asyncio.sleep(0.01)
+
+    serve(root, test, poll_seconds=0.02)
+    assert len(done) == 6 and told > {"OK"}
 
 
 def test_a_client_that_goes_leaves_the_queue(folder):

@@ -2,17 +2,21 @@
 
 import asyncio
 import json
+import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
+from bertgen_tf.checkpoints import versions as on_disk
 from bertgen_tf.export import files as export_files
-from bertgen_tf.serving.exports import Models, NotLoadedYet, Signature, Version
+from bertgen_tf.serving.exports import Models, NotLoadedYet, Version
 from bertgen_tf.serving.pricing import Size
+from bertgen_tf.serving.signatures import Signature
 from tests.helpers.serving_exports import VOCABULARY, write_export
 
 
@@ -202,6 +206,199 @@ def test_a_broken_version_costs_nothing_else(folder, exports, caplog):
     assert answer(models.find("name")) == b"bx" and models.find("name").number == 2
 
 
+def refuse(condition, error):
+    if condition:
+        raise error
+
+
+NOT_SHOWN = {
+    "nan": '{"loss": NaN}',
+    "infinite": '{"loss": 1e999}',
+    "deep": '{"a": ' + "[" * 60 + "]" * 60 + "}",
+    "deepest": "[" * 10**5,
+    "large": json.dumps({"description": "a" * 2**20}),
+    "largest": "",
+    "integer": "1" * 5000,
+    "list": "[]",
+    "pipe": None,
+}
+
+
+@pytest.mark.parametrize("kind", NOT_SHOWN)
+def test_metadata_that_cannot_be_shown(folder, caplog, monkeypatch, kind):
+    """What the list of all models cannot hold is ignored, as where there is none."""
+    monkeypatch.setattr(Version, "load", lambda version: None)
+    path = folder / "name/1/metadata.json"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text(NOT_SHOWN[kind])
+    if kind == "largest":
+        os.truncate(path, 2**40)
+    models = Models(folder)
+    look(models)
+    assert models.find("name").metadata == {}
+    assert [r.levelname for r in caplog.records if str(path) in r.message] == ["WARNING"]
+
+
+@pytest.mark.parametrize("sizes", [[10**9], [0], [True], ["8"], [], {}, 8, [2**5000]])
+def test_batch_sizes_that_no_export_has(folder, caplog, sizes):
+    (folder / "name/1/metadata.json").write_text(json.dumps({"batch_sizes": sizes}))
+    models = Models(folder)
+    look(models)
+    assert models.find("name").signatures["ids"].max_batch_size == 32
+    assert any("ignored batch_sizes" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "lock", "empty graph", "directory", "unreadable"])
+def test_files_of_any_kind(folder, exports, monkeypatch, kind):
+    """Loaded, or told why; and tried again once it is mended."""
+    new = shutil.copytree(exports / "b", folder / "name/2")
+    if kind == "pipe":
+        os.mkfifo(new / "variables/other")
+    elif kind == "lock":
+        (new / ".#saved_model.pb").symlink_to("user@host.1234:5678")
+    elif kind == "unreadable":  # root reads all, so by hand
+        refused = PermissionError(13, "Permission denied", str(new / "saved_model.pb"))
+        monkeypatch.setattr(on_disk, "check_files", lambda path: refuse(path == new, refused))
+    else:
+        (new / "saved_model.pb").unlink()
+        make = Path.touch if kind == "empty graph" else Path.mkdir
+        make(new / "saved_model.pb")
+    models = Models(folder)
+    look(models)
+    monkeypatch.undo()
+    if kind == "lock":
+        assert models.find("name").number == 2
+        return
+    assert answer(models.find("name")) == b"ax"  # the next lower one, at once
+    status = models.versions("name")[0].describe()
+    assert status["state"] == "END" and str(folder) not in status["status"]["error_message"]
+    assert (status["status"]["error_code"], status["status"]["error_message"]) == {
+        "pipe": (
+            "UNKNOWN",
+            "name/2/variables/other must be a file, but is a pipe, a socket or a device.",
+        ),
+        "empty graph": ("UNKNOWN", "name/2/saved_model.pb holds no graph"),
+        "directory": ("NOT_FOUND", "name/2 has no saved_model.pb"),
+        "unreadable": (
+            "PERMISSION_DENIED",
+            "[Errno 13] Permission denied: 'name/2/saved_model.pb'",
+        ),
+    }[kind]
+    shutil.rmtree(new)
+    shutil.copytree(exports / "b", new)
+    look(models)
+    assert answer(models.find("name")) == b"bx"
+
+
+def hang(monkeypatch, model, number):
+    """Loads of a version wait for the event that this returns."""
+    load, go_on = Version.load, threading.Event()
+
+    def slow(version):
+        if (version.model, version.number) == (model, number):
+            assert go_on.wait(60)
+        load(version)
+
+    monkeypatch.setattr(Version, "load", slow)
+    return go_on
+
+
+def test_a_load_that_hangs_has_a_deadline_and_holds_up_no_other(folder, exports, monkeypatch):
+    for path in ("bad/1", "bad/2"):
+        shutil.copytree(exports / "b", folder / path)
+    go_on = hang(monkeypatch, "bad", 2)
+    models = Models(folder, load_timeout=0.5)
+
+    async def main():
+        await models.look(0.01)
+        late = models.versions("bad", 2)[0]
+        assert late.state == "LOADING"
+        while not models.current("name"):  # does not wait for it
+            await asyncio.sleep(0.01)
+        assert states(models, "bad") == [(2, "LOADING")]
+        while not models.current("bad"):
+            await asyncio.sleep(0.01)
+        assert late.describe()["status"] == {
+            "error_code": "DEADLINE_EXCEEDED",
+            "error_message": "It was not loaded within 0.5 seconds",
+        }
+        assert states(models, "bad") == [(2, "END"), (1, "AVAILABLE")] and models.ready
+        shutil.copytree(exports / "a", folder / "bad/3")
+        while models.current("bad").number != 3:  # the garbage may still be collected
+            await models.look()
+        assert answer(models.find("bad")) == b"ax"
+        go_on.set()
+        (thread,) = [t for t in threading.enumerate() if t.name == "bertgen_tf-load bad/2"]
+        await asyncio.to_thread(thread.join, 60)
+        assert late.state == "END" and not late.signatures
+
+    asyncio.run(main())
+
+
+def test_a_disk_that_hangs_stops_no_answers(folder, exports, monkeypatch, caplog):
+    models = Models(folder)
+    look(models)
+    go_on, scan = threading.Event(), on_disk.VersionFolder.scan
+    monkeypatch.setattr(on_disk.VersionFolder, "scan", lambda self: [go_on.wait(60), scan(self)][1])
+    shutil.copytree(exports / "b", folder / "name/2")
+
+    async def main():
+        task = asyncio.create_task(models.look(0.01))
+        while not any("cannot be read yet" in message for message in caplog.messages):
+            await asyncio.sleep(0.01)
+        assert answer(models.find("name")) == b"ax" and not task.done()
+        go_on.set()
+        await task
+        while models.find("name").number != 2:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_one_that_ends_the_interpreter_ends_its_load_only(folder, exports, monkeypatch):
+    shutil.copytree(exports / "b", folder / "bad/1")
+    load = Version.load
+
+    def leave(version):
+        if version.model == "bad":
+            raise SystemExit(3)
+        load(version)
+
+    monkeypatch.setattr(Version, "load", leave)
+    models = Models(folder)
+    look(models)
+    assert models.current("name")
+    assert models.versions("bad")[0].error == ("UNKNOWN", "SystemExit: 3")
+
+
+def test_models_that_never_loaded_are_forgotten_with_their_folders(folder):
+    (folder / "other/1").mkdir(parents=True)
+    models = Models(folder)
+    assert states(models, "other") == [(1, "LOADING")]
+    look(models)
+    assert not models.ready
+    shutil.rmtree(folder / "other")
+    look(models)
+    assert models.names == ["name"] and models.ready
+
+
+@pytest.mark.parametrize("real", ["/", "/2", "/elsewhere/name/2", ""])
+def test_clients_are_told_no_paths(real):
+    version = Version("name", 2, Path("/models/name/2"), _real_path=real)
+    version.fail(OSError(f"/models/name/2/a, {real or '/models/name/2'}/b"))
+    behind = real if real == "/" else "name/2"
+    assert version.error == ("NOT_FOUND", f"name/2/a, {behind}/b")
+
+
+def test_a_name_that_cannot_be_served_is_told_at_the_start(folder):
+    (folder / "name").rename(folder / "my name")
+    with pytest.raises(FileNotFoundError, match="my name must have a name of letters, digits"):
+        Models(folder)
+
+
 @pytest.mark.parametrize("damage", ["graph", "weights", "metadata"])
 def test_damaged_files(folder, damage):
     """Found by TensorFlow, where there are no checksums."""
@@ -212,7 +409,7 @@ def test_damaged_files(folder, damage):
     }[damage]
     whole = path.read_bytes()
     path.write_bytes(b"\xff damaged")
-    models = Models(folder, verify=damage != "metadata")
+    models = Models(folder)
     look(models)
     if damage == "metadata":
         assert models.find("name").metadata == {}
@@ -228,7 +425,7 @@ def test_damaged_files(folder, damage):
         assert answer(models.find("name")) == b"ax"
 
 
-@pytest.mark.parametrize("name", ["saved_model.pb", "variables/variables.index", "metadata.json"])
+@pytest.mark.parametrize("name", ["saved_model.pb", "variables/variables.index"])
 def test_files_that_differ_from_their_checksums(folder, exports, name):
     """The version before it is served."""
     newer = shutil.copytree(exports / "b", folder / "name/2")
@@ -237,7 +434,7 @@ def test_files_that_differ_from_their_checksums(folder, exports, name):
     (newer / "metadata.json").write_text(json.dumps(content))
     path = newer / name
     whole = path.read_bytes()
-    path.write_bytes(b"{" if name == "metadata.json" else whole + b"\0")
+    path.write_bytes(whole + b"\0")
     models = Models(folder)
     look(models, times=2)
     assert states(models) == [(2, "END"), (1, "AVAILABLE")]

@@ -9,12 +9,14 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -22,19 +24,34 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
+import uvicorn
 from serving_requests import malformed_requests, post, send_bytes
 
 from bertgen_tf.cli.main import main, make_parser
+from bertgen_tf.serving import server as server_module
 from bertgen_tf.serving.server import _listen, _Protocol, serve
 from tests.helpers.serving_exports import write_export
 
 PREDICT = "/v1/models/name:predict"
 SECONDS = 120  # until a test that hangs fails
 CLI = "import sys; from bertgen_tf.cli.main import main; sys.exit(main())"
+# The load of the model "slow" hangs, and so does the batch of the text "hang".
 IMPATIENT = """
-import sys
+import sys, time
+from bertgen_tf.serving.exports import Version
 from bertgen_tf.serving.server import serve
-serve(sys.argv[1], port=0, receive_timeout=0.5, max_connections=4)
+from bertgen_tf.serving.signatures import Signature
+load, run = Version.load, Signature.run
+def hang_to_load(self):
+    load(self)
+    time.sleep(1000 * (self.model == "slow"))
+def hang_to_run(self, inputs):
+    if b"hang" in inputs["text"].tolist():
+        print("hanging", flush=True)
+        time.sleep(1000)
+    return run(self, inputs)
+Version.load, Signature.run = hang_to_load, hang_to_run
+serve(sys.argv[1], port=0, receive_timeout=0.5, max_connections=4, shutdown_timeout=1.0)
 """
 
 
@@ -129,8 +146,10 @@ def server(folder):
 
 
 @pytest.fixture(scope="module")
-def impatient(folder):
-    with running(IMPATIENT, folder) as server:
+def impatient(folder, tmp_path_factory):
+    own = shutil.copytree(folder, tmp_path_factory.mktemp("impatient") / "models")
+    shutil.copytree(folder / "name/1", own / "slow/1")
+    with running(IMPATIENT, own) as server:
         yield server
 
 
@@ -298,6 +317,23 @@ def test_number_of_connections(impatient):
         assert time.monotonic() < deadline
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="has no SIGHUP")
+def test_it_ends_in_time_whatever_hangs(impatient):
+    """A load and a batch; and SIGHUP is as SIGTERM. The last one that needs `impatient`."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(impatient.predict, {"inputs": ["hang"]})
+        assert impatient.process.stdout.readline() == "hanging\n"
+        start = time.monotonic()
+        impatient.process.send_signal(signal.SIGHUP)
+        assert waiting.result() == (503, {"error": "The server is stopping"})
+    assert impatient.process.wait(SECONDS) == 0
+    assert time.monotonic() - start < 5  # 1, and what a busy machine adds
+    told = impatient.wait_for("level", "warning")["message"]
+    assert "bertgen_tf-load slow/1" in told and "bertgen_tf-batches" in told
+    impatient.wait_for("message", "stopped")
+    assert not [line for line in impatient.lines if "traceback" in line]
+
+
 @pytest.mark.slow
 def test_new_version_while_clients_ask_then_sigterm(tmp_path):
     """No request is lost when a version replaces another one, nor when the server ends."""
@@ -381,32 +417,150 @@ def test_ctrl_c_ends_it_well(folder):
         assert server.lines[-1]["message"] == "stopped"
 
 
+def test_the_guard_ends_what_does_not_even_stop(monkeypatch):
+    """Where the event loop, or the log, hangs."""
+    ended, hang = threading.Event(), threading.Event()
+    codes = []
+    monkeypatch.setattr(server_module, "_SHUTDOWN_GRACE", 0.0)
+    monkeypatch.setattr(server_module, "_THREADS_GRACE", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda code: [codes.append(code), ended.set()])
+    monkeypatch.setattr(server_module._log, "error", lambda message: hang.wait(SECONDS))
+    models = types.SimpleNamespace(stopping=False)
+    for seconds in (SECONDS, 0.05):
+        server = server_module._Server(uvicorn.Config(None), models, seconds)
+        models.stopping = False
+        server.handle_exit(signal.SIGTERM, None)
+        assert models.stopping and server.should_exit
+        if seconds == SECONDS:
+            server.finish()
+    assert ended.wait(SECONDS) and codes == [1]
+    hang.set()
+
+
+class Accepted:
+    """A connection to an application, as the server accepts it."""
+
+    def __init__(self, app):
+        self.config = uvicorn.Config(app, lifespan="off", log_config=None)
+        self.state = uvicorn.server.ServerState()
+        self.protocols = []
+
+    def make(self):
+        class Protocol(_Protocol):
+            seconds_to_receive, most_connections = SECONDS, 9
+
+        self.protocols.append(Protocol(self.config, self.state, {}))
+        return self.protocols[-1]
+
+    async def __aenter__(self):
+        loop = asyncio.get_running_loop()
+        self.server = await loop.create_server(self.make, sock=_listen("127.0.0.1", 0))
+        return await asyncio.open_connection(*self.server.sockets[0].getsockname())
+
+    async def __aexit__(self, *exception):
+        self.server.close()
+
+
+def test_a_client_that_sends_no_more_gets_its_answers():
+    """It has closed its side of the connection, as `nc -N` does; one that has gone is noticed."""
+    gone = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/gone":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+            return
+        while (await receive()).get("more_body"):
+            pass
+        await go_on.wait()
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": scope["path"].encode()})
+
+    def get(path, version="1.1"):
+        return f"GET {path} HTTP/{version}\r\nHost: a\r\n\r\n".encode()
+
+    async def test():
+        for data, expected in (
+            (get("/a"), [b"/a"]),
+            (get("/a") + get("/b") + get("/c"), [b"/a", b"/b", b"/c"]),
+            (get("/a", "1.0"), [b"/a"]),
+            (post("/a", b"12"), [b"/a"]),
+            (get("/a") + b"GET /b HT", [b"/a"]),
+        ):
+            go_on.clear()
+            async with asyncio.timeout(SECONDS), Accepted(app) as (reader, writer):
+                writer.write(data)
+                writer.write_eof()
+                await asyncio.sleep(0.25)  # longer than it takes to look whether it is there
+                go_on.set()
+                answer = await reader.read()
+                assert re.findall(rb"\r\n\r\n(/.)", answer) == expected
+                # Python's clients skip "100 Continue".
+                assert answer.startswith(b"HTTP/1.1 200 " if b"1.0" in data else b"HTTP/1.1 ")
+                writer.close()
+        for data in (b"", b"GET /a", post("/a", b"", "Content-Length: 9")):
+            async with asyncio.timeout(SECONDS), Accepted(app) as (reader, writer):
+                writer.write(data)
+                writer.write_eof()
+                assert await reader.read() == b""  # it can never be whole
+        async with asyncio.timeout(SECONDS), Accepted(app) as (_, writer):
+            writer.write(get("/gone"))
+            await writer.drain()
+            writer.close()
+            await gone.wait()
+
+    asyncio.run(test())
+
+
+def test_a_client_that_went_before_it_was_refused(monkeypatch):
+    """Its connection is given up all the same."""
+
+    async def test():
+        accepted = Accepted(None)
+        async with asyncio.timeout(SECONDS), accepted as (_, writer):
+            writer.write(b"GET /a")
+            while not (accepted.protocols and accepted.protocols[0].conn.trailing_data[0]):
+                await asyncio.sleep(0)
+            (protocol,) = accepted.protocols
+
+            def gone():
+                raise OSError("Transport endpoint is not connected")
+
+            protocol.transport.write_eof = gone
+            protocol._time_over()
+            while accepted.state.connections:
+                await asyncio.sleep(0.01)
+            writer.close()
+
+    monkeypatch.setattr(server_module, "_LINGER", 0.0)
+    asyncio.run(test())
+
+
+def test_a_half_closed_connection_of_python(server):
+    connection = http.client.HTTPConnection(*server.address, timeout=SECONDS)
+    connection.request("POST", PREDICT, b'{"inputs": ["a"]}')
+    connection.sock.shutdown(socket.SHUT_WR)
+    response = connection.getresponse()
+    assert response.status == 200 and json.loads(response.read())["outputs"]["text"] == [">a"]
+    connection.close()
+
+
 def test_answers_are_sent_at_once():
     """By TCP_NODELAY: else each waits 40 ms for the client's system."""
-    import uvicorn
 
     async def app(scope, receive, send):
         pass
 
     async def test():
-        config = uvicorn.Config(app, lifespan="off", log_config=None)
-        state = uvicorn.server.ServerState()
-        protocols = []
-
-        class Protocol(_Protocol):
-            seconds_to_receive, most_connections = SECONDS, 9
-
-        def make():
-            protocols.append(Protocol(config, state, {}))
-            return protocols[-1]
-
-        server = await asyncio.get_running_loop().create_server(make, sock=_listen("127.0.0.1", 0))
-        async with server:
-            _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-            while not (protocols and protocols[0].transport):
+        accepted = Accepted(app)
+        async with accepted as (_, writer):
+            while not (accepted.protocols and accepted.protocols[0].transport):
                 await asyncio.sleep(0)
-            accepted = protocols[0].transport.get_extra_info("socket")
-            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            connection = accepted.protocols[0].transport.get_extra_info("socket")
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
             writer.close()
 
     asyncio.run(test())

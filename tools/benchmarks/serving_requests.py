@@ -1,4 +1,7 @@
-"""Malformed requests, as bytes, and a client that sends bytes; tools/load_test uses both, too."""
+"""Malformed requests, as bytes, and a client that sends bytes.
+
+The tests use them, tools/load_test and tools/soak.
+"""
 
 import contextlib
 import gzip
@@ -20,6 +23,13 @@ def send_bytes(address: tuple[str, int], data: bytes, seconds: float = 60) -> tu
             return response.status, response.read().decode()
         except (http.client.HTTPException, ConnectionError):
             return 0, ""
+
+
+def is_refusal(status: int, body: str) -> bool:
+    """Whether an answer is a 4xx that says why."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return 400 <= status < 500 and bool(json.loads(body)["error"])
+    return False
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:

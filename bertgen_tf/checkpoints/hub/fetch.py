@@ -13,14 +13,14 @@ import tarfile
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import BinaryIO
 
 import tensorflow as tf
 
 from bertgen_tf.checks import first_line
-from bertgen_tf.data import folders
+from bertgen_tf.data import downloads, folders
 from bertgen_tf.network import sources
 
 # The largest original is 3.1 GB; an archive that unpacks to more is not such a module.
@@ -59,6 +59,7 @@ def resolve(handle: str) -> str:
 
     Raises:
         FileNotFoundError: there is no such folder or file.
+        OSError: the disk is full, or cannot be written.
         ValueError: it is what another call reads, it cannot be fetched or unpacked, or holds no
             SavedModel, or the user's cache folder is writable by others, or not at all.
     """
@@ -78,6 +79,8 @@ def resolve(handle: str) -> str:
         else:
             path = _unpack_file(handle) if is_archive else handle
     except Exception as error:  # of urllib, tarfile, zlib, tensorflow_hub and TensorFlow's files
+        if folders.is_disk_error(error):
+            raise
         action = "answer with" if is_url else "be"
         raise ValueError(
             f"{handle} should {action} a .tar.gz of a TF Hub module, but fetching or unpacking "
@@ -108,25 +111,39 @@ def _fetch(handle: str) -> str:
             return tensorflow_hub().resolve(handle)
 
     # Not left to tensorflow_hub: it refuses links and `..`, but unpacks without a bound on size.
-    def download(url: str, folder: str) -> None:
-        parts = urllib.parse.urlsplit(url)
+    def download(folder: str) -> None:
+        parts = urllib.parse.urlsplit(handle)
         query = [*urllib.parse.parse_qsl(parts.query), ("tf-hub-format", "compressed")]
         url = urllib.parse.urlunsplit(parts._replace(query=urllib.parse.urlencode(query)))
         with urllib.request.urlopen(url, timeout=_TIMEOUT_SECONDS) as response:
             unpack(response, folder)
 
-    name = hashlib.sha1(handle.encode()).hexdigest()
-    return resolver.atomic_download(handle, download, _cache_folder(name))
+    return _keep(hashlib.sha1(handle.encode()).hexdigest(), download)
 
 
 def _unpack_file(path: str) -> str:
-    def extract(path: str, folder: str) -> None:
+    def extract(folder: str) -> None:
         with open(path, "rb") as file:
             unpack(file, folder)
 
     with open(path, "rb") as file:
         name = hashlib.file_digest(file, "sha256").hexdigest()
-    return tensorflow_hub().resolver.atomic_download(path, extract, _cache_folder(name))
+    return _keep(name, extract)
+
+
+def _keep(name: str, fill: Callable[[str], None]) -> str:
+    """A folder of the cache, which `fill` gets to fill if there is none; complete or absent.
+
+    tensorflow_hub's own way waits ten minutes for a process that was killed, and keeps its files.
+    """
+    folder = pathlib.Path(_cache_folder(name))
+    with downloads.locked(folder):
+        if not folder.is_dir() or not os.listdir(folder):
+            with folders.temporary_folder(folder) as temporary:
+                fill(str(temporary))
+                temporary.chmod(0o755)
+                temporary.rename(folder)
+    return str(folder)
 
 
 def _check_cache(handle: str) -> None:

@@ -4,13 +4,13 @@ import argparse
 import dataclasses
 import os
 import stat
-from typing import Any
+from typing import Any, NoReturn
 
 from bertgen_tf import metrics
 from bertgen_tf.cli.flags import values
 from bertgen_tf.cli.flags.errors import UserError, user_errors
 from bertgen_tf.config import BATCH_SIZE, BEAM_SCORERS, QUANTIZATIONS, GenerationConfig
-from bertgen_tf.data import data_presets
+from bertgen_tf.data import data_presets, folders
 from bertgen_tf.data.preset_config import find_config
 
 
@@ -34,7 +34,7 @@ def check_normalizer(folder: str | None) -> None:
     """Raises a UserError if a preset, if the folder is one, has no tokenizer."""
     config = {} if folder is None else find_config(folder)
     if folder and config is None and not os.path.isdir(folder):
-        raise UserError(f"{folder} should be a preset that save_to_preset wrote, but is not one")
+        _refuse_preset(folder)
     if folder and config is not None and not config.get("tokenizer"):
         raise UserError(f"{folder} has no tokenizer: name a preset that reads and writes text.")
 
@@ -48,11 +48,16 @@ def check_preset(arguments: argparse.Namespace) -> None:
         read_settings(arguments)
 
 
+def _refuse_preset(folder: str) -> NoReturn:
+    folders.check_replaced(folder)
+    raise UserError(f"{folder} should be a preset that save_to_preset wrote, but is not one")
+
+
 def read_preset_config(folder: str) -> dict[str, Any]:
     """The config of a preset that reads and writes text."""
     config = find_config(folder)
     if config is None:
-        raise UserError(f"{folder} should be a preset that save_to_preset wrote, but is not one")
+        _refuse_preset(folder)
     if not config.get("tokenizer"):
         raise UserError(f"{folder} has no tokenizer, so it cannot read or write text")
     return config

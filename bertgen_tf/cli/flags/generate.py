@@ -53,7 +53,8 @@ examples:
     model.add_argument(
         "--export",
         metavar="NAME/VERSION",
-        help="what export wrote, generation settings included; with --engine ray",
+        help="what export wrote, generation settings included; with --engine ray. It is a program: "
+        "one that you trust",
     )
     parser.add_argument(
         "--input", default="-", metavar="FILE", help="texts (default: -, standard input)"

@@ -10,19 +10,21 @@ from bertgen_tf.cli.flags.errors import UserError
 
 _DESCRIPTION = """\
 Serves exports on this machine, without Docker: TensorFlow Serving's REST API, with requests batched
-together, and a page in the browser to try the models. Ctrl-C or SIGTERM ends it, once all that it
-accepted is answered."""
+together, and a page in the browser to try the models. Ctrl-C, SIGTERM or SIGHUP ends it, once all
+that it accepted is answered."""
 _EPILOG = """\
 FOLDER holds the exports, NAME/VERSION, such as saved_models. It can also be one model, NAME, or one
 export, NAME/VERSION. The highest version of each model is served. Versions and models added later
-are loaded while the others answer. Signatures that end in _xla are compiled when they are first
-asked for a batch size and a length; all other requests wait until that is done.
+are loaded while the others answer; the log says what is not served, and why. Signatures that end in
+_xla are compiled when they are first asked for a batch size and a length; all other requests wait
+until that is done.
 
 paths:
   /                                 the page
   /v1/models                        all models
   /v1/models/NAME[/versions/V]      state; with /metadata: signatures; with :predict: answers
-  /healthz, /readyz                 200 if it is alive; if every model is loaded
+  /healthz, /readyz                 200 if it is alive; if every model is loaded; neither while a
+                                    batch takes more than four times --request-timeout
   /monitoring/prometheus/metrics    for Prometheus
 
 example:
@@ -38,7 +40,12 @@ def add_command(commands: Any) -> None:
         description=_DESCRIPTION,
         epilog=_EPILOG,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="see below")
+    parser.add_argument(
+        "folder",
+        metavar="FOLDER",
+        help="see below. SavedModels are programs, which can read and write files: only those that "
+        "you trust",
+    )
     parser.add_argument(
         "--no-verify",
         dest="verify",
@@ -75,6 +82,7 @@ def add_command(commands: Any) -> None:
     times = parser.add_argument_group("times, in seconds")
     for flag, default, text in (
         ("--poll-seconds", 2.0, "between checks for new versions"),
+        ("--load-timeout", 600.0, "until a load, with its warm-up requests, is given up"),
         (
             "--request-timeout",
             30.0,
@@ -98,7 +106,12 @@ def add_command(commands: Any) -> None:
         )
     limits = parser.add_argument_group("limits")
     for flag, default, text in (
-        ("--max-body-bytes", 4 * 2**20, "of a request; more gets status 413"),
+        (
+            "--max-body-bytes",
+            4 * 2**20,
+            "of a request; more gets status 413, and 16 times as much "
+            "of all that are being received 503",
+        ),
         ("--max-texts", 1024, "of a request; more gets 413"),
         ("--max-text-bytes", 2**16, "of a text; more gets 413"),
         ("--max-queued-texts", 4096, "waiting for their turn; more gets 503"),

@@ -83,6 +83,19 @@ def test_a_module_is_fetched_once_and_kept(server, module_of, loaded_of, tmp_pat
     check_error(handle, ValueError, "404")
 
 
+def test_a_killed_download_is_in_nobodys_way(server, module_of, tmp_path):
+    """Nor what tensorflow_hub leaves, which waits for ten minutes until it goes on."""
+    server.archives["/tiny/1"] = pack(module_of("tanh"))
+    handle = f"{server.url}/tiny/1"
+    name = hashlib.sha1(handle.encode()).hexdigest()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / f"cache/{name}.lock").write_text("machine.1.abc")
+    dead = tmp_path / f"cache/.{name}.bertgen_tf-0123abcd"
+    dead.mkdir()
+    assert fetch.resolve(handle) == str(tmp_path / "cache" / name)
+    assert (tmp_path / "cache" / name / "saved_model.pb").exists() and not dead.exists()
+
+
 def test_archives_that_are_broken(server, module_of, tmp_path):
     whole = pack(module_of("gelu"))
     server.archives |= {
@@ -226,6 +239,12 @@ HOSTILE = {
 }
 
 
+def links(folder) -> dict[Path, int]:
+    """How many names each file has; the lock of a download stays."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path: path.stat().st_nlink for path in files}
+
+
 @pytest.mark.parametrize("source", ["url", "file"])
 @pytest.mark.parametrize("case", HOSTILE)
 def test_archives_cannot_escape_nor_fill_the_disk(case, source, server, tmp_path, monkeypatch):
@@ -251,10 +270,9 @@ def test_archives_cannot_escape_nor_fill_the_disk(case, source, server, tmp_path
     else:
         (tmp_path / "hostile.tar.gz").write_bytes(content)
         handle = str(tmp_path / "hostile.tar.gz")
-    before = {path: path.stat().st_nlink for path in tmp_path.rglob("*") if path.is_file()}
+    before = links(tmp_path)
     check_error(handle, ValueError, "fetching or unpacking it failed", message)
-    after = {path: path.stat().st_nlink for path in tmp_path.rglob("*") if path.is_file()}
-    assert after == before  # neither outside nor inside the cache
+    assert links(tmp_path) == before  # neither outside nor inside the cache
     assert (tmp_path / "secret").read_text() == "secret"
     assert not list(tmp_path.rglob("escaped*"))
 

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bertgen_tf.checks import Damaged
-from bertgen_tf.network.tensor_files import load_tensors, save_tensors
+from bertgen_tf.training.tensor_files import load_tensors, write_tensors
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -19,7 +19,7 @@ METADATA = {"place": "step 123", "kind": "é"}
 
 @pytest.fixture
 def path(tmp_path):
-    save_tensors(tmp_path / "a.safetensors", TENSORS, METADATA)
+    write_tensors(tmp_path / "a.safetensors", TENSORS, METADATA)
     return tmp_path / "a.safetensors"
 
 

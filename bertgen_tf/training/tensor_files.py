@@ -1,12 +1,9 @@
-"""Arrays in safetensors files that are there whole or not at all, with a checksum."""
+"""Arrays in safetensors files, with a checksum of all that these hold."""
 
-import contextlib
 import os
 import pathlib
-import re
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,36 +16,26 @@ _CHECKSUM = "checksum"
 _OLDER_CHECKSUM = "crc32"
 
 
-def save_tensors(
+def write_tensors(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes arrays as safetensors; the file appears when it is complete.
+    """Writes arrays as safetensors.
 
     Args:
-        path: of the file.
+        path: a new file.
         tensors: arrays by name.
         metadata: what else to keep.
 
     Raises:
-        OSError: the file could not be written; an earlier one is unchanged.
+        OSError, safetensors.SafetensorError: it cannot be written; see `folders.disk_errors`.
     """
-    metadata = {**metadata, _CHECKSUM: f"{_checksum(tensors, metadata):08x}"}
-
-    def write(new: pathlib.Path) -> None:
-        new.touch()
-        mode = new.stat().st_mode  # safetensors makes files that only their owner can read
-        try:
-            save_file(dict(tensors), new, metadata)
-            new.chmod(mode)
-        except SafetensorError as error:
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else 0
-            reason = os.strerror(number) if code else str(error)
-            raise OSError(number, reason, str(path)) from error
-        with open(new, "rb") as file:
-            os.fsync(file.fileno())
-
-    replace_file(path, write)
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes files that only their owner can read
+    checksum = f"{_checksum(tensors, metadata):08x}"
+    save_file(dict(tensors), path, {**metadata, _CHECKSUM: checksum})
+    path.chmod(mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -73,18 +60,6 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
     if not same:
         raise Damaged(f"{path} is damaged (its checksum differs)")
     return tensors, metadata
-
-
-def replace_file(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Lets `write` make a file, which then gets its name."""
-    new = path.with_name(f"{path.name}.new")
-    try:
-        write(new)
-        os.replace(new, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise
 
 
 def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> int:
