@@ -43,7 +43,7 @@ _AGAIN = "overwrite=True starts anew"
 _STATE = r"state-(\d+)\.safetensors"
 _OWN = rf"{_STATE}|run\.json|log\.jsonl|best\.safetensors|adapter\.safetensors"
 # What is being written; safetensors renames its files, too.
-_NEW = rf"({_OWN})\.new|\.tmp\w{{6}}"
+_NEW = rf"({_OWN})\.new|\.tmp\w{{6}}|\.adapter\.safetensors\.bertgen_tf-.*"
 
 
 class OtherModel(ValueError):
