@@ -64,7 +64,7 @@ HOMES = {
     "prometheus_client": ["serving.app"],
     "pyarrow": ["serving.ray_files"],
     "ray": ["serving.ray_files"],
-    "safetensors": ["checkpoints.huggingface.files", "data.tensor_files"],
+    "safetensors": ["checkpoints.huggingface.files", "training.tensor_files"],
     "starlette": ["serving.app", "serving.origins"],
     "tensorboard": ["finetuning.callbacks"],
     "tensorflow_hub": ["checkpoints.hub.fetch"],

@@ -18,9 +18,9 @@ from bertgen_tf import metrics as scores
 from bertgen_tf.checks import Damaged, check_integer
 from bertgen_tf.config import BATCH_SIZE, GenerationConfig
 from bertgen_tf.data import folders
-from bertgen_tf.data.tensor_files import load_tensors, save_tensors
 from bertgen_tf.finetuning.state import RunFolder
 from bertgen_tf.network.weights import check_finite
+from bertgen_tf.training.tensor_files import load_tensors, save_tensors
 
 _INTERVAL = 10.0  # seconds between lines, where there is no terminal
 _SHOWN = 8  # texts for TensorBoard

@@ -29,8 +29,8 @@ import numpy as np
 
 from bertgen_tf.checks import Damaged, check_integer, read_json
 from bertgen_tf.data import folders
-from bertgen_tf.data.tensor_files import load_tensors, replace_file, save_tensors
 from bertgen_tf.network.weights import check_finite
+from bertgen_tf.training.tensor_files import load_tensors, replace_file, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 RUN_FILE, LOG_FILE, BEST_FILE, LOCK_FILE = "run.json", "log.jsonl", "best.safetensors", "lock"

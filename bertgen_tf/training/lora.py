@@ -23,10 +23,10 @@ import keras
 
 from bertgen_tf.checks import Damaged, shown
 from bertgen_tf.data import folders
-from bertgen_tf.data.tensor_files import load_tensors, write_tensors
 from bertgen_tf.network.projections import Dense, Projection
 from bertgen_tf.network.weights import Rule, assign, named_variables
 from bertgen_tf.training.freezing import new_variables
+from bertgen_tf.training.tensor_files import load_tensors, write_tensors
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel

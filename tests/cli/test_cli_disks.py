@@ -25,8 +25,8 @@ from bertgen_tf.checkpoints import presets
 from bertgen_tf.checkpoints.huggingface import files as huggingface_files
 from bertgen_tf.cli import finetune as cli_finetune
 from bertgen_tf.cli import main as cli
-from bertgen_tf.data import tensor_files
 from bertgen_tf.export import saved_model
+from bertgen_tf.training import tensor_files
 from tests.helpers import fails, make_small_model, write_checkpoint
 from tests.helpers.command_line import SOURCES, write_pairs
 

@@ -219,7 +219,7 @@ def test_what_cannot_be_written_leaves_the_earlier_state(folder, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bertgen_tf.data.tensor_files.os.fsync", full)
+    monkeypatch.setattr("bertgen_tf.training.tensor_files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         folder.save(state(8))
     assert states(folder) == ["state-00000004.safetensors"]

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bertgen_tf.checks import Damaged
-from bertgen_tf.data.tensor_files import load_tensors, save_tensors
+from bertgen_tf.training.tensor_files import load_tensors, save_tensors
 
 TENSORS = {
     "b": np.arange(6, dtype=np.float32).reshape(2, 3),
