@@ -258,16 +258,20 @@ class Batcher:
             while not self._groups:
                 self._arrived.clear()
                 await self._arrived.wait()
-            oldest, self._turn_of_oldest = self._turn_of_oldest, not self._turn_of_oldest
-            key = self._choose(oldest)
-            group = self._groups[key]
-            await self._gather(group)
-            if self._groups.get(key) is not group:
-                continue  # all went away
-            parts = self._take(group, oldest)
-            if not group.requests:
-                del self._groups[key]
-            await self._run_batch(group.signature, parts)
+            # A call of its own: while nothing waits, no variable keeps a signature loaded.
+            await self._run_next()
+
+    async def _run_next(self) -> None:
+        oldest, self._turn_of_oldest = self._turn_of_oldest, not self._turn_of_oldest
+        key = self._choose(oldest)
+        group = self._groups[key]
+        await self._gather(group)
+        if self._groups.get(key) is not group:
+            return  # all went away
+        parts = self._take(group, oldest)
+        if not group.requests:
+            del self._groups[key]
+        await self._run_batch(group.signature, parts)
 
     async def _run_batch(self, signature: Signature, parts: list[_Part]) -> None:
         rows = sum(part.stop - part.start for part in parts)

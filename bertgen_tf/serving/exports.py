@@ -12,6 +12,7 @@ The folder may hold anything: what is broken, or never ends, stops neither answe
 
 import asyncio
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
@@ -157,6 +158,8 @@ class Version:
         if self.state == "UNLOADING" and not self._users:
             self._end()
             _log.info("unloaded", extra={"model": self.model, "version": self.number})
+            # This thread answers requests.
+            threading.Thread(target=_free_memory, name=f"{THREADS}memory", daemon=True).start()
 
     def _end(self) -> None:
         self.state = "END"
@@ -355,8 +358,7 @@ class Models:
             if old:
                 old.retire()
             _log.info("loaded", extra={**fields, "ms": round(1000 * (time.monotonic() - start))})
-        # Graphs are full of reference cycles.
-        await _in_thread("garbage", gc.collect)
+        await _in_thread("memory", _free_memory)
 
     def _forget(self, name: str, paths: dict[int, Path]) -> None:
         """Drops what ended, except the last of each number whose folder exists."""
@@ -380,6 +382,16 @@ class Models:
 def _newest(name: str, paths: dict[int, Path]) -> Version:
     number = max(paths)
     return Version(name, number, paths[number])
+
+
+def _free_memory() -> None:
+    """Returns to the system what loading and unloading left.
+
+    Without it, each thread that ever loaded an export keeps as much as that took.
+    """
+    gc.collect()  # graphs are full of reference cycles
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def _in_thread(name: str, work: Callable[[], Any]) -> Any:

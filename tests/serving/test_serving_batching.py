@@ -4,6 +4,7 @@ import asyncio
 import random
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -614,5 +615,19 @@ def test_close_cancels_what_waits():
         fake.go_on.set()
         results = await asyncio.gather(first, waiting, return_exceptions=True)
         assert [type(result) for result in results] == [asyncio.CancelledError] * 2
+
+    run(test)
+
+
+def test_nothing_holds_a_signature_that_ran():
+    """Its version may have been unloaded, and no other request may come for hours."""
+
+    async def test(batcher):
+        fake = Fake()
+        gone = weakref.ref(fake)
+        assert await outputs(await start(batcher, fake, texts("a"), texts("b"))) == [["a"], ["b"]]
+        del fake
+        await asyncio.sleep(0.1)
+        assert gone() is None
 
     run(test)

@@ -1,10 +1,12 @@
 """Exports are found, loaded, replaced; what is broken costs nothing else."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from bertgen_tf.checkpoints import versions as on_disk
 from bertgen_tf.export import files as export_files
+from bertgen_tf.serving import exports as served
 from bertgen_tf.serving.exports import Models, NotLoadedYet, Version
 from bertgen_tf.serving.pricing import Size
 from bertgen_tf.serving.signatures import Signature
@@ -527,3 +530,23 @@ def test_status_tells_of_what_is_there(folder):
     (folder / "name/2").rmdir()
     look(models, times=3)
     assert states(models) == [(4, "END"), (3, "END"), (1, "AVAILABLE")]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_a_version_held_is_freed_when_it_is_unloaded(folder, exports, monkeypatch, asked):
+    """At once, or when its last request is done."""
+    freed = threading.Semaphore(0)
+    monkeypatch.setattr(served, "_free_memory", freed.release)
+    models = Models(folder)
+    look(models)
+    version = models.find("name")
+    held = weakref.ref(version.signatures["serving_default"])
+    shutil.copytree(exports / "b", folder / "name/2")
+    assert freed.acquire(timeout=10)  # after the first load
+    with version.in_use() if asked else contextlib.nullcontext():
+        look(models)
+        assert freed.acquire(timeout=10)
+        assert (held() is None) != asked
+        assert freed.acquire(timeout=10 * (not asked)) != asked
+    assert held() is None
+    assert freed.acquire(timeout=10 * asked) == asked
