@@ -94,8 +94,8 @@ def load(folder: str | os.PathLike, model_class: type[Model] = EncoderDecoderMod
 def is_export(folder: str | os.PathLike) -> bool:
     """Whether a folder is one version of an export of ours."""
     try:
-        ours = "bertgen_tf" in read_metadata(folder)["versions"]
-    except (KeyError, OSError, TypeError, ValueError):
+        ours = _is_ours(read_metadata(folder))
+    except (OSError, ValueError):
         return False
     return ours and os.path.isfile(os.path.join(folder, GRAPH_FILE))
 
@@ -143,7 +143,10 @@ def verify(folder: str | os.PathLike, patterns: Sequence[str] = LOADED) -> None:
     if not os.path.lexists(folder / METADATA_FILE):
         return
     try:
-        files = read_json(folder / METADATA_FILE).get("files", {})
+        metadata = read_json(folder / METADATA_FILE)
+        if not _is_ours(metadata):  # its files may be anything
+            return
+        files = metadata.get("files", {})
         stored = {name: description["sha256"] for name, description in files.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise Damaged(
@@ -162,6 +165,11 @@ def verify(folder: str | os.PathLike, patterns: Sequence[str] = LOADED) -> None:
         if not path.is_file() or sha256(path) != checksum:
             found = "its checksum differs" if path.is_file() else "there is no such file"
             raise Damaged(f"{path} should be as it was exported, but {found}: {remedy}.")
+
+
+def _is_ours(metadata: dict[str, Any]) -> bool:
+    versions = metadata.get("versions")
+    return isinstance(versions, dict) and "bertgen_tf" in versions
 
 
 def _is_deep(value: Any, depth: int) -> bool:

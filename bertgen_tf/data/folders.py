@@ -153,17 +153,17 @@ def sweep(target: str | os.PathLike, names: str | None = None) -> None:
         target: a file or folder that is to be written. It need not exist.
         names: a pattern of the names to look for; by default that of `target`.
     """
-    target = pathlib.Path(target).resolve()
+    target = pathlib.Path(os.path.realpath(target))
     names = re.escape(target.name) if names is None else names
     for path in _left(target, names):
         try:
-            if path.lstat().st_uid != os.geteuid():
-                continue
             lock = _lock(path)
         except OSError:  # it is being written, is gone, or no folder
             continue
+        if lock is None:
+            continue
         try:
-            if lock is None:
+            if os.fstat(lock).st_uid != os.geteuid():
                 continue
             own = target.with_name(path.name[1:].rpartition(".bertgen_tf-")[0])
             if path.name.endswith(_OLD) and not own.exists():
@@ -226,6 +226,10 @@ def _lock(folder: str | os.PathLike) -> int | None:
     except OSError:
         os.close(descriptor)
         return None
+    # A run that sweeps may have removed it between opening and locking.
+    if not os.path.lexists(folder) or not os.path.samestat(os.fstat(descriptor), os.lstat(folder)):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     return descriptor
 
 

@@ -135,8 +135,8 @@ class RunFolder:
         """Makes an empty folder for a run with `settings`."""
         self.path.mkdir(parents=True, exist_ok=True)
         # run.json last: until then what is left is recognised as a run of ours.
-        names = {*os.listdir(self.path)} - {LOCK_FILE, RUN_FILE}
-        for name in names:
+        names = filter(_is_own, os.listdir(self.path))
+        for name in {*names} - {LOCK_FILE, RUN_FILE}:
             _remove(self / name)
         self._write_run(settings, complete=False)
 

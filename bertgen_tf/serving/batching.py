@@ -3,7 +3,7 @@
 One batch runs at a time, because TensorFlow uses all cores within one. Whatever arrives meanwhile
 waits, and forms the next. Rows keep their order.
 
-A batch holds a row of as many requests as fit, and further rows of theirs while it would probably
+A batch holds a row of as many requests as fit, and further rows of theirs, while it would probably
 take no longer than a given time: so a long request runs in several batches, joined again, and gives
 way after each. Every other batch is for whoever has used the least time so far, which is always a
 short new request; the ones between are for whoever came first: none starves. A single text thus
@@ -120,7 +120,7 @@ class Batcher:
         request_timeout: seconds in which requests must be answered: what would probably take
             longer, with those that wait already, is refused, and so is what would take more than a
             third of it alone. A single row is always allowed that third.
-        batch_seconds: how long batches should take, if they need not be longer to hold a row.
+        batch_seconds: how long batches should take, or as long as two rows.
         patience: seconds to wait for a batch as large as the one before; a lone client that always
             sends the same number never waits.
         on_batch: called with the signature and the number of rows of each batch.
@@ -140,6 +140,8 @@ class Batcher:
         self._patience = patience
         self._on_batch = on_batch
         self._groups: dict[Hashable, _Group] = {}
+        # How much work the last batch has shown to take no longer than it should.
+        self._tried: weakref.WeakKeyDictionary[Signature, float] = weakref.WeakKeyDictionary()
         self._last_rows: weakref.WeakKeyDictionary[Signature, int] = weakref.WeakKeyDictionary()
         self._running: list[_Part] = []
         self._running_since: float | None = None
@@ -215,8 +217,10 @@ class Batcher:
             raise QueueFull(
                 f"{self._queued} texts wait, but at most {self._max_queued} may. Try again later"
             )
-        price, most = signature.cost.share(request.rest), _SHARE * self._request_timeout
+        price, most = self._price(signature, request), _SHARE * self._request_timeout
         if price > most and request.waiting > 1:
+            if not self._running and not self._groups:
+                signature.cost.fade()
             allowed = max(1, math.floor(request.waiting * most / price))
             raise RequestTooLarge(
                 f"The request would take about {price:.0f} seconds, and may take {most:.3g}. Send "
@@ -235,9 +239,8 @@ class Batcher:
     def _waiting(self) -> Iterator[tuple[Signature, _Request]]:
         return ((group.signature, r) for group in self._groups.values() for r in group.requests)
 
-    @staticmethod
-    def _price(signature: Signature, request: _Request) -> float:
-        return signature.cost.share(request.rest)
+    def _price(self, signature: Signature, request: _Request) -> float:
+        return signature.cost.price(request.rest, request.waiting, self._batch_seconds)
 
     async def close(self) -> None:
         """Stops; requests still waiting are cancelled, but a run is completed."""
@@ -271,7 +274,10 @@ class Batcher:
         parts = self._take(group, oldest)
         if not group.requests:
             del self._groups[key]
-        await self._run_batch(group.signature, parts)
+        if parts:
+            await self._run_batch(group.signature, parts)
+        else:  # all are about to leave
+            await asyncio.sleep(0)
 
     async def _run_batch(self, signature: Signature, parts: list[_Part]) -> None:
         rows = sum(part.stop - part.start for part in parts)
@@ -292,8 +298,7 @@ class Batcher:
             self._running_since = None
         seconds = time.monotonic() - start
         if not any(isinstance(result, Exception) for result in results):
-            usual = _SURPRISE * expected if expected else math.inf
-            signature.cost.learn(size, min(seconds, usual))
+            self._learn(signature, size, rows, seconds, expected)
         for part, result in zip(parts, results, strict=True):
             request = part.request
             request.used += seconds * (part.stop - part.start) / max(1, rows)
@@ -305,6 +310,18 @@ class Batcher:
                 _log.exception("an answer failed")
                 request.future.set_exception(error)
         self._running = []
+
+    def _learn(
+        self, signature: Signature, size: Size, rows: int, seconds: float, expected: float
+    ) -> None:
+        """Takes note of a batch that took `seconds`."""
+        cost = signature.cost
+        if signature in self._tried or cost.is_known:
+            cost.learn(size, min(seconds, _SURPRISE * expected) if cost.is_known else seconds)
+        # The first of all prepares the graph, and says nothing.
+        target = cost.target(size, max(1, rows), self._batch_seconds)
+        factor = 2.0 if seconds <= target / 2 else 1.0 if seconds <= target else 0.5
+        self._tried[signature] = factor * size.work
 
     def _choose(self, oldest: bool) -> Hashable:
         """The group whose turn it is."""
@@ -340,14 +357,28 @@ class Batcher:
     def _take(self, group: _Group, oldest: bool) -> list[_Part]:
         """The parts of the next batch."""
         most, cost = group.signature.max_batch_size, group.signature.cost
-        order = sorted(group.requests, key=lambda r: self._rank(group, r, oldest))[:most]
-        parts = [_Part(r, r.taken, r.taken + min(1, r.waiting)) for r in order]
+        waiting = (request for request in group.requests if not request.future.done())
+        order = sorted(waiting, key=lambda r: self._rank(group, r, oldest))[:most]
+        parts: list[_Part] = []
+
+        def is_too_much() -> bool:
+            size = _joined_size(parts)
+            rows = sum(part.stop - part.start for part in parts)
+            target = cost.target(size, max(1, rows), self._batch_seconds)
+            tried = self._tried.get(group.signature, 0.0)
+            return rows > 1 and size.work > tried and cost.seconds(size) > target
+
+        for request in order:
+            parts.append(_Part(request, request.taken, request.taken + min(1, request.waiting)))
+            if is_too_much():
+                parts.pop()
+                break
         room = most - sum(part.stop - part.start for part in parts)
         for part in parts:
             end = part.request.taken + part.request.waiting
             while room and part.stop < end:
                 part.stop += 1
-                if cost.seconds(_joined_size(parts)) > self._batch_seconds:
+                if is_too_much():
                     part.stop -= 1
                     break
                 room -= 1
@@ -403,7 +434,8 @@ def _run(signature: Signature, parts: list[_Part]) -> list[Arrays | Exception]:
     parts_inputs = [part.inputs() for part in parts]
     sizes = [part.stop - part.start for part in parts]
     try:
-        if len(parts) == 1:
+        whole = len(parts) == 1 and parts[0].request.rows in (None, sizes[0])
+        if whole:
             return [signature.run(parts_inputs[0])]
         inputs = {name: _join([x[name] for x in parts_inputs]) for name in signature.inputs}
         outputs = signature.run(inputs)

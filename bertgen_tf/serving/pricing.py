@@ -96,13 +96,48 @@ class Cost:
         # Sums over batches: their number, work, seconds, work squared, work times seconds.
         self._sums = (0.0,) * 5
 
-    def seconds(self, size: Size) -> float:
-        """How long a batch will probably take; 0.0 if nothing is known."""
-        return self._line()[0] + self.share(size)
+    @property
+    def is_known(self) -> bool:
+        """Whether this signature, or the one that is like it, has run."""
+        return any(self._line())
 
-    def share(self, size: Size) -> float:
-        """What these rows add to batches that run anyway."""
-        return self._line()[1] * size.work + _SECONDS_PER_BYTE * size.bytes
+    def seconds(self, size: Size) -> float:
+        """How long a batch will probably take, as far as is known."""
+        fixed, slope = self._line()
+        return fixed + slope * size.work + _SECONDS_PER_BYTE * size.bytes
+
+    def target(self, size: Size, rows: int, batch_seconds: float) -> float:
+        """How long batches of such rows should take: some time, but at least that of two rows.
+
+        Where a single row takes all the time, batches of several would never be tried.
+        """
+        row = Size(size.work / rows, size.bytes / rows)
+        return max(batch_seconds, 2 * self.seconds(row))
+
+    def price(self, size: Size, rows: int, batch_seconds: float) -> float:
+        """How long `rows` rows will probably take, in batches that should take `batch_seconds`.
+
+        Args:
+            size: `RowSizes.total`.
+        """
+        fixed, slope = self._line()
+        rest = slope * size.work + _SECONDS_PER_BYTE * size.bytes
+        if not rows:
+            return 0.0
+        return (
+            rest * (1 + fixed / (self.target(size, rows, batch_seconds) - fixed)) if rest else 0.0
+        )
+
+    def fade(self) -> None:
+        """Takes past batches for faster than they were.
+
+        For what was refused on an idle server: only another batch can tell whether a price was due
+        to something that slowed one. If it was right, the next batch says so.
+        """
+        count, work, seconds, squares, products = self._sums
+        self._sums = count, work, _DECAY * seconds, squares, _DECAY * products
+        if not work and self._prior:
+            self._prior.fade()
 
     def learn(self, size: Size, seconds: float) -> None:
         """Takes note of a batch of `size` that took `seconds`."""

@@ -96,8 +96,8 @@ def serve(
         max_connections: open at a time; more is answered with 503.
         batch_patience: seconds to wait for a full batch where several clients are active.
         receive_timeout: seconds in which a request must arrive; later is answered with 408.
-        shutdown_timeout: seconds in which to answer what was accepted; about a second later the
-            process has ended.
+        shutdown_timeout: seconds in which to answer what was accepted; the process has ended
+            at most 3 seconds later.
         allowed_hosts: names that the `Host` of a request may have; "*" for all. None: on loopback
             localhost and its addresses, else all.
         cors_origins: sites whose pages may send requests and read the answers; "*" for all. None:

@@ -174,6 +174,26 @@ def test_a_folder_that_another_run_sweeps_at_once_is_made_again(tmp_path, monkey
     assert len(set(made)) == 2 and names(tmp_path) == ["model"]
 
 
+def test_a_folder_that_was_removed_while_it_was_being_locked_is_made_again(tmp_path, monkeypatch):
+    flock, made = fcntl.flock, []
+
+    def removed_first(descriptor, operation):
+        if not made:
+            made.extend(path for path in tmp_path.iterdir())
+            made[0].rmdir()
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", removed_first)
+    with folders.temporary_folder(tmp_path / "a") as temporary:
+        assert temporary.is_dir() and temporary != made[0]
+
+
+def test_links_that_lead_nowhere_are_no_error_of_a_sweep(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    folders.sweep(tmp_path / "a")
+
+
 def test_whole_files(tmp_path):
     path = tmp_path / "scores.json"
     path.write_text("older")

@@ -226,6 +226,16 @@ def test_what_cannot_be_written_leaves_the_earlier_state(folder, monkeypatch):
     assert folder.load(pytest.fail).step == 4
 
 
+def test_a_new_run_removes_only_what_a_training_wrote(folder):
+    folder.save(state(8))
+    folder.end()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "plots").mkdir()
+    (folder / "log.jsonl").write_text("{}\n")
+    folder.begin(SETTINGS)
+    assert sorted(os.listdir(folder.path)) == ["notes.txt", "plots", "run.json"]
+
+
 def test_only_the_same_run_goes_on(folder):
     folder.check_same(dict(SETTINGS))
     with pytest.raises(ValueError, match="another --seed; overwrite=True starts anew"):

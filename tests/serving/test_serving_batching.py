@@ -3,13 +3,13 @@
 import asyncio
 import random
 import threading
-import time
 import weakref
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from bertgen_tf.serving import batching
 from bertgen_tf.serving.batching import Batcher, QueueFull, RequestTooLarge, is_client_error
 from bertgen_tf.serving.pricing import Cost, Size, row_sizes
 
@@ -21,6 +21,7 @@ class Fake:
 
     name = "fake"
     max_length = None
+    clock = None
 
     def __init__(self, max_batch_size=4, has_rows=True, inputs=("text",)):
         self.max_batch_size = max_batch_size
@@ -142,15 +143,36 @@ def test_short_requests_do_not_wait_for_a_long_one():
     run(test)
 
 
-class Priced(Fake):
-    """Takes 1 s for a row, as far as its batcher knows."""
+class Clock:
+    """The time of the batcher, which runs advance."""
 
-    def __init__(self, **options):
+    now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(batching, "time", clock)
+    monkeypatch.setattr(Fake, "clock", clock)
+    return clock
+
+
+class Priced(Fake):
+    """Takes `fixed` seconds, and 1 for a row."""
+
+    def __init__(self, fixed=0.0, known=True, **options):
         super().__init__(**options)
-        for count in (1, 2):
+        self.fixed = fixed
+        for count in (1, 2) if known else ():
             sizes = row_sizes(texts(*[b"text"] * count), count, None)
-            self.cost.learn(sizes.padded, float(count))
-        self.cost.learn = lambda size, seconds: None
+            self.cost.learn(sizes.padded, fixed + count)
+
+    def run(self, inputs):
+        self.clock.now += self.fixed + len(inputs["text"])
+        return super().run(inputs)
 
 
 def priced(*values):
@@ -162,16 +184,71 @@ def test_rows_of_a_long_request_fill_a_batch_up_to_its_time():
         fake = Priced(max_batch_size=8)
         await batcher.run(fake, priced(*range(7)))
         assert [len(run) for run in fake.runs] == [3, 3, 1]
-        # One row of each request is not too much.
+        # So do rows of different requests.
         fake.runs.clear()
-        other = Fake()
-        first = await hold(batcher, other)
-        tasks = await start(batcher, fake, *(priced(value) for value in range(5)))
-        other.go_on.set()
-        await outputs([first, *tasks])
-        assert [len(run) for run in fake.runs] == [5]
+        tasks = await run_together(batcher, fake, *(priced(value) for value in range(5)))
+        await outputs(tasks)
+        assert [len(run) for run in fake.runs] == [3, 2]
 
     run(test, batch_seconds=3.5)
+
+
+def test_batches_of_slow_rows_are_of_several_too():
+    """Or no batch would show that several rows take hardly longer than one."""
+
+    async def test(batcher):
+        fake = Priced(max_batch_size=16, fixed=7.0, known=False)
+        for _ in range(4):
+            await batcher.run(fake, priced(*range(24)))
+        # Two single rows take 16 seconds, and so do 9 together.
+        assert min(len(run) for run in fake.runs[-3:-1]) >= 8
+
+    run(test, batch_seconds=1.0)
+
+
+def test_a_batch_that_took_half_its_time_is_followed_by_a_larger_one():
+    """Even if the estimate says that it would take too long."""
+
+    async def test(batcher):
+        fake = Priced(max_batch_size=16)
+        fake.cost.seconds = lambda size: 100.0
+        fake.cost.target = lambda size, rows, seconds: 4.0
+        await batcher.run(fake, priced(*range(10)))
+        assert [len(run) for run in fake.runs] == [1, 2, 4, 3]
+
+    run(test)
+
+
+def test_a_price_that_was_due_to_a_disturbance_is_not_for_ever():
+    async def test(batcher):
+        fake = Priced(max_batch_size=8)
+        for count in (1, 2):
+            sizes = row_sizes(texts(*[b"text"] * count), count, None)
+            fake.cost.learn(sizes.padded, 50.0 * count)
+        refused = 0
+        for _ in range(100):
+            try:
+                await batcher.run(fake, priced(*range(8)))
+                break
+            except RequestTooLarge:
+                refused += 1
+        assert 0 < refused < 50
+        for _ in range(20):
+            await batcher.run(fake, priced(*range(8)))
+
+    run(test, request_timeout=60, batch_seconds=4.5)
+
+
+def test_the_first_batch_of_an_unknown_signature_says_nothing():
+    async def test(batcher):
+        fake = Priced(known=False)
+        await batcher.run(fake, priced(1))
+        assert not fake.cost.is_known
+        await batcher.run(fake, priced(1))
+        sizes = row_sizes(priced(1), 1, None)
+        assert fake.cost.seconds(sizes.padded) == pytest.approx(1.0, rel=1e-3)
+
+    run(test)
 
 
 def test_a_single_text_waits_for_two_batches_at_most():
@@ -259,7 +336,8 @@ def test_a_cancelled_request_enters_no_further_batch():
         fake.go_on.clear()
         (long,) = await start(batcher, fake, texts(*"abcdefghijkl"))
         assert await asyncio.to_thread(fake.started.wait, SECONDS)
-        assert batcher.busy_seconds > 0
+        fake.clock.now += 3.0
+        assert batcher.busy_seconds == 3.0
         long.cancel()
         await asyncio.sleep(0)
         fake.go_on.set()
@@ -306,7 +384,7 @@ def test_a_surprise_does_not_change_what_is_expected_by_much():
         fake = Fake()
         fake.cost.learn(Size(100.0, 0.0), 1e-4)
         before = fake.cost.seconds(Size(100.0, 0.0))
-        fake.answer = lambda inputs: time.sleep(0.2) or {"out": inputs["text"]}
+        fake.answer = lambda inputs: setattr(fake.clock, "now", 0.2) or {"out": inputs["text"]}
         await batcher.run(fake, texts(b"a"))
         assert before < fake.cost.seconds(Size(100.0, 0.0)) < 10 * before
 
@@ -590,6 +668,16 @@ def test_parts_of_different_widths_are_joined():
             ["d", "e", "f"],
         ]
         assert result.outputs["length"].tolist() == [[1, 1, 0], [2, 2, 0], [3, 3, 3]]
+
+    run(test)
+
+
+def test_a_split_request_cannot_have_outputs_without_rows():
+    async def test(batcher):
+        fake = Fake(max_batch_size=2)
+        fake.answer = lambda inputs: {"out": np.array(["all"] * 3, object)}
+        with pytest.raises(ValueError, match="fake gives outputs without rows"):
+            await batcher.run(fake, texts("a", "b", "c", "d"))
 
     run(test)
 

@@ -428,12 +428,22 @@ def test_damaged_files(folder, damage):
         assert answer(models.find("name")) == b"ax"
 
 
+@pytest.mark.parametrize("files", [["a.txt"], None, {"saved_model.pb": {"sha256": "0"}}])
+def test_a_metadata_file_of_somebody_else(folder, files):
+    """Its `files` may mean anything."""
+    (folder / "name/1/metadata.json").write_text(json.dumps({"files": files, "versions": [1]}))
+    models = Models(folder)
+    look(models)
+    assert answer(models.find("name")) == b"ax"
+
+
 @pytest.mark.parametrize("name", ["saved_model.pb", "variables/variables.index", "metadata.json"])
 def test_files_that_differ_from_their_checksums(folder, exports, name):
     """The version before it is served."""
     newer = shutil.copytree(exports / "b", folder / "name/2")
     content = json.loads((newer / "metadata.json").read_text())
     content["files"] = export_files.describe_files(newer)
+    content["versions"] = {"bertgen_tf": "0.1.0"}
     (newer / "metadata.json").write_text(json.dumps(content))
     path = newer / name
     whole = path.read_bytes()
@@ -470,7 +480,7 @@ def test_warmup_requests_run_before_it_answers(folder, monkeypatch, ids, works):
     monkeypatch.setattr(Signature, "run", lambda *args: [ran.append(args[0].name), run(*args)][1])
     models = Models(folder)
     look(models)
-    assert ran == ["ids"] * (3 if works else 1)
+    assert ran == ["ids"] * (5 if works else 1)
     if works:
         assert models.find("name").signatures["ids"].cost.seconds(Size(100.0, 0.0)) > 0
     assert models.ready == works

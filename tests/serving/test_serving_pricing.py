@@ -38,12 +38,26 @@ def batch(count, tokens):
 
 def test_the_time_of_a_batch_is_learned():
     cost = Cost()
-    assert cost.seconds(batch(3, 7)) == cost.share(batch(3, 7)) == 0.0
+    assert not cost.is_known and cost.seconds(batch(3, 7)) == 0.0
     for count, tokens in ((1, 5), (4, 11), (2, 3), (8, 40)):
         size = batch(count, tokens)
         cost.learn(size, 0.2 + 0.001 * size.work)
     assert cost.seconds(batch(5, 9)) == pytest.approx(0.2 + 0.001 * 5 * (9 + 16))
-    assert cost.share(batch(5, 9)) == pytest.approx(0.001 * 5 * (9 + 16))
+    assert cost.is_known
+
+
+def test_a_request_has_the_fixed_price_of_each_of_its_batches():
+    cost = Cost()
+    for count in (1, 4, 2):
+        cost.learn(batch(count, 4), 0.5 + 0.1 * count)
+    total = RowSizes(np.full(60, 4.0), np.zeros(60)).total
+    # In 1.5 seconds there are 10 rows beside what is fixed.
+    assert cost.target(total, 60, 1.5) == 1.5
+    assert cost.price(total, 60, 1.5) == pytest.approx(6 * 1.5)
+    # Two rows would take longer: then as long as these alone.
+    assert cost.target(total, 60, 0.1) == pytest.approx(1.2)
+    assert cost.price(total, 60, 0.1) == pytest.approx(6 * (1 + 0.5 / 0.7))
+    assert cost.price(total, 60, np.inf) == pytest.approx(6)
 
 
 def test_what_changes_is_learned_anew():

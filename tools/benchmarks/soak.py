@@ -9,7 +9,8 @@ the old one is removed.
 
 1. answers: as the server gave them to the same texts alone before, by the rules of tools/load_test
 2. memory: flat after the first ten minutes
-3. file descriptors when nobody asks, and threads: as many as in the first ten minutes
+3. file descriptors when nobody asks: as many as in the first ten minutes; threads: no more than a
+   pool above that
 4. refusals, lost requests, reloads, errors in the log
 
 Without --model it makes a small one with random weights. In runs shorter than half an hour the

@@ -137,6 +137,8 @@ def _keep(name: str, fill: Callable[[str], None]) -> str:
     tensorflow_hub's own way waits ten minutes for a process that was killed, and keeps its files.
     """
     folder = pathlib.Path(_cache_folder(name))
+    if folder.is_dir() and os.listdir(folder):  # the cache may be read-only
+        return str(folder)
     with downloads.locked(folder):
         if not folder.is_dir() or not os.listdir(folder):
             with folders.temporary_folder(folder) as temporary:

@@ -329,6 +329,11 @@ def test_without_a_cache_modules_are_kept_for_the_user_alone(xdg, module_of, uns
     assert root.stat().st_mode & 0o777 == 0o700
     assert bg.BertGenerationEncoder.from_hub(path, verify=False).config.hidden_act == "gelu_new"
 
+    # A cache that is there already may be read-only.
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.downloads, "locked", lambda _: pytest.fail("something is written"))
+        assert fetch.resolve(str(unset / "model.tar.gz")) == path
+
     # What tensorflow_hub fetches itself goes there too, and no setting stays behind.
     monkeypatch.setattr(tensorflow_hub, "resolve", lambda _: resolver.tfhub_cache_dir() + "/own")
     (root / "own").mkdir()
