@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from bertgen_tf.checks import shown
 from bertgen_tf.export.files import WARMUP_FILE, text_of_length
 from bertgen_tf.export.signatures import COMPILED, ServingModule
 from bertgen_tf.generation.search.logits import Processor
@@ -256,7 +257,8 @@ def _differences(case: _Case, answer: dict[str, np.ndarray]) -> Iterator[tuple[s
             continue
         elif expected.dtype == np.float32:
             if not np.allclose(expected, found, case.tolerance, case.tolerance, equal_nan=True):
-                yield name, f"expected {expected.tolist()}, found {found.tolist()}"
+                largest = np.nanmax(np.abs(expected - found))
+                yield name, f"numbers differ by up to {largest:.3g}, allowed {case.tolerance:g}"
         elif not np.array_equal(expected, found) and not tf.config.list_physical_devices("GPU"):
             # A GPU rounds differently: of two equally likely hypotheses, the other may win.
-            yield name, f"expected {expected.tolist()}, found {found.tolist()}"
+            yield name, f"expected {shown(expected.tolist())}, found {shown(found.tolist())}"

@@ -18,6 +18,7 @@ from bertgen_tf.generation.search.logits import Processor
 from bertgen_tf.generation.search.sequences import is_one_of
 from bertgen_tf.generation.settings import eos_token_ids, total_length, uses_beams
 from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
+from bertgen_tf.network.tracing import search_graph
 
 # The suffix of signatures compiled by XLA.
 COMPILED = "_xla"
@@ -174,13 +175,14 @@ def _forward_pass(model: EncoderDecoderModel) -> Callable:
         input_ids: tf.Tensor, attention_mask: tf.Tensor, decoder_input_ids: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
         mask = attention_mask[tf.newaxis]
-        logits, weights = model.decoder(
-            decoder_input_ids[tf.newaxis],
-            encoder_hidden_states=model.encoder(input_ids[tf.newaxis], mask, training=False),
-            encoder_attention_mask=mask,
-            return_attention_weights=True,
-            training=False,
-        )
+        with search_graph(compiled=False):  # rounded as the search rounds
+            logits, weights = model.decoder(
+                decoder_input_ids[tf.newaxis],
+                encoder_hidden_states=model.encoder(input_ids[tf.newaxis], mask, training=False),
+                encoder_attention_mask=mask,
+                return_attention_weights=True,
+                training=False,
+            )
         return logits[0], tf.reduce_mean(weights[0], axis=[0, 1])
 
     return forward

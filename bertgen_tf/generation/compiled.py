@@ -25,7 +25,7 @@ from bertgen_tf.generation.settings import (
     total_length,
     uses_beams,
 )
-from bertgen_tf.network.quantization import integer_products
+from bertgen_tf.network.tracing import kernels_for_loop, search_graph
 
 if TYPE_CHECKING:
     from bertgen_tf.models.encoder_decoder import EncoderDecoderModel
@@ -126,7 +126,7 @@ def generation_function(
             input_signature=_Inputs.signature(width),
         )
         def search(*inputs: tf.Tensor) -> GenerateTensors:
-            with integer_products(jit_compile):
+            with search_graph(jit_compile), kernels_for_loop(model.decoder.kernels_for_loop()):
                 return _search(model, config, _Inputs(*inputs), logits_processor, output_attentions)
 
         @_graph(input_signature=_SIGNATURE)
@@ -203,7 +203,7 @@ def streaming_functions(
 
     @_graph(jit_compile=jit_compile)
     def begin(inputs: _Inputs) -> tuple[SamplingLoop, Any]:
-        with integer_products(jit_compile):
+        with search_graph(jit_compile):
             prepared = _prepare(model, config, inputs)
         # Only the later steps need processors.
         sampling = Sampling(**_options(model, config, ()))
@@ -214,7 +214,7 @@ def streaming_functions(
         processors = _processors(model, config, inputs, logits_processor)
         sampling = Sampling(**_options(model, config, processors))
         step = _step_function(model, cross, inputs.attention_mask)
-        with integer_products(jit_compile):
+        with search_graph(jit_compile):
             loop = sampling.advance(step, loop, tokens_per_step)
         done = tf.reduce_all(loop.done) | (loop.index + 1 >= loop.limit)
         return loop, sampling.output(loop).sequences, done

@@ -16,6 +16,8 @@ from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.network.projections import Projection, dense, initializer, linear
+from bertgen_tf.network.quantization import unfold_rows
+from bertgen_tf.network.tracing import transpose
 from bertgen_tf.network.weights import FiniteWeights
 
 # Finite, so that no row of scores can turn into NaN.
@@ -167,7 +169,7 @@ class Attention(keras.layers.Layer):
         keys, values = keys_values
         # The rows of one example share its keys: they are folded into the query axis.
         folded = (ops.shape(keys)[0], -1, self.num_heads, self.head_size)
-        queries = ops.transpose(ops.reshape(queries, folded), (0, 2, 1, 3))  # [B, A, K*T, D]
+        queries = transpose(ops.reshape(queries, folded), (0, 2, 1, 3))  # [B, A, K*T, D]
         scores = self._scores(queries, keys, attention_mask)  # [B, A, K*T, S]
         if prefix is not None:
             scores = ops.concatenate([self._scores(queries, prefix[0], prefix_mask), scores], -1)
@@ -185,8 +187,9 @@ class Attention(keras.layers.Layer):
             context = tf.matmul(dropped[..., :size], prefix[1])
             context += tf.matmul(dropped[..., size:], values)
             weights = weights[..., :size]
-        context = ops.transpose(context, (0, 2, 1, 3))  # [B, K*T, A, D]
-        output = self.output_dense(ops.reshape(context, ops.shape(hidden)))
+        context = transpose(context, (0, 2, 1, 3))  # [B, K*T, A, D]
+        rows = tf.reshape(context, [-1, self.config.hidden_size])
+        output = self.output_dense(unfold_rows(rows, hidden))
         return after_sublayer(self, hidden, output, training), weights
 
     def _scores(self, queries: Any, keys: Any, mask: Any) -> Any:
@@ -203,16 +206,19 @@ class Attention(keras.layers.Layer):
         batch, length, _ = ops.shape(tensor)
         if rows is None:
             tensor = ops.reshape(tensor, (batch, length, self.num_heads, self.head_size))
-            return ops.transpose(tensor, (0, 2, 1, 3))
+            return transpose(tensor, (0, 2, 1, 3))
+        if tensor.shape[1] == 1:
+            tensor = ops.reshape(tensor, (rows, -1, self.num_heads, self.head_size))
+            return transpose(tensor, (0, 2, 1, 3))  # [rows, A, K, D]
         tensor = ops.reshape(tensor, (rows, -1, length, self.num_heads, self.head_size))
-        tensor = ops.transpose(tensor, (0, 3, 2, 1, 4))  # [rows, A, T, K, D]
+        tensor = transpose(tensor, (0, 3, 2, 1, 4))  # [rows, A, T, K, D]
         return ops.reshape(tensor, (rows, self.num_heads, -1, self.head_size))
 
     def join_heads(self, tensor: Any) -> Any:
         """[B, A, S, D] -> [B, S, H]."""
         batch, _, length, _ = ops.shape(tensor)
         return ops.reshape(
-            ops.transpose(tensor, (0, 2, 1, 3)), (batch, length, self.config.hidden_size)
+            transpose(tensor, (0, 2, 1, 3)), (batch, length, self.config.hidden_size)
         )
 
 
@@ -375,7 +381,10 @@ class HeadTransform(keras.layers.Layer):
 def logits(hidden: Any, matrix: Any, bias: Any) -> Any:
     """[B, T, H] times the transposed matrix [V, H], plus bias [V]: float32 [B, T, V]."""
     # Half-precision scores would make different tokens tie.
-    return linear(ops.cast(hidden, "float32"), ops.cast(matrix, "float32"), bias)
+    hidden = ops.cast(hidden, "float32")
+    if matrix.dtype != "float32":
+        matrix = ops.cast(matrix, "float32")
+    return linear(hidden, matrix, bias)
 
 
 class TransformerBlock(keras.layers.Layer):

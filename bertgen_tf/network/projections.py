@@ -10,7 +10,13 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
+from bertgen_tf.network.quantization import (
+    dequantize_matrix,
+    quantize_matrix,
+    quantized_linear,
+    unfold_rows,
+)
+from bertgen_tf.network.tracing import is_plain, kernel_for_loop
 from bertgen_tf.network.weights import VariablePart, loading_finite
 
 
@@ -34,21 +40,28 @@ def initializer(config: BertGenerationConfig) -> keras.initializers.Initializer:
 
 
 def linear(inputs: Any, kernel: Any, bias: Any) -> Any:
-    """`inputs` [..., T, I] times the transposed `kernel` [O, I], plus `bias` [O]: [..., T, O].
+    """`inputs` [B, T, I] times the transposed `kernel` [O, I], plus `bias` [O]: [B, T, O].
 
     A generation step (T = 1) is bound by reading the kernels. For XLA on a CPU the kernel therefore
     comes first: Eigen packs the second matrix, here the few rows. The bias is added to the columns,
     or XLA would swap the product back; and it is negated and subtracted, because XLA fuses a sum
     into the product with a single row, which then runs on one core only.
     """
-    shape = ops.shape(inputs)
-    rows = tf.reshape(inputs, [-1, shape[-1]])
+    rows = tf.reshape(inputs, [-1, kernel.shape[1]])
+    if is_plain():
+        turned = kernel_for_loop(kernel)
+        if turned is None:
+            products = tf.matmul(rows, tf.convert_to_tensor(kernel), transpose_b=True)
+        else:
+            products = tf.matmul(rows, turned)
+        return unfold_rows(tf.nn.bias_add(products, bias), inputs)
+    kernel = tf.convert_to_tensor(kernel)
     if inputs.shape[-2] == 1:
         columns = tf.matmul(kernel, rows, transpose_b=True) - (-bias)[:, None]
         outputs = tf.transpose(columns)
     else:
         outputs = tf.matmul(rows, kernel, transpose_b=True) + bias
-    return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))
+    return unfold_rows(outputs, inputs)
 
 
 def quantized_weights(layer: keras.layers.Layer, shape: tuple[int, int], name: str) -> list:
@@ -164,11 +177,13 @@ class Dense(keras.layers.Layer):
         self.kernel_scale = self.quantization = None
 
     def call(self, inputs: Any) -> Any:
-        kernel, bias = tf.convert_to_tensor(self.kernel), tf.convert_to_tensor(self.bias)
+        bias = tf.convert_to_tensor(self.bias)
         if self.quantization is None:
-            outputs = linear(inputs, kernel, bias)
+            outputs = linear(inputs, self.kernel, bias)
             return outputs + self._adapted(inputs) if any(self.adapters) else outputs
-        outputs = quantized_linear(inputs, kernel, tf.convert_to_tensor(self.kernel_scale), bias)
+        outputs = quantized_linear(
+            inputs, self.kernel, tf.convert_to_tensor(self.kernel_scale), bias
+        )
         return ops.cast(outputs, self.compute_dtype)
 
     def _adapted(self, inputs: Any) -> Any:

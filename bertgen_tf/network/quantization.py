@@ -5,9 +5,6 @@ greatest value / 127. At run time, the product rounds its inputs in the same way
 row, so a row's result does not depend on the rows beside it.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -16,8 +13,7 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import QUANTIZATIONS
-
-_INTEGER_PRODUCTS = contextvars.ContextVar("integer_products", default=False)
+from bertgen_tf.network.tracing import for_xla, kernel_for_loop
 
 
 def check_quantization(mode: str, config: Any = None) -> None:
@@ -48,42 +44,39 @@ def dequantize_matrix(integers: Any, scale: Any) -> np.ndarray:
     return np.asarray(integers, np.float32) * np.asarray(scale, np.float32)[:, np.newaxis]
 
 
-@contextlib.contextmanager
-def integer_products(wanted: bool) -> Iterator[None]:
-    """Whether a graph that is being traced computes its products in integers.
-
-    XLA multiplies int8 faster than float32. TensorFlow's own kernels do not: without this, matrices
-    become float32 on their way into the product.
-    """
-    token = _INTEGER_PRODUCTS.set(wanted)
-    try:
-        yield
-    finally:
-        _INTEGER_PRODUCTS.reset(token)
+def unfold_rows(rows: Any, like: Any) -> Any:
+    """[B * T, O] -> [B, T, O], with the first dimensions of `like`."""
+    if len(like.shape) == 3 and like.shape[1]:  # no ops are needed to know the shape
+        return tf.reshape(rows, [-1, like.shape[1], rows.shape[-1]])
+    return ops.reshape(rows, (*ops.shape(like)[:-1], rows.shape[-1]))
 
 
 def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:
-    """`inputs` [..., I] times the transposed `kernel`, plus `bias` [O]: float32 [..., O].
+    """`inputs` [B, T, I] times the transposed `kernel`, plus `bias` [O]: float32 [B, T, O].
 
     The sums are of integers: exact in int32, and in float32 up to 2**24, which takes more than
     1,000 inputs.
 
     Args:
-        kernel, scale: of `quantize_matrix`, int8 [O, I] and float32 [O].
+        kernel, scale: variables with what `quantize_matrix` gave, int8 [O, I] and float32 [O].
     """
-    shape = ops.shape(inputs)
     rows = tf.reshape(tf.cast(inputs, tf.float32), [-1, kernel.shape[1]])
     # Like Keras's AbsMaxQuantizer, which rejects an empty batch.
     largest = tf.reduce_max(tf.abs(rows), axis=1, keepdims=True) + keras.config.epsilon()
-    integers = tf.cast(tf.round(rows * (127 / largest)), tf.int8)
-    if _INTEGER_PRODUCTS.get():
+    integers = tf.round(rows * (127 / largest))
+    if for_xla():
+        integers = tf.cast(integers, tf.int8)
         count = tf.shape(integers)[0]
         # XLA has a fast product for two rows, but not for one.
         missing = tf.cast(tf.equal(count, 1), tf.int32)
         integers = tf.pad(integers, [[0, missing], [0, 0]])
-        sums = tf.matmul(integers, kernel, transpose_b=True, output_type=tf.int32)[:count]
+        sums = tf.matmul(
+            integers, tf.convert_to_tensor(kernel), transpose_b=True, output_type=tf.int32
+        )[:count]
+    elif (floats := kernel_for_loop(kernel)) is not None:
+        sums = tf.matmul(integers, floats)
     else:
-        floats = (tf.cast(tensor, tf.float32) for tensor in (integers, kernel))
-        sums = tf.matmul(*floats, transpose_b=True)
+        floats = tf.cast(tf.convert_to_tensor(kernel), tf.float32)
+        sums = tf.matmul(integers, floats, transpose_b=True)
     outputs = tf.cast(sums, tf.float32) * (largest / 127) * scale + tf.cast(bias, tf.float32)
-    return ops.reshape(outputs, (*shape[:-1], kernel.shape[0]))
+    return unfold_rows(outputs, inputs)

@@ -440,8 +440,18 @@ class BertGenerationDecoder(_Stack):
         bias = tf.convert_to_tensor(self.output_bias)
         if self.config.quantization is None:
             return logits(hidden, self._output_matrix(), bias)
-        kernel, scale = map(tf.convert_to_tensor, (self.output_kernel, self.output_kernel_scale))
-        return quantized_linear(hidden, kernel, scale, bias)
+        scale = tf.convert_to_tensor(self.output_kernel_scale)
+        return quantized_linear(hidden, self.output_kernel, scale, bias)
+
+    def kernels_for_loop(self) -> list[Any]:
+        """The variables of matrices for `bertgen_tf.network.tracing.kernels_for_loop`.
+
+        Not float32 ones, but for the largest: turning them round takes memory and time.
+        """
+        if self.config.quantization is None:
+            return [self._output_matrix()]
+        layers = self._flatten_layers(include_self=False)
+        return [layer.kernel for layer in layers if isinstance(layer, Dense)] + [self.output_kernel]
 
     def _project(self, encoder_hidden_states: Any) -> list:
         reads = self.config.add_cross_attention or self.config.decoder_only

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import bertgen_tf as bg
 from bertgen_tf.generation import compiled as generation
 from bertgen_tf.network.projections import Dense
-from bertgen_tf.network.quantization import integer_products, quantize_matrix, quantized_linear
+from bertgen_tf.network.quantization import quantize_matrix, quantized_linear
+from bertgen_tf.network.tracing import search_graph
 from bertgen_tf.network.weights import Rule, WeightsError, assign, named_variables
 from tests.helpers import PIECES, make_deep_model, make_model, make_small_model
 
@@ -81,7 +82,7 @@ def test_products_are_those_of_whole_numbers(shape, form):
     integers, scale = map(tf.constant, quantize_matrix(kernel))
 
     def linear(inputs):
-        with integer_products(form == "xla"):
+        with search_graph(form == "xla"):
             return quantized_linear(inputs, integers, scale, bias)
 
     if form != "eager":
