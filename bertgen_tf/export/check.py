@@ -164,6 +164,10 @@ def _case(
             ],
             "attention": np.where(is_token[:, np.newaxis], weights[:, :longest], 0),
         }
+        # Of one text at a time, where the model's are of a batch.
+        return _Case(
+            signature, {"text": np.array(texts, object)}, outputs, drawn, _tolerance(model)
+        )
     return _Case(signature, {"text": np.array(texts, object)}, outputs, drawn)
 
 
