@@ -65,6 +65,8 @@ class Server:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+            # Where the tests run under nohup, the server would ignore it, too.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )
         self.lines, self.other = [], []
         self.news = threading.Condition()

@@ -80,6 +80,7 @@ class Connection:
     def __init__(self, server: Server, signature: str = "serving_default"):
         self.path = f"/v1/models/{server.name}:predict"
         self.signature = signature
+        self.max_length = server.metadata["config"]["preprocessor"]["max_source_length"]
         self.connection = http.client.HTTPConnection(*server.address, timeout=SECONDS)
 
     def ask(self, texts: list[str]) -> list[tuple[str, float]]:
@@ -224,7 +225,7 @@ class LoadTest(Promises):
             connection = Connection(server, name)
             for _ in range(2):
                 start = time.perf_counter()
-                connection.post(long_texts(name, 1))
+                connection.post(long_texts(connection, 1))
             allowed = max(allowed, BATCH_SECONDS, 2 * (time.perf_counter() - start))
         allowed *= 1.5  # the machine is shared with the clients
         end = time.monotonic() + self.arguments.seconds
@@ -359,11 +360,12 @@ class LoadTest(Promises):
         self.check("programs that XLA compiled", value, 0 < compiled <= most)
 
 
-def long_texts(signature: str, count: int) -> dict[str, list]:
-    """Inputs of a signature."""
-    text = " ".join(SYLLABLES)
+def long_texts(connection: Connection, count: int) -> dict[str, list]:
+    """Inputs of a connection's signature, as long as the model reads them."""
+    text, signature = " ".join(SYLLABLES), connection.signature
     if signature == "ids":
-        return {"input_ids": [[5] * 60] * count, "attention_mask": [[1] * 60] * count}
+        length = connection.max_length
+        return {"input_ids": [[5] * length] * count, "attention_mask": [[1] * length] * count}
     if signature == "score":
         return {"source": [text] * count, "target": [text] * count}
     return {"text": [text] * count}
@@ -373,7 +375,7 @@ def ask_for_most(connection: Connection) -> int:
     """Sends as many long texts as a request may have; returns how many."""
     count = 1024
     while True:
-        status, content = connection.post(long_texts(connection.signature, count))
+        status, content = connection.post(long_texts(connection, count))
         if status == 200:
             return count
         allowed = re.search(rb"at most (\d+) such", content)
