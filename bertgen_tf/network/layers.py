@@ -16,8 +16,7 @@ from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
 from bertgen_tf.network.projections import Projection, dense, initializer, linear
-from bertgen_tf.network.quantization import unfold_rows
-from bertgen_tf.network.tracing import transpose
+from bertgen_tf.network.tracing import transpose, unfold_rows
 from bertgen_tf.network.weights import FiniteWeights
 
 # Finite, so that no row of scores can turn into NaN.

@@ -10,13 +10,8 @@ import tensorflow as tf
 from keras import ops
 
 from bertgen_tf.config import BertGenerationConfig
-from bertgen_tf.network.quantization import (
-    dequantize_matrix,
-    quantize_matrix,
-    quantized_linear,
-    unfold_rows,
-)
-from bertgen_tf.network.tracing import is_plain, kernel_for_loop
+from bertgen_tf.network.quantization import dequantize_matrix, quantize_matrix, quantized_linear
+from bertgen_tf.network.tracing import is_plain, kernel_for_loop, unfold_rows
 from bertgen_tf.network.weights import VariablePart, loading_finite
 
 

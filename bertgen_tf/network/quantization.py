@@ -10,10 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from keras import ops
 
 from bertgen_tf.config import QUANTIZATIONS
-from bertgen_tf.network.tracing import for_xla, kernel_for_loop
+from bertgen_tf.network.tracing import for_xla, kernel_for_loop, unfold_rows
 
 
 def check_quantization(mode: str, config: Any = None) -> None:
@@ -42,13 +41,6 @@ def quantize_matrix(matrix: Any) -> tuple[np.ndarray, np.ndarray]:
 def dequantize_matrix(integers: Any, scale: Any) -> np.ndarray:
     """What `quantize_matrix` gave, as a float32 matrix; rounded again, it gives the same."""
     return np.asarray(integers, np.float32) * np.asarray(scale, np.float32)[:, np.newaxis]
-
-
-def unfold_rows(rows: Any, like: Any) -> Any:
-    """[B * T, O] -> [B, T, O], with the first dimensions of `like`."""
-    if len(like.shape) == 3 and like.shape[1]:  # no ops are needed to know the shape
-        return tf.reshape(rows, [-1, like.shape[1], rows.shape[-1]])
-    return ops.reshape(rows, (*ops.shape(like)[:-1], rows.shape[-1]))
 
 
 def quantized_linear(inputs: Any, kernel: Any, scale: Any, bias: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from keras import ops
 
 # True for XLA, False for plain graphs, None outside searches: in training, say.
 _COMPILED = contextvars.ContextVar[bool | None]("compiled", default=None)
@@ -69,3 +70,10 @@ def transpose(tensor: Any, axes: tuple[int, ...]) -> Any:
     if not is_plain() or tensor.dtype != tf.float32:
         return tf.transpose(tensor, axes)
     return tf.bitcast(tf.transpose(tf.bitcast(tensor, tf.int32), axes), tf.float32)
+
+
+def unfold_rows(rows: Any, like: Any) -> Any:
+    """[B * T, O] -> [B, T, O], with the first dimensions of `like`."""
+    if len(like.shape) == 3 and like.shape[1]:  # no ops are needed to know the shape
+        return tf.reshape(rows, [-1, like.shape[1], rows.shape[-1]])
+    return ops.reshape(rows, (*ops.shape(like)[:-1], rows.shape[-1]))

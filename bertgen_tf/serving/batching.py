@@ -316,9 +316,10 @@ class Batcher:
     ) -> None:
         """Takes note of a batch that took `seconds`."""
         cost = signature.cost
-        if signature in self._tried or cost.is_known:
-            cost.learn(size, min(seconds, _SURPRISE * expected) if cost.is_known else seconds)
-        # The first of all prepares the graph, and says nothing.
+        if cost.is_known:
+            cost.learn(size, min(seconds, _SURPRISE * expected))
+        elif signature in self._tried:  # the first of all prepares the graph, and says nothing
+            cost.learn(size, seconds)
         target = cost.target(size, max(1, rows), self._batch_seconds)
         factor = 2.0 if seconds <= target / 2 else 1.0 if seconds <= target else 0.5
         self._tried[signature] = factor * size.work
@@ -434,8 +435,7 @@ def _run(signature: Signature, parts: list[_Part]) -> list[Arrays | Exception]:
     parts_inputs = [part.inputs() for part in parts]
     sizes = [part.stop - part.start for part in parts]
     try:
-        whole = len(parts) == 1 and parts[0].request.rows in (None, sizes[0])
-        if whole:
+        if len(parts) == 1 and parts[0].request.rows in (None, sizes[0]):  # a whole request
             return [signature.run(parts_inputs[0])]
         inputs = {name: _join([x[name] for x in parts_inputs]) for name in signature.inputs}
         outputs = signature.run(inputs)
