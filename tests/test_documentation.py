@@ -298,7 +298,7 @@ def test_examples_in_the_help_of_commands_parse():
 def test_wrong_names_are_found():
     text = (
         "`bertgen_tf.config.GenerationConfig.num_beams` bg.hub.ORIGINALS bg.EncoderDecoderModel.fit"
-        " bertgen_tf.serving.app bertgen_tf.serving.beam.SavedModelHandler, path/bertgen_tf.txt"
+        " bertgen_tf.serving.http.app bertgen_tf.serving.beam.SavedModelHandler, a/bertgen_tf.txt"
         " bertgen_tf.confg bertgen_tf.config.Generation bg.EncoderDecoderModel.ft bg.beam.Handler"
     )
     assert wrong_names(text) == [

@@ -21,7 +21,7 @@ FLOORS = (
     ("models",),
     ("checkpoints", "checkpoints/hub", "checkpoints/huggingface", "export", "finetuning"),
     ("bertgen_tf",),  # __init__.py, the public names
-    ("serving",),
+    ("serving", "serving/http"),
     ("cli/flags",),
     ("cli",),
 )
@@ -34,6 +34,7 @@ BESIDE = {
     ("checkpoints", "checkpoints/hub"),
     ("checkpoints", "checkpoints/huggingface"),
     ("export", "checkpoints"),
+    ("serving/http", "serving"),
 }
 # The search knows no model and no text; flags are read before TensorFlow is imported: of the floors
 # below they see nothing else.
@@ -47,7 +48,7 @@ FILES = {"__init__": "bertgen_tf", "__main__": "cli", "checks": "checks", "confi
 
 IN_FUNCTIONS = {
     ("cli.evaluate", "metrics.plot"),  # matplotlib is an extra
-    ("cli.serve", "serving.server"),  # so are uvicorn and starlette
+    ("cli.serve", "serving.http.server"),  # so are uvicorn and starlette
 }
 
 # Third-party packages that any module may import.
@@ -57,15 +58,15 @@ HOMES = {
     "apache_beam": ["serving.beam"],
     "datasets": ["data.data_presets"],
     "grpc": ["serving.transport"],
-    "h11": ["serving.server"],
+    "h11": ["serving.http.server"],
     "h5py": ["checkpoints.presets"],
     "huggingface_hub": ["checkpoints.huggingface.files"],
     "matplotlib": ["metrics.plot"],
-    "prometheus_client": ["serving.app"],
+    "prometheus_client": ["serving.http.app"],
     "pyarrow": ["serving.ray_files"],
     "ray": ["serving.ray_files"],
     "safetensors": ["checkpoints.huggingface.files", "training.tensor_files"],
-    "starlette": ["serving.app", "serving.origins"],
+    "starlette": ["serving.http.app", "serving.http.origins"],
     "tensorboard": ["finetuning.callbacks"],
     "tensorflow_hub": ["checkpoints.hub.fetch"],
     # The probe imports nothing of bertgen_tf.
@@ -73,7 +74,7 @@ HOMES = {
     "torch": ["checkpoints.huggingface.comparison", "checkpoints.huggingface.files"],
     "transformers": ["checkpoints.huggingface.comparison"],
     "urllib3": ["serving.transport"],
-    "uvicorn": ["serving.server"],
+    "uvicorn": ["serving.http.server"],
 }
 
 

@@ -32,7 +32,7 @@ for found in pkgutil.walk_packages(bertgen_tf.__path__, "bertgen_tf."):
     sys.modules["bertgen_tf"] = bertgen_tf  # export.probe takes it away
 
 try:
-    from bertgen_tf.serving.app import ServingApp
+    from bertgen_tf.serving.http.app import ServingApp
     page = asyncio.run(ServingApp._page(None, None)).body.decode()
 except ImportError:  # told in failures
     page = None
@@ -133,6 +133,6 @@ def test_wheel_runs_from_an_environment_of_its_own(wheel, tmp_path):
         assert known and importlib.util.find_spec(missing) is None, f"{module}: {message}"
     assert answers["versions"] == [[0, f"bertgen-tf {bg.__version__}\n"]] * 2
     assert wheel.name.startswith(f"bertgen_tf-{bg.__version__}-")
-    if "bertgen_tf.serving.app" not in answers["failures"]:
+    if "bertgen_tf.serving.http.app" not in answers["failures"]:
         (page,) = (ROOT / "bertgen_tf").rglob("playground.html")
         assert answers["page"] == page.read_text(encoding="utf-8")

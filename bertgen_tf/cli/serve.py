@@ -1,4 +1,4 @@
-"""`bertgen-tf serve`: what it needs; the server is `bertgen_tf.serving.server`."""
+"""`bertgen-tf serve`: what it needs; the server is `bertgen_tf.serving.http.server`."""
 
 import argparse
 from collections.abc import Callable
@@ -19,13 +19,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _find_serve() -> Callable[..., Any]:
-    """`bertgen_tf.serving.server.serve`.
+    """`bertgen_tf.serving.http.server.serve`.
 
     Raises:
         ImportError: a package is not installed.
     """
     try:
-        from bertgen_tf.serving.server import serve
+        from bertgen_tf.serving.http.server import serve
     except ModuleNotFoundError as error:
         if error.name not in _PACKAGES:
             raise

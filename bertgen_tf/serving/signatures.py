@@ -12,8 +12,8 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from bertgen_tf.export.signatures import COMPILED
 from bertgen_tf.serving.pricing import Cost, row_sizes
-from bertgen_tf.serving.rest_json import DEFAULT_SIGNATURE
 
+DEFAULT_SIGNATURE = "serving_default"
 # Where an export does not specify its batch sizes.
 MAX_BATCH_SIZE = 32
 # More than any export runs at once.

@@ -8,7 +8,7 @@ pytest.importorskip("starlette")
 
 from starlette.responses import PlainTextResponse
 
-from bertgen_tf.serving.origins import BrowserGuard, check_origin, default_hosts
+from bertgen_tf.serving.http.origins import BrowserGuard, check_origin, default_hosts
 
 HERE = "http://localhost:8501"
 THERE = "https://example.org"

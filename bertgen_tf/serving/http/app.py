@@ -2,7 +2,7 @@
 
 | path | |
 | --- | --- |
-| POST /v1/models/NAME[/versions/V]:predict | runs a signature, see `bertgen_tf.serving.rest_json` |
+| POST /v1/models/NAME[/versions/V]:predict | JSON: see `bertgen_tf.serving.http.rest_json` |
 | GET /v1/models/NAME[/versions/V] | state of the versions |
 | GET /v1/models/NAME[/versions/V]/metadata | signatures |
 | GET /v1/models | all models, with their exports' metadata |
@@ -41,16 +41,15 @@ from bertgen_tf.serving.batching import (
     is_client_error,
 )
 from bertgen_tf.serving.exports import Models, NotLoadedYet, Version
-from bertgen_tf.serving.origins import ANY, BrowserGuard
-from bertgen_tf.serving.rest_json import (
-    DEFAULT_SIGNATURE,
+from bertgen_tf.serving.http.origins import ANY, BrowserGuard
+from bertgen_tf.serving.http.rest_json import (
     BodyReader,
     RequestError,
     parse_request,
     read_inputs,
     write_outputs,
 )
-from bertgen_tf.serving.signatures import Signature
+from bertgen_tf.serving.signatures import DEFAULT_SIGNATURE, Signature
 
 PAGE_FILE = "playground.html"
 _PAGE_HEADERS = {
@@ -336,7 +335,7 @@ class ServingApp:
         return _error(503, f"The server is not ready: {why}", {"Retry-After": "1"})
 
     async def _page(self, request: Request) -> Response:
-        page = importlib.resources.files("bertgen_tf.serving") / PAGE_FILE
+        page = importlib.resources.files("bertgen_tf.serving.http") / PAGE_FILE
         try:
             return Response(page.read_bytes(), media_type="text/html", headers=_PAGE_HEADERS)
         except FileNotFoundError:

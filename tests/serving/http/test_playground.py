@@ -26,7 +26,7 @@ CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver"
 )
-PAGE = Path(bg.__file__).parent / "serving/playground.html"
+PAGE = Path(bg.__file__).parent / "serving/http/playground.html"
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:"
@@ -692,8 +692,8 @@ def server(shared_export):
     uvicorn = pytest.importorskip("uvicorn")
     for package in ("prometheus_client", "starlette"):
         pytest.importorskip(package)
-    from bertgen_tf.serving.app import ServingApp
     from bertgen_tf.serving.exports import Models
+    from bertgen_tf.serving.http.app import ServingApp
 
     model, path = shared_export
     listener = socket.create_server(("127.0.0.1", 0))

@@ -18,9 +18,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("prometheus_client")
 
-from bertgen_tf.serving import app as serving_app
-from bertgen_tf.serving.app import ServingApp
 from bertgen_tf.serving.exports import Models
+from bertgen_tf.serving.http import app as serving_app
+from bertgen_tf.serving.http.app import ServingApp
 from bertgen_tf.serving.pricing import row_sizes
 from tests.helpers.litter import Litter
 from tests.helpers.serving_exports import VOCABULARY, write_export

@@ -28,8 +28,8 @@ import uvicorn
 from serving_requests import malformed_requests, post, send_bytes
 
 from bertgen_tf.cli.main import main, make_parser
-from bertgen_tf.serving import server as server_module
-from bertgen_tf.serving.server import _listen, _Protocol, serve
+from bertgen_tf.serving.http import server as server_module
+from bertgen_tf.serving.http.server import _listen, _Protocol, serve
 from tests.helpers.serving_exports import write_export
 
 PREDICT = "/v1/models/name:predict"
@@ -39,7 +39,7 @@ CLI = "import sys; from bertgen_tf.cli.main import main; sys.exit(main())"
 IMPATIENT = """
 import sys, time
 from bertgen_tf.serving.exports import Version
-from bertgen_tf.serving.server import serve
+from bertgen_tf.serving.http.server import serve
 from bertgen_tf.serving.signatures import Signature
 load, run = Version.load, Signature.run
 def hang_to_load(self):
@@ -587,7 +587,7 @@ def test_port_in_use(folder, capsys):
 
 def test_missing_extra(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.delitem(sys.modules, "bertgen_tf.serving.server")
+    monkeypatch.delitem(sys.modules, "bertgen_tf.serving.http.server")
     check_one_line(capsys, [folder], "pip install 'bertgen_tf[serving]'")
 
 

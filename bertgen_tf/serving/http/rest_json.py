@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-DEFAULT_SIGNATURE = "serving_default"
 # How deep a request may nest lists, where the signature does not specify it.
 _MAX_RANK = 8
 # How many bodies of the largest size all requests that are being read may have together.

@@ -24,9 +24,9 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertgen_tf.serving.app import ServingApp
 from bertgen_tf.serving.exports import THREADS, Models
-from bertgen_tf.serving.origins import default_hosts
+from bertgen_tf.serving.http.app import ServingApp
+from bertgen_tf.serving.http.origins import default_hosts
 
 _MAX_HEADER_BYTES = 2**16
 # Seconds for which an idle connection stays open.

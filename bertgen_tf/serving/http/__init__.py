@@ -1,0 +1,1 @@
+"""The server of `bertgen-tf serve`: HTTP around what runs the exports."""
