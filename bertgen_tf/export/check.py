@@ -123,6 +123,15 @@ def _cases(
                 verbose=0,
             )
             yield _case(model, module, signature, texts, output)
+    preprocessor = model.preprocessor
+    special = preprocessor.add_bos + preprocessor.add_eos
+    counts = [len(preprocessor.tokenizer(text)) + special for text in batch]
+    yield _Case(
+        "tokens",
+        {"text": np.array(batch, object)},
+        {"num_tokens": np.array(counts, np.int32)},
+        drawn=False,
+    )
     targets = [*batch[1:], ""]
     yield _Case(
         "score",

@@ -10,6 +10,7 @@
 | `score` | `source`, `target` string [B] | `log_probability` float32, `num_tokens` int32 [B] |
 | `attention` | `text` string [B] | `text`, `score`, `source_tokens` string [B, S], |
 | | | `target_tokens` string [B, T], `attention` float32 [B, T, S] |
+| `tokens` | `text` string [B] | `num_tokens` int32 [B] |
 | `generate_xla` | as `serving_default` | the same, compiled by XLA |
 | `beams_xla` | as `beams` | the same, compiled by XLA |
 | NAME, NAME`_xla` | `text` string [B] | from `signatures=`: as `serving_default`, or as `beams` |
@@ -23,6 +24,7 @@
   `num_tokens` is their number. Both texts are cut to the model's lengths.
 - `attention` is the cross-attention, averaged over layers and heads; 0 on padding, where the tokens
   are empty strings.
+- `tokens` counts what a text has before it is cut to `max_source_length`, special tokens included.
 
 All but those whose names end in `_xla` are plain graphs without any `Xla*` op, which a stock server
 runs. The others need a server with XLA switched on (`--xla_cpu_compilation_enabled` or

@@ -23,7 +23,7 @@ from bertgen_tf.network.tracing import search_graph
 # The suffix of signatures compiled by XLA.
 COMPILED = "_xla"
 # Names that `signatures=` cannot take.
-OWN_NAMES = ("serving_default", "generate", "beams", "ids", "score", "attention")
+OWN_NAMES = ("serving_default", "generate", "beams", "ids", "score", "attention", "tokens")
 
 _TEXT = tf.TensorSpec([None], tf.string, name="text")
 
@@ -60,6 +60,7 @@ class ServingModule(tf.Module):
             "ids": _ids_signature(model, every, plain),
             "score": _score_signature(model, forward),
             "attention": _attention_signature(model, every, plain, forward),
+            "tokens": _tokens_signature(model),
             "generate_xla": _text_signature(model, every, compiled, best_only=True),
             "beams_xla": _text_signature(model, every, compiled),
         }
@@ -222,6 +223,16 @@ def _score_signature(model: EncoderDecoderModel, forward: Callable) -> Callable:
             parallel_iterations=1,
         )
         return {"log_probability": scores, "num_tokens": lengths}
+
+    return serve
+
+
+def _tokens_signature(model: EncoderDecoderModel) -> Callable:
+    """Text [B] -> num_tokens [B]."""
+
+    @tf.function(input_signature=[_TEXT], autograph=False)
+    def serve(text: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"num_tokens": model.preprocessor.count_source_tokens(tf.reshape(text, [-1]))}
 
     return serve
 

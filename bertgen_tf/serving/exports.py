@@ -34,7 +34,8 @@ from bertgen_tf.checkpoints.exports import LOADED, METADATA_FILE, read_metadata,
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
 from bertgen_tf.checks import Damaged
 from bertgen_tf.export.files import read_warmup
-from bertgen_tf.serving.signatures import Signature, load_signatures, warm_up
+from bertgen_tf.serving.programs import Programs
+from bertgen_tf.serving.signatures import Signature, connect_programs, load_signatures, prepare
 
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
 # Of metadata.json, which is part of the list of all models.
@@ -43,6 +44,7 @@ _MAX_SHOWN_BYTES = 2**20
 _PATIENCE = 10.0
 # What does not end with them keeps no process alive.
 THREADS = "bertgen_tf-"
+COMPILING = f"{THREADS}compile "
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class Version:
         path: the folder of the export.
         stamp: changes when its files do; empty until they were looked at.
         verify: whether `load` compares the files with the checksums in metadata.json.
+        xla: whether compiled programs answer, as soon as they are ready.
+        on_compiled: called after each compilation.
         state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
         error: its code and message; "OK" and "" if there is none.
         signatures: by name, while it is loaded.
@@ -73,11 +77,14 @@ class Version:
     path: Path
     stamp: str = ""
     verify: bool = True
+    xla: bool = False
+    on_compiled: Callable[[], None] = lambda: None
     state: str = "LOADING"
     error: tuple[str, str] = ("OK", "")
     signatures: dict[str, Signature] = dataclasses.field(default_factory=dict)
     signature_defs: dict[str, Any] = dataclasses.field(default_factory=dict)
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    _programs: Programs | None = None
     _users: int = 0
     _real_path: str = ""
 
@@ -100,10 +107,14 @@ class Version:
             )
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
-        self.signatures = load_signatures(self.path, graph, self.metadata)
-        warm_up(self.signatures, read_warmup(self.path))
+        self.signatures = load_signatures(self.path, graph, self.metadata, self.xla)
+        if self.xla:
+            self._programs = connect_programs(self.signatures, self.metadata, self.on_compiled)
+        prepare(self.signatures, [*read_warmup(self.path)], self._programs)
         if self.state != "LOADING":  # it took too long
-            self.signatures = {}
+            self._end_programs()
+        elif self._programs:
+            self._programs.start(f"{COMPILING}{self.model}/{self.number}")
 
     @property
     def to_load(self) -> bool:
@@ -163,7 +174,12 @@ class Version:
 
     def _end(self) -> None:
         self.state = "END"
-        self.signatures = {}
+        self._end_programs()
+
+    def _end_programs(self) -> None:
+        if self._programs:
+            self._programs.close()
+        self._programs, self.signatures = None, {}
 
 
 class Models:
@@ -175,15 +191,24 @@ class Models:
         load_timeout: seconds after which a load is given up.
         verify: whether files are compared with the checksums in metadata.json before they are
             loaded; a version with a damaged file is not.
+        xla: whether compiled programs answer, see `bertgen_tf.serving.programs`.
+        on_compiled: called after each compilation.
 
     Raises:
         FileNotFoundError: there is no model.
     """
 
-    def __init__(self, folder: str | Path, load_timeout: float = 600.0, verify: bool = True):
+    def __init__(
+        self,
+        folder: str | Path,
+        load_timeout: float = 600.0,
+        verify: bool = True,
+        xla: bool = True,
+        on_compiled: Callable[[], None] = lambda: None,
+    ):
         self._folder = on_disk.VersionFolder(folder)
         self._load_timeout = load_timeout
-        self._verify = verify
+        self._options = {"verify": verify, "xla": xla, "on_compiled": on_compiled}
         found, problems = self._folder.scan()
         self._versions = {name: [_newest(name, paths)] for name, paths in found.items()}
         # What is being done, by model.
@@ -323,7 +348,7 @@ class Models:
                 if stamp and stamp not in broken:
                     if current and current.stamp == stamp:
                         return None
-                    version = Version(name, number, paths[number], stamp, self._verify)
+                    version = Version(name, number, paths[number], stamp, **self._options)
                     version.metadata = _read_metadata(version.path)
                     return version
             return None

@@ -156,6 +156,18 @@ class Seq2SeqPreprocessor(tf.Module):
             ids = _add_column(ids, self.tokenizer.bos_token_id, at_end=False)
         return _add_column(ids, self.tokenizer.eos_token_id, at_end=True) if self.add_eos else ids
 
+    def count_source_tokens(self, texts: Any) -> tf.Tensor:
+        """How many tokens sources have before they are cut, bos and eos included.
+
+        Args:
+            texts: string vector [batch].
+
+        Returns:
+            int32 [batch]; what is above `max_source_length` is cut by `encode_source`.
+        """
+        lengths = self.tokenizer(texts).row_lengths()
+        return tf.cast(lengths, tf.int32) + self.add_bos + self.add_eos
+
     def encode_target(self, text: Any) -> Ids:
         """Ids of targets, without bos and eos, cut to `max_target_length - 1`.
 

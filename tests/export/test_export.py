@@ -31,9 +31,9 @@ TEXTS = [
 ]
 ODD = b"\xff\xfe bird"
 BRIEF, DRAWN = (bg.GenerationConfig(**FURTHER[name]) for name in ("brief", "drawn"))
-PLAIN = {"serving_default", "beams", "ids", "score", "attention", "brief", "drawn"}
+PLAIN = {"serving_default", "beams", "ids", "score", "attention", "tokens", "brief", "drawn"}
 # Each compiled one takes a compilation more.
-EMPTY = ["serving_default", "beams", "score", "attention", "brief", "drawn", "generate_xla"]
+EMPTY = [*sorted(PLAIN - {"ids"}), "generate_xla"]
 COMPILED = {"generate_xla", "beams_xla", "brief_xla", "drawn_xla"}
 AGAIN = COMPILED | {"serving_default"}  # with XLA
 
@@ -170,6 +170,10 @@ def check(model, results, empty, names):
         assert empty["score"] == {"log_probability": [], "num_tokens": []}
     if "attention" in names:
         check_attention(model, results["attention"])
+    if "tokens" in names:
+        counts = [len(model.tokenizer(text)) + 1 for text in [*TEXTS, ODD]]  # with the end
+        assert results["tokens"] == {"num_tokens": counts}
+        assert empty["tokens"] == {"num_tokens": []}
 
 
 def check_scores(model, found):
@@ -244,12 +248,12 @@ def check_ops(path):
     meta_graph = read_graph(path)
     graph = meta_graph.graph_def
     names = {name for name in meta_graph.signature_def if not name.startswith("__")}
-    assert {"serving_default", "beams", "ids", "score", "attention"} < names
+    assert {"serving_default", "beams", "ids", "score", "attention", "tokens"} < names
     for name in names:
         (output, *_) = meta_graph.signature_def[name].outputs.values()
         output = output.name.split(":")[0]
         ops = list(reachable(graph.library, [node for node in graph.node if node.name == output]))
-        assert len(ops) > 100
+        assert len(ops) > (50 if name == "tokens" else 100)
         compiled = [n.op for n in ops if n.op.startswith("Xla") or n.attr["_XlaMustCompile"].b]
         assert bool(compiled) == name.endswith("_xla"), name
     # A function that no signature runs must not bring one either.

@@ -76,7 +76,7 @@ def test_warmup_has_a_request_for_each_bucket(exported):
     # The buckets are 16 and 26, and texts are cut at 20.
     plain = [("serving_default", 1, 16), ("serving_default", 1, 20)]
     assert seen == plain + [("generate_xla", n, s) for s in (16, 20) for n in (1, 2, 4)]
-    assert others == ["beams", "ids", "score", "attention", "brief"]
+    assert others == ["beams", "ids", "score", "attention", "tokens", "brief"]
     read = list(export_files.read_warmup(path))
     assert [name for name, _ in read] == [r.model_spec.signature_name for r in read_warmup(path)]
     assert read[0][1]["text"].tolist() == [export_files.text_of_length(model, 16).encode()]
@@ -84,7 +84,8 @@ def test_warmup_has_a_request_for_each_bucket(exported):
 
 def test_warmup_compiles_only_on_request(shared_export):
     names = {request.model_spec.signature_name for request in read_warmup(shared_export[1])}
-    assert names == {"serving_default", "beams", "ids", "score", "attention", "brief", "drawn"}
+    others = {"beams", "ids", "score", "attention", "tokens", "brief", "drawn"}
+    assert names == {"serving_default", *others}
 
 
 def test_too_many_warmup_requests(tmp_path, monkeypatch, model):

@@ -46,6 +46,7 @@ CALLS = {
     "ids": IDS,
     "score": {"source": TEXTS[:4], "target": TEXTS[3::-1]},
     "attention": {"text": TEXTS[:5]},
+    "tokens": {"text": TEXTS},
 }
 # What a server may round otherwise than the process that compares.
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}

@@ -15,9 +15,9 @@ that it accepted is answered."""
 _EPILOG = """\
 FOLDER holds the exports, NAME/VERSION, such as saved_models. It can also be one model, NAME, or one
 export, NAME/VERSION. The highest version of each model is served. Versions and models added later
-are loaded while the others answer; the log says what is not served, and why. Signatures that end in
-_xla are compiled when they are first asked for a batch size and a length; all other requests wait
-until that is done.
+are loaded while the others answer; the log says what is not served, and why. Programs that XLA
+compiles answer as soon as they are ready, the plain graph until then; they are kept in the user's
+cache (XDG_CACHE_HOME, or ~/.cache).
 
 paths:
   /                                 the page
@@ -52,6 +52,13 @@ def add_command(commands: Any) -> None:
         action="store_false",
         help="load exports without comparing their files with the checksums in metadata.json, "
         "which takes about a second for each gigabyte; by default those that differ are not served",
+    )
+    parser.add_argument(
+        "--no-xla",
+        dest="xla",
+        action="store_false",
+        help="answer by plain graphs, which are slower and need less memory; what is asked for by "
+        "the name of a compiled signature is compiled then, and all others wait",
     )
     where = parser.add_argument_group("where")
     where.add_argument(

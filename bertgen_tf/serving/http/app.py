@@ -383,15 +383,22 @@ class _Metrics:
         self._batches.labels(signature.name).observe(rows)
 
     def collect(self) -> Any:
-        """The versions loaded at the time Prometheus asks."""
+        """The versions loaded at the time Prometheus asks, and which of their graphs answered."""
         loaded = prometheus_client.core.GaugeMetricFamily(
             "bertgen_tf_model_version_loaded", "1 if it is loaded", labels=["model", "version"]
+        )
+        runs = prometheus_client.core.CounterMetricFamily(
+            "bertgen_tf_graph_runs",
+            "Batches since the version was loaded, by the graph that answered",
+            labels=["model", "graph"],
         )
         for name in self._models.names:
             version = self._models.current(name)
             if version:
                 loaded.add_metric([name, str(version.number)], 1)
-        return [loaded]
+                for graph, signature in sorted(version.signatures.items()):
+                    runs.add_metric([name, graph], signature.runs)
+        return [loaded, runs]
 
 
 def _target(request: Request) -> tuple[str, int | None]:

@@ -24,9 +24,10 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from bertgen_tf.serving.exports import THREADS, Models
+from bertgen_tf.serving.exports import COMPILING, THREADS, Models
 from bertgen_tf.serving.http.app import ServingApp
 from bertgen_tf.serving.http.origins import default_hosts
+from bertgen_tf.serving.programs import keep_programs
 
 _MAX_HEADER_BYTES = 2**16
 # Seconds for which an idle connection stays open.
@@ -71,6 +72,7 @@ def serve(
     allowed_hosts: Sequence[str] | None = None,
     cors_origins: Sequence[str] | None = None,
     verify: bool = True,
+    xla: bool = True,
 ) -> None:
     """Serves the exports of a folder until SIGTERM, SIGHUP or Ctrl-C.
 
@@ -103,15 +105,18 @@ def serve(
         cors_origins: sites whose pages may send requests and read the answers; "*" for all. None:
             only the server's own page.
         verify: see `bertgen_tf.serving.exports.Models`.
+        xla: answer by compiled programs as soon as they are ready, and keep them in the user's
+            cache, see `bertgen_tf.serving.programs`.
 
     Raises:
         FileNotFoundError: the folder has no models.
         OSError: the address is not free.
         ValueError: `cors_origins` has what is no site.
     """
-    models = Models(folder, load_timeout, verify)
-    listener = _listen(host, port)
     _log_as_json()
+    on_compiled = keep_programs() if xla else lambda: None
+    models = Models(folder, load_timeout, verify, xla, on_compiled)
+    listener = _listen(host, port)
     app = ServingApp(
         models,
         max_body_bytes=max_body_bytes,
@@ -158,12 +163,12 @@ def serve(
         for number, handler in handlers.items():
             signal.signal(number, handler)
         listener.close()
-        hanging = _hanging_threads()
+        hanging, compiling = _hanging_threads(), _threads(COMPILING)
         server.finish()
     if hanging:
         _log.warning("does not end: %s", ", ".join(hanging))
     _log.info("stopped")
-    if hanging:
+    if hanging or compiling:
         os._exit(0)  # `sys.exit` would wait for them
 
 
@@ -217,10 +222,14 @@ class _Server(uvicorn.Server):
 def _hanging_threads() -> list[str]:
     """The names of those, for loads and batches, that do not end."""
     end = time.monotonic() + _THREADS_GRACE
-    threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
-    for thread in threads:
-        thread.join(max(0.0, end - time.monotonic()))
-    return [thread.name for thread in threads if thread.is_alive()]
+    for thread in _threads(THREADS):
+        if not thread.name.startswith(COMPILING):  # takes longer, and may be stopped anywhere
+            thread.join(max(0.0, end - time.monotonic()))
+    return [t.name for t in _threads(THREADS) if not t.name.startswith(COMPILING)]
+
+
+def _threads(prefix: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]
 
 
 class _Protocol(H11Protocol):

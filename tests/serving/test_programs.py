@@ -1,0 +1,289 @@
+"""Which graph answers, what is compiled when, and what is kept of it."""
+
+import asyncio
+import os
+import stat
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bertgen_tf.checks import sha256
+from bertgen_tf.serving import exports
+from bertgen_tf.serving import programs as served
+from bertgen_tf.serving.exports import Models
+from bertgen_tf.serving.programs import Programs, Shape, keep_programs
+from tests.helpers.serving_exports import write_export
+
+
+def texts(*values):
+    return {"text": np.array([value.encode() for value in values], object)}
+
+
+def count_tokens(inputs):
+    return {"num_tokens": np.array([len(text) for text in inputs["text"].reshape(-1)], np.int32)}
+
+
+class Compiler:
+    """Compiles when it is told to; remembers what."""
+
+    def __init__(self):
+        self.turns = threading.Semaphore(0)
+        self.order = []
+
+    def __call__(self, inputs):
+        self.turns.acquire(timeout=20)
+        self.order.append(inputs["text"].tolist())
+        if b"broken" in inputs["text"].tolist():
+            raise ValueError("cannot")
+
+
+@pytest.fixture
+def compiler():
+    return Compiler()
+
+
+@pytest.fixture
+def programs():
+    programs = Programs(count_tokens, [16, 32, 40])
+    yield programs
+    programs.close()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ([3], Shape(1, 16)),
+        ([16, 1], Shape(2, 16)),
+        ([1, 17, 2], Shape(4, 32)),
+        ([33] * 5, Shape(8, 40)),
+        ([500], Shape(1, 40)),  # it is cut
+        ([], Shape(1, 16)),
+    ],
+)
+def test_shapes(programs, sizes, shape):
+    assert programs.shape(texts(*("x" * size for size in sizes))["text"]) == shape
+
+
+def test_a_scalar_is_a_batch_of_one(programs):
+    assert programs.shape(np.array(b"x" * 20, object)) == Shape(1, 32)
+
+
+def test_most_used_first_and_each_once(programs, compiler):
+    wanted = [texts("a"), texts("b", "b"), texts("c" * 20)]
+    found = [programs.want(compiler, "generate_xla", inputs, uses=0) for inputs in wanted]
+    assert [program.state for program in found] == ["waiting"] * 3
+    done = []
+    programs.add_task(lambda: done.append(list(compiler.order)))
+    for _ in range(2):
+        programs.want(compiler, "generate_xla", texts("d" * 20))
+    programs.want(compiler, "generate_xla", texts("e", "e"))
+    programs.start("test")
+    wait_for(lambda: done)
+    assert done == [[]]
+    for count in (1, 2, 3):
+        compiler.turns.release()
+        wait_for(lambda count=count: sum(p.state == "ready" for p in found) == count)
+    assert compiler.order == [[b"c" * 20], [b"b", b"b"], [b"a"]]
+    assert programs.want(compiler, "generate_xla", texts("f")) is found[0]
+    # The same shape of another signature is another program.
+    assert programs.want(compiler, "beams_xla", texts("f")).state == "waiting"
+
+
+def test_what_cannot_be_compiled_is_not_tried_again(programs, compiler, caplog):
+    compiler.turns.release(10)
+    program = programs.want(compiler, "generate_xla", texts("broken"))
+    programs.add_task(lambda: 1 / 0)
+    programs.start("test")
+    wait_for(lambda: program.state == "failed")
+    assert programs.want(compiler, "generate_xla", texts("broken")) is program
+    other = programs.want(compiler, "generate_xla", texts("x", "x"))
+    wait_for(lambda: other.state == "ready")
+    assert len(compiler.order) == 2
+    assert "cannot compile: cannot" in caplog.text
+    assert "cannot prepare a signature" in caplog.text
+
+
+def test_programs_are_bounded(programs, compiler, monkeypatch, caplog):
+    monkeypatch.setattr(served, "_MAX_PROGRAMS", 2)
+    compiler.turns.release(10)
+    programs.start("test")
+    first = [programs.want(compiler, "x", texts(*["a"] * rows)) for rows in (1, 2)]
+    third = programs.want(compiler, "x", texts(*"abc"))
+    wait_for(lambda: all(program.state == "ready" for program in first))
+    assert third.state == "waiting" and len(compiler.order) == 2
+    assert caplog.text.count("compiles no more: there are 2 programs") == 1
+
+
+def test_closed_compiles_no_more(compiler):
+    programs = Programs(count_tokens, [16])
+    program = programs.want(compiler, "x", texts("a"))
+    programs.close()
+    programs.start("closed programs")
+    wait_for(lambda: "closed programs" not in {t.name for t in threading.enumerate()})
+    assert program.state == "waiting" and compiler.order == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "known"),
+    [
+        ({"source_lengths": [16, 32]}, True),
+        ({}, False),
+        ({"source_lengths": []}, False),
+        ({"source_lengths": ["16"]}, False),
+        ({"source_lengths": 16}, False),
+    ],
+)
+def test_what_metadata_must_say(metadata, known):
+    assert served.has_programs(["tokens", "generate_xla"], metadata) == known
+    assert not served.has_programs(["tokens"], metadata)
+    assert not served.has_programs(["generate_xla"], metadata)
+
+
+# ------------------------------------------------------------------------------------- the cache
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("TF_XLA_FLAGS", raising=False)
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+def kept(folder, names):
+    """The folder, with a program of each name."""
+    for number, name in enumerate(names):
+        path = folder / f"xla_compile_cache_{name}.pb"
+        path.write_bytes(b"program" * (number + 1))
+        os.utime(path, (1000 + number,) * 2)
+    return folder
+
+
+def test_programs_are_kept_in_a_folder_of_the_users_own(cache, monkeypatch):
+    monkeypatch.setenv("TF_XLA_FLAGS", "--tf_xla_max_cluster_size=9")
+    write_checksums = keep_programs()
+    (folder,) = (cache / "bertgen_tf").iterdir()
+    flag = f"--tf_xla_persistent_cache_directory={folder}"
+    assert os.environ["TF_XLA_FLAGS"] == f"--tf_xla_max_cluster_size=9 {flag}"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    kept(folder, "ab")
+    write_checksums()
+    names = [f"xla_compile_cache_{name}.{end}" for name in "ab" for end in ("pb", "sha256")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert (folder / names[1]).read_text() == sha256(folder / names[0])
+
+
+def test_what_is_not_whole_is_removed(cache):
+    write_checksums = keep_programs()
+    (folder,) = (cache / "bertgen_tf").iterdir()
+    kept(folder, "abc")
+    write_checksums()
+    (folder / "xla_compile_cache_b.pb").write_bytes(b"proGram" * 2)
+    (folder / "xla_compile_cache_d.pb").write_bytes(b"written as its server died")
+    (folder / "xla_compile_cache_e.pb.tmp").write_bytes(b"being written")
+    (folder / "xla_compile_cache_f.pb.tmp").write_bytes(b"never finished")
+    os.utime(folder / "xla_compile_cache_f.pb.tmp", (1000, 1000))
+    keep_programs()
+    left = {path.name.removeprefix("xla_compile_cache_") for path in folder.iterdir()}
+    assert left == {"a.pb", "a.sha256", "c.pb", "c.sha256", "e.pb.tmp"}
+
+
+def test_the_oldest_of_too_much_is_removed(cache, monkeypatch):
+    write_checksums = keep_programs()
+    (folder,) = (cache / "bertgen_tf").iterdir()
+    monkeypatch.setattr(served, "_MAX_CACHE_BYTES", 40)  # of 7, 14 and 21
+    kept(folder, "abc")
+    write_checksums()
+    for number, name in enumerate("abc"):  # reading the files was a use
+        os.utime(folder / f"xla_compile_cache_{name}.pb", (1000 + number,) * 2)
+    monkeypatch.setattr(served, "sha256", lambda path: path.with_suffix(".sha256").read_text())
+    keep_programs()
+    assert {path.stem[-1] for path in folder.iterdir()} == {"b", "c"}
+
+
+def test_the_users_own_cache_stays(cache, monkeypatch):
+    flags = "--tf_xla_persistent_cache_directory=/somewhere"
+    monkeypatch.setenv("TF_XLA_FLAGS", flags)
+    keep_programs()()
+    assert os.environ["TF_XLA_FLAGS"] == flags
+
+
+@pytest.mark.parametrize("what", ["others write", "blanks", "full", "a file"])
+def test_no_cache_is_no_error(cache, what, monkeypatch, caplog):
+    if what == "others write":
+        (cache / "bertgen_tf").mkdir()
+        (cache / "bertgen_tf").chmod(0o777)
+    elif what == "blanks":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "a b"))
+    elif what == "full":
+        monkeypatch.setattr(served, "_MIN_FREE_BYTES", 2**62)
+    else:
+        (cache / "bertgen_tf").write_text("")
+    keep_programs()()
+    assert "TF_XLA_FLAGS" not in os.environ
+    (record,) = caplog.records
+    assert record.getMessage().startswith("compiled programs are not kept: ")
+
+
+# ---------------------------------------------------------------------------------------- exports
+
+
+def look(models):
+    asyncio.run(models.look())
+    return models.current(models.names[0])
+
+
+def test_old_exports_have_no_programs(tmp_path):
+    version = look(Models(write_export(tmp_path / "1", "<")))
+    assert version.signatures["serving_default"].run(texts("a"))["text"].tolist() == [b"<a"]
+    assert version.signatures["serving_default"].runs == 1
+
+
+@pytest.mark.slow
+def test_the_compiled_graph_takes_over(shared_export, monkeypatch):
+    """The answers stay the same; a request to a twin never waits for a compilation."""
+    _, path = shared_export
+    compiled = []
+    models = Models(path, on_compiled=lambda: compiled.append(1))
+    version = look(models)
+    default, twin = (version.signatures[name] for name in ("serving_default", "generate_xla"))
+    inputs = texts("the man saw a bird, who sang.", "old house")
+    answers = [default.run(inputs), twin.run(inputs)]
+    assert (default.runs, twin.runs) == (2, 0)
+    shape = version._programs.shape(inputs["text"])
+    program = version._programs._programs["generate_xla", shape]
+    end = time.monotonic() + 120
+    while program.state == "waiting" and time.monotonic() < end:
+        time.sleep(0.05)
+    answers += [twin.run(inputs), default.run(inputs)]
+    assert (default.runs, twin.runs) == (2, 2) and compiled
+    for answer in answers[1:]:
+        assert answer["text"].tolist() == answers[0]["text"].tolist()
+        np.testing.assert_allclose(answer["score"], answers[0]["score"], rtol=1e-4)
+    version.retire()
+    assert version.signatures == {} and version._programs is None
+
+
+@pytest.mark.parametrize("xla", [True, False])
+def test_without_xla_nothing_is_connected(tmp_path, monkeypatch, xla):
+    calls = []
+    monkeypatch.setattr(exports, "connect_programs", lambda *args: calls.append(args))
+    look(Models(write_export(tmp_path / "1"), xla=xla))
+    assert len(calls) == xla
+
+
+def test_the_processor_is_known():
+    lines = served._processor()
+    assert lines and (
+        not Path("/proc/cpuinfo").exists() or "model name" in lines or "Feat" in lines
+    )
