@@ -179,6 +179,8 @@ class Version:
     def _end_programs(self) -> None:
         if self._programs:
             self._programs.close()
+        for signature in self.signatures.values():
+            signature.route = None  # it knows the signature, which would not be freed at once
         self._programs, self.signatures = None, {}
 
 

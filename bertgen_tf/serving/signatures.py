@@ -42,7 +42,8 @@ class Signature:
         max_length: how many tokens of a text it reads; None if that is not known.
         has_rows: whether the first dimension of all inputs and outputs is the batch.
         cost: what its batches cost.
-        route: chooses the graph that answers: this signature's, or another with the same results.
+        route: chooses the graph that answers, this signature's or another with the same results;
+            None: always its own.
         runs: how often its own graph has answered.
     """
 
@@ -65,7 +66,7 @@ class Signature:
             spec.shape.rank and spec.shape[0] is None
             for spec in (*self.inputs.values(), *outputs.values())
         )
-        self.route: Callable[[Arrays], Signature] = lambda inputs: self
+        self.route: Callable[[Arrays], Signature] | None = None
         self.runs = 0
         self._outputs = list(outputs)
         # Holds the session, which lives as long as its signatures.
@@ -76,7 +77,7 @@ class Signature:
 
     def run(self, inputs: Arrays) -> Arrays:
         """Answers a request by the graph that `route` chooses, see `run_graph`."""
-        graph = self.route(inputs)
+        graph = self.route(inputs) if self.route else self
         outputs = graph.run_graph(inputs)
         graph.runs += 1
         return outputs

@@ -476,8 +476,8 @@ def test_warmup_requests_run_before_it_answers(folder, monkeypatch, ids, works):
     with tf.io.TFRecordWriter(str(path)) as writer:
         writer.write(log.SerializeToString())
     ran = []
-    run = Signature.run
-    monkeypatch.setattr(Signature, "run", lambda *args: [ran.append(args[0].name), run(*args)][1])
+    run = Signature.run_graph
+    monkeypatch.setattr(Signature, "run_graph", lambda *args: [ran.append(args[0].name), run(*args)][1])
     models = Models(folder)
     look(models)
     assert ran == ["ids"] * (5 if works else 1)
