@@ -42,7 +42,9 @@ class Compiler:
 
 @pytest.fixture
 def compiler():
-    return Compiler()
+    compiler = Compiler()
+    yield compiler
+    compiler.turns.release(100)  # one thread of the process compiles at a time
 
 
 @pytest.fixture

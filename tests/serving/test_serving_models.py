@@ -477,7 +477,9 @@ def test_warmup_requests_run_before_it_answers(folder, monkeypatch, ids, works):
         writer.write(log.SerializeToString())
     ran = []
     run = Signature.run_graph
-    monkeypatch.setattr(Signature, "run_graph", lambda *args: [ran.append(args[0].name), run(*args)][1])
+    monkeypatch.setattr(
+        Signature, "run_graph", lambda *args: [ran.append(args[0].name), run(*args)][1]
+    )
     models = Models(folder)
     look(models)
     assert ran == ["ids"] * (5 if works else 1)
