@@ -29,6 +29,9 @@ _NOTICES = (
     # Called errors, but nothing is wrong: other code is used instead, or compiling takes its time.
     rb"E" + _PLACE + rb"util\.cc:\d+\] oneDNN supports ",
     rb"E" + _PLACE + rb"slow_operation_alarm\.cc:",
+    # Of a program in XLA's cache: its key is no text, and two of its features are preferences.
+    rb"E" + _PLACE + rb"text_format\.cc:\d+\] Error parsing .*XlaSerializedCacheEntry: ",
+    rb"E" + _PLACE + rb"cpu_aot_loader\.cc:\d+\] .*machine feature \+prefer-no-(gather|scatter) ",
     rb"\*{32}$|\[Compiling module ",
 )
 # The same where there is no GPU; where there is one, its driver should be there.

@@ -114,7 +114,7 @@ class Programs:
         self._closed = False
 
     def add_task(self, task: Callable[[], None]) -> None:
-        """Lets the thread do something before it compiles."""
+        """Lets the thread do something before it compiles what nobody has asked for."""
         with self._changed:
             self._tasks.append(task)
             self._changed.notify()
@@ -183,9 +183,9 @@ class Programs:
             self._changed.wait_for(lambda: self._closed or self._tasks or waiting())
             if self._closed:
                 return None
-            if self._tasks:
+            program = max(waiting(), key=lambda p: p.uses, default=None)
+            if self._tasks and not (program and program.uses):
                 return self._tasks.pop(0)
-            program = max(waiting(), key=lambda p: p.uses)
         return lambda: (program.compile(), self._on_compiled())
 
 

@@ -90,12 +90,11 @@ def test_most_used_first_and_each_once(programs, compiler):
         programs.want(compiler, "generate_xla", texts("d" * 20))
     programs.want(compiler, "generate_xla", texts("e", "e"))
     programs.start("test")
-    wait_for(lambda: done)
-    assert done == [[]]
     for count in (1, 2, 3):
         compiler.turns.release()
         wait_for(lambda count=count: sum(p.state == "ready" for p in found) == count)
     assert compiler.order == [[b"c" * 20], [b"b", b"b"], [b"a"]]
+    assert done == [compiler.order[:2]]  # before what nobody asked for
     assert programs.want(compiler, "generate_xla", texts("f")) is found[0]
     # The same shape of another signature is another program.
     assert programs.want(compiler, "beams_xla", texts("f")).state == "waiting"
