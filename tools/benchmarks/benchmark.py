@@ -95,7 +95,14 @@ SIZES = {
     "minilm": Size(6, 384, 12, 1536, 30522, source_length=64),
     "base": Size(12, 768, 12, 3072, 30522, source_length=128),
     # The originals', which share their weights.
-    "large": Size(24, 1024, 16, 4096, 50358, source_length=128, max_batch=1, sharing="all"),
+    "large": Size(
+        *(24, 1024, 16, 4096, 50358),
+        source_length=128,
+        max_batch=1,
+        sharing="all",
+        # The graph is near the 2 GB that a protobuf may have.
+        left_out=("onnx", "onnx-int8"),
+    ),
 }
 
 

@@ -211,17 +211,40 @@ def write_ctranslate2(folder: str) -> None:
 
 
 def write_onnx(folder: str) -> None:
-    """Writes a folder's checkpoint for ONNX Runtime, float32 and dynamic int8.
-
-    optimum exports no BertGeneration, and BERT2BERT only without the keys and values of earlier
-    tokens. BART's layers are the same function, up to names and unused rows of positions.
-    """
-    import torch
+    """Writes a folder's checkpoint for ONNX Runtime, float32 and dynamic int8."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from optimum.exporters.onnx import onnx_export_from_model
+
+    exact, rounded = (Path(folder) / name for name in ("onnx", "onnx-int8"))
+    onnx_export_from_model(
+        as_bart(*read_checkpoint(folder)),
+        exact,
+        task="text2text-generation-with-past",
+        do_validation=False,
+    )
+    rounded.mkdir(exist_ok=True)
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(exact / name, rounded / name)
+    for name in ("encoder_model.onnx", "decoder_model_merged.onnx"):
+        quantize_dynamic(
+            exact / name,
+            rounded / name,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"EnableSubgraph": True},
+        )
+
+
+def as_bart(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> Any:
+    """A checkpoint as transformers' BART.
+
+    optimum exports no BertGeneration, and BERT2BERT only without the keys and values of earlier
+    tokens. BART is the same function, up to names and two unused rows of positions.
+    """
+    import torch
     from transformers import BartConfig, BartForConditionalGeneration
 
-    tensors, config = read_checkpoint(folder)
     layers = config["num_hidden_layers"]
     sides = {}
     for side in ("encoder", "decoder"):
@@ -255,20 +278,7 @@ def write_onnx(folder: str) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.eps = config["layer_norm_eps"]
-    exact, rounded = (Path(folder) / name for name in ("onnx", "onnx-int8"))
-    onnx_export_from_model(model, exact, task="text2text-generation-with-past", do_validation=False)
-    rounded.mkdir(exist_ok=True)
-    for name in ("config.json", "generation_config.json"):
-        shutil.copy(exact / name, rounded / name)
-    for name in ("encoder_model.onnx", "decoder_model_merged.onnx"):
-        quantize_dynamic(
-            exact / name,
-            rounded / name,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            extra_options={"EnableSubgraph": True},
-        )
+    return model
 
 
 def bart_names(layers: int) -> dict[str, str]:
