@@ -73,15 +73,15 @@ def convert(
     import bertgen_tf as bg
 
     model = bg.EncoderDecoderModel.from_export(export)
-    own = model.generation_config.num_beams
-    exports = {
-        number: export
-        if number == own
-        else bg.export_saved_model(
-            model, os.path.join(folder, f"beams_{number}", "1"), num_beams=number, check=False
-        )
-        for number in beams
-    }
+    exports = {}
+    for number in beams:
+        if number == model.generation_config.num_beams:
+            exports[number] = export
+            continue
+        path = Path(folder) / f"beams_{number}/1"
+        if path.exists():  # of an earlier run
+            shutil.rmtree(path)
+        exports[number] = bg.export_saved_model(model, path, num_beams=number, check=False)
     lengths = model.preprocessor.generate_preprocess(texts)["attention_mask"].numpy().sum(axis=1)
     model.dequantize()
     model.save_to_huggingface(os.path.join(folder, "huggingface"))
