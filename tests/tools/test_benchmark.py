@@ -392,7 +392,7 @@ def _row(engine, texts, p50, rate, setting="", beams=1):
 def test_report_of_sentences():
     rows = [
         _row("xla", ["a b.", "c"], 0.2, 10),
-        _row("serve", ["a b .", "d"], 0.3, 8),
+        _row("serve", ["a b .", '"c"'], 0.3, 8),
         _row("int8", ["a b.", "c"], 0.1, 20),
         _row("ctranslate2", ["ab .", "d"], 0.4, 5, "MKL"),
         _row("ctranslate2-int8", ["ab .", "c"], 0.15, 10, "oneDNN"),
@@ -426,3 +426,10 @@ def test_engines_take_turns_with_sentences():
         "serve": (["a", "b", "c", "d"], [0.5]),
     }
     assert asked == [(2, 2), (4, 2), (2, 2)]
+
+
+def test_texts_are_compared_whatever_their_spaces_and_quotation_marks():
+    ours = '"ronnie mitchell\'s" daughter (amy).'
+    theirs = "' ' ronnie mitchell ' s ' ' daughter ( amy )."
+    assert benchmark_sentences.without_prose(ours) == benchmark_sentences.without_prose(theirs)
+    assert benchmark_sentences.without_prose(ours) != benchmark_sentences.without_prose(ours[1:])
