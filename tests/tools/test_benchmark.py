@@ -8,6 +8,8 @@ from pathlib import Path
 import benchmark
 import benchmark_engines
 import benchmark_report
+import benchmark_sentences
+import benchmark_weights
 import numpy as np
 import pytest
 
@@ -26,7 +28,8 @@ TINY = benchmark.Size(
 INSTALLED = [
     engine
     for engine in benchmark_engines.ENGINES
-    if all(importlib.util.find_spec(name) for name in benchmark.LIBRARIES.get(engine, ()))
+    if all(importlib.util.find_spec(name) for name in benchmark_engines.LIBRARIES.get(engine, ()))
+    and (benchmark_engines.ONNX_PYTHON.exists() or not engine.startswith("onnx"))
 ]
 INPUTS = np.random.default_rng(5).integers(3, 211, (3, 7))
 
@@ -36,7 +39,7 @@ def built(request, tmp_path_factory) -> tuple[Path, dict, str]:
     """A folder with weights, what building it told, and what the model shares."""
     folder = tmp_path_factory.mktemp(f"built_{request.param}")
     size = dataclasses.asdict(TINY) | {"sharing": request.param}
-    result = benchmark_engines.build(str(folder), size, 0, True, "ctranslate2" in INSTALLED)
+    result = benchmark_weights.build(str(folder), size, 0, True, "ctranslate2" in INSTALLED)
     return folder, result, request.param
 
 
@@ -86,7 +89,9 @@ def test_other_engines_agree(built, ours, engine, beams):
     folder = str(built[0])
     if beams > 1:
         ours = benchmark_engines.load_ours(folder, "plain")(INPUTS, beams, 32)
-    ids = benchmark_engines.load_engine(engine, folder, threads=1)(INPUTS, beams, 32)
+    kind = "int8" if engine.endswith("int8") else "float32"
+    generate = benchmark_engines.load_engine(engine, folder, threads=1, kind=kind)
+    ids = np.array(generate(INPUTS, beams, 32))
     assert ids.shape == (3, 32)
     if not engine.endswith("int8"):
         np.testing.assert_array_equal(ids, ours)
@@ -210,7 +215,7 @@ def test_missing_libraries_are_named(monkeypatch, capsys):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "torch" else object()
     )
-    assert benchmark.main(["--sizes", "minilm"]) == 2
+    assert benchmark.main(["--sizes", "minilm", "--engines", "xla,huggingface"]) == 2
     error = capsys.readouterr().err
     assert 'huggingface needs torch: pip install "bertgen_tf[benchmark]"' in error
 
@@ -218,7 +223,7 @@ def test_missing_libraries_are_named(monkeypatch, capsys):
 def test_an_engine_that_fails_says_why(tmp_path):
     worker = benchmark.Worker("xla", {"threads": 1}, tmp_path / "log")
     with pytest.raises(benchmark.BenchmarkError, match="xla ended with status 1: KeyError"):
-        worker.run(INPUTS, benchmark.Case(1, 1))
+        benchmark.run(worker, INPUTS, benchmark.Case(1, 1))
     worker.close()
 
 
@@ -226,7 +231,8 @@ def test_an_engine_that_fails_says_why(tmp_path):
     ("arguments", "message"),
     [
         (["--sizes", "huge"], "huge is not one of minilm, base, large"),
-        (["--engines", "xla,onnx"], "onnx is not one of xla"),
+        (["--engines", "xla,jax"], "jax is not one of xla"),
+        (["--engines", "xla,serve"], "--engines serve needs --sentences"),
         (["--batch", "0"], "must be at least 1, received 0"),
         (["--beams", "1,x"], "expected"),
         (["--repeat", "0"], "must be at least 1"),
@@ -291,3 +297,139 @@ def test_cases():
 
 def test_bandwidth_is_plausible():
     assert 1e8 < benchmark.read_bandwidth(1, megabytes=8, rounds=1) < 1e13
+
+
+@pytest.mark.slow
+def test_bart_is_the_same_function(built):
+    """What ONNX Runtime gets; the checkpoint's tensors fill BART's, each once."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model = benchmark_weights.as_bart(*benchmark_weights.read_checkpoint(str(built[0])))
+    theirs = transformers.EncoderDecoderModel.from_pretrained(str(built[0] / "huggingface")).eval()
+    ids = torch.from_numpy(INPUTS)
+    inputs = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    with torch.inference_mode():
+        logits, expected = model(**inputs).logits, theirs(**inputs).logits
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+class FakeWorker:
+    """An engine that takes as long as its settings say, and answers in capitals."""
+
+    closed: list[str] = []  # noqa: RUF012
+
+    def __init__(self, name, settings, log, environment, script):
+        self.name = f"{name} {environment}"
+
+    def answer(self):
+        return {}
+
+    def facts(self):
+        return f"facts of {self.name}"
+
+    def close(self, seconds=0):
+        self.closed.append(self.name)
+
+
+def test_the_best_setting_takes_part(tmp_path, monkeypatch):
+    settings = [benchmark_engines.Setting(name, name) for name in ("MKL", "oneDNN", "third")]
+    monkeypatch.setattr(benchmark_engines, "settings_of", lambda engine: settings)
+    monkeypatch.setattr(benchmark_engines, "Worker", FakeWorker)
+    FakeWorker.closed.clear()
+    times = {("MKL", 1): 2, ("oneDNN", 1): 1, ("MKL", 8): 1, ("oneDNN", 8): 2}
+    running = benchmark_engines.Engines({}, tmp_path)
+    running.start("ct", [1, 8], lambda worker, case: times.get((worker.name[3:], case), 3))
+    assert (running.setting("ct", 1), running.setting("ct", 8)) == ("oneDNN", "MKL")
+    assert running.worker("ct", 8).name == "ct MKL"
+    assert FakeWorker.closed == ["ct third"]
+    assert running.tuned[0] == {
+        "engine": "ct",
+        "case": "1",
+        "seconds": {"MKL": 2, "oneDNN": 1, "third": 3},
+    }
+    printed = benchmark_report.tuned_parts(running.tuned, running.facts())
+    assert "| ct | 1 | 2.000 | **1.000** | 3.000 |" in printed[1].splitlines()
+    running.close()
+    assert sorted(FakeWorker.closed) == ["ct MKL", "ct oneDNN", "ct third"]
+
+
+def test_settings_of_ctranslate2(monkeypatch):
+    types = {"1": ["float32", "int16", "int8", "int8_bfloat16", "int8_float32"]}
+    monkeypatch.setattr(
+        benchmark_engines,
+        "ctranslate2_types",
+        lambda variables: types.get(variables["CT2_USE_MKL"], ["float32", "int8", "int8_float32"]),
+    )
+    monkeypatch.setattr(benchmark_engines.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(benchmark_engines, "cpu_flags", set)
+    assert benchmark_engines.settings_of("huggingface") == [benchmark_engines.Setting()]
+    found = [setting[::2] for setting in benchmark_engines.settings_of("ctranslate2-int8")]
+    assert found == [
+        ("MKL, int8_bfloat16", "int8_bfloat16"),
+        ("MKL, int8_float32", "int8_float32"),
+        ("oneDNN", "int8_float32"),
+    ]
+    monkeypatch.setattr(benchmark_engines, "cpu_flags", lambda: benchmark_engines.AVX512)
+    names = [setting.name for setting in benchmark_engines.settings_of("ctranslate2")]
+    assert names == ["MKL", "oneDNN", "MKL, AVX-512", "oneDNN, AVX-512"]
+
+
+def test_sentences_are_read_and_put_into_buckets(tmp_path):
+    file = tmp_path / "pairs.tsv"
+    file.write_text("One .\tTwo .\n\nThree .\nFour .\n", encoding="utf-8")
+    assert benchmark_sentences.read_texts(file, 3) == ["One .", "Three ."]
+    with pytest.raises(benchmark.BenchmarkError, match="at least 2 sentences; found 1"):
+        benchmark_sentences.read_texts(file, 1)
+    assert benchmark_sentences.first_of_buckets([17, 16, 3, 33, 64, 32]) == [0, 1, 3]
+
+
+def _row(engine, texts, p50, rate, setting="", beams=1):
+    names = ("engine", "texts", "p50", "per_second", "setting", "beams")
+    values = dict(zip(names, (engine, texts, p50, rate, setting, beams), strict=True))
+    return {**values, "p99": 2 * p50, "batch_setting": setting}
+
+
+def test_report_of_sentences():
+    rows = [
+        _row("xla", ["a b.", "c"], 0.2, 10),
+        _row("serve", ["a b .", '"c"'], 0.3, 8),
+        _row("int8", ["a b.", "c"], 0.1, 20),
+        _row("ctranslate2", ["ab .", "d"], 0.4, 5, "MKL"),
+        _row("ctranslate2-int8", ["ab .", "c"], 0.15, 10, "oneDNN"),
+    ]
+    benchmark_sentences.compare(rows)
+    result = {"sentences": 2, "batch": 2, "batches": 1, "rows": rows, "tuned": [], "facts": {}}
+    lines = benchmark_sentences.report(result).splitlines()
+    assert "| xla | 1 | 200 | 400 | 10.0 | 100.0% |  |" in lines
+    assert "| serve | 1 | 300 (3.00) | 600 | 8.0 (0.40) | 50.0% |  |" in lines
+    assert "| ctranslate2 | 1 | 400 (2.00) | 800 | 5.0 (0.50) | 50.0% | MKL |" in lines
+    assert "| ctranslate2-int8 | 1 | 150 (1.50) | 300 | 10.0 (0.50) | 100.0% | oneDNN |" in lines
+    assert lines[-1] == "- ctranslate2: 50.0% of the texts are those of xla"
+
+
+def test_engines_take_turns_with_sentences():
+    asked = []
+
+    class Running:
+        def worker(self, engine, case):
+            return self
+
+        def ask(self, request):
+            asked.append((len(request["texts"]), request["batch"]))
+            return {"texts": request["texts"], "seconds": [0.5]}
+
+    parts = [["a", "b"], ["c", "d"]]
+    case = benchmark_sentences.Case(2, 4)
+    results = benchmark_sentences.take_turns(Running(), ["xla", "serve"], parts, case)
+    assert results == {
+        "xla": (["a", "b", "c", "d"], [0.5, 0.5]),
+        "serve": (["a", "b", "c", "d"], [0.5]),
+    }
+    assert asked == [(2, 2), (4, 2), (2, 2)]
+
+
+def test_texts_are_compared_whatever_their_spaces_and_quotation_marks():
+    ours = '"ronnie mitchell\'s" daughter (amy).'
+    theirs = "' ' ronnie mitchell ' s ' ' daughter ( amy )."
+    assert benchmark_sentences.without_prose(ours) == benchmark_sentences.without_prose(theirs)
+    assert benchmark_sentences.without_prose(ours) != benchmark_sentences.without_prose(ours[1:])

@@ -1,27 +1,36 @@
-"""Compares how fast bertgen_tf, transformers and CTranslate2 generate, with the same weights.
+"""Compares how fast bertgen_tf and other engines generate, with the same weights.
 
     ./tools/benchmark
     ./tools/benchmark --sizes minilm --batch 1 --beams 1,4 --engines xla,huggingface
+    ./tools/benchmark --sentences validation.tsv --limit 50
 
 Engines: `xla` (our compiled loop), `plain` (our plain graph), `int8` (our compiled loop after
-`quantize("int8")`), `huggingface` (transformers on PyTorch), `ctranslate2` (float32) and
-`ctranslate2-int8`. Everything runs on the CPU. Each engine has a process of its own; for each
-batch size and number of beams they take turns, and medians are printed.
+`quantize("int8")`), `huggingface` (transformers on PyTorch), `ctranslate2` (float32),
+`ctranslate2-int8`, `onnx` (ONNX Runtime through optimum, float32) and `onnx-int8` (dynamic).
+Everything runs on the CPU. Each engine has a process of its own; for each batch size and number of
+beams they take turns, and medians are printed. CTranslate2 first runs with MKL and with oneDNN, for
+AVX2 and AVX-512, in all of its kinds of int8; the best of them takes part.
 
 The weights are random, and EOS is suppressed so that all generate 32 tokens. All float32 engines
-must return the same ids. Exit status: 0, 1 if ids differ, 2 if it cannot be run. The engines that
-are not ours need transformers, torch and ctranslate2: pip install -e '.[benchmark]'
+must return the same ids.
+
+With --sentences: a trained model, by default the shipped sentence splitter, the first column of a
+file, and outputs that end. `plain` is then the export as TensorFlow Serving runs it; `serve` is
+`bertgen-tf serve`, asked over HTTP; both have the int8 weights of the export, `xla` and the others
+their float32 values. All start with text and end with text. All float32 engines must return the
+same greedy texts, of which one in a hundred may differ.
+
+Exit status: 0, 1 if outputs differ, 2 if it cannot be run. The engines that are not ours are
+installed by EXTRAS=dev,serving,benchmark ./tools/benchmark
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,18 +40,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_sentences
 import numpy as np
-from benchmark_engines import ENGINES
+from benchmark_engines import (
+    ENGINES,
+    OURS,
+    BenchmarkError,
+    Engines,
+    Worker,
+    check_libraries,
+    say,
+    write_onnx,
+)
 from benchmark_report import FEW_TOKENS, NEW_TOKENS, report
 
-LIBRARIES = {
-    "huggingface": ("torch", "transformers"),
-    "ctranslate2": ("ctranslate2",),
-    "ctranslate2-int8": ("ctranslate2",),
-}
-# Intel's OpenMP, which CTranslate2 uses, lets its threads spin for 0.2 seconds after their work.
-PAUSE = 0.3
 LAST_SPECIAL_TOKEN = 2
+SPLITTER = Path(__file__).parents[2] / "saved_models/sentence_splitting/1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Size:
     """A model's dimensions, and how it is run.
 
     `sharing` is that of `BertGenerationDecoder`; transformers 5 has two stacks in any case.
+    `left_out` names engines.
     """
 
     num_hidden_layers: int
@@ -61,6 +75,7 @@ class Size:
     max_batch: int | None = None
     sharing: str = "none"
     max_position_embeddings: int = 512
+    left_out: tuple[str, ...] = ()
 
     def weights_per_token(self) -> int:
         """The weights that one decoder step reads.
@@ -80,7 +95,14 @@ SIZES = {
     "minilm": Size(6, 384, 12, 1536, 30522, source_length=64),
     "base": Size(12, 768, 12, 3072, 30522, source_length=128),
     # The originals', which share their weights.
-    "large": Size(24, 1024, 16, 4096, 50358, source_length=128, max_batch=1, sharing="all"),
+    "large": Size(
+        *(24, 1024, 16, 4096, 50358),
+        source_length=128,
+        max_batch=1,
+        sharing="all",
+        # The graph is near the 2 GB that a protobuf may have.
+        left_out=("onnx", "onnx-int8"),
+    ),
 }
 
 
@@ -93,60 +115,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"batch {self.batch}, beams {self.beams}, {self.new_tokens} tokens"
-
-
-class BenchmarkError(Exception):
-    """It cannot be run; the message says why."""
-
-
-class Worker:
-    """An engine in a process of its own, see `benchmark_engines.py`."""
-
-    def __init__(self, name: str, settings: dict[str, Any], log: Path):
-        self.name = name
-        self.log = log
-        environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "CUDA_VISIBLE_DEVICES": "-1"}
-        with open(log, "w", encoding="utf-8") as errors:
-            self.process = subprocess.Popen(
-                [sys.executable, Path(__file__).with_name("benchmark_engines.py")]
-                + [json.dumps(settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                encoding="utf-8",
-                env=environment,
-            )
-
-    def answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if line:
-            return json.loads(line)
-        status = self.process.wait()
-        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise BenchmarkError(
-            f"{self.name} ended with status {status}: {lines[-1] if lines else 'it said nothing'}"
-        )
-
-    def run(self, ids: np.ndarray, case: Case) -> dict[str, Any]:
-        request = {
-            "input_ids": ids[: case.batch].tolist(),
-            "num_beams": case.beams,
-            "max_new_tokens": case.new_tokens,
-        }
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended; reading shows why
-        answer = self.answer()
-        time.sleep(PAUSE)
-        return answer
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 def read_bandwidth(threads: int, megabytes: int = 512, rounds: int = 5) -> float:
@@ -205,6 +173,7 @@ def write_weights(folder: Path, name: str, size: Size, seed: int, engines: list[
         "ctranslate2": any(engine.startswith("ctranslate2") for engine in engines),
     }
     settings = json.loads(json.dumps(settings))
+    settings["onnx"] = any(engine.startswith("onnx") for engine in engines)
     try:
         built = json.loads(marker.read_text(encoding="utf-8"))
         if built["settings"] == settings:
@@ -214,11 +183,14 @@ def write_weights(folder: Path, name: str, size: Size, seed: int, engines: list[
     say(f"{name}: writing the weights")
     folder.mkdir(parents=True, exist_ok=True)
     marker.unlink(missing_ok=True)
-    worker = Worker("writing weights", {**settings, "folder": str(folder)}, folder / "build.log")
+    request = {name: value for name, value in settings.items() if name != "onnx"}
+    worker = Worker("writing weights", {**request, "folder": str(folder)}, folder / "build.log")
     try:
         weight_bytes = worker.answer()["weight_bytes"]
     finally:
         worker.close()
+    if settings["onnx"]:
+        write_onnx(folder)
     marker.write_text(json.dumps({"settings": settings, "weight_bytes": weight_bytes}))
     return weight_bytes
 
@@ -237,46 +209,55 @@ def run_size(
     shape = (max(case.batch for case in cases), size.source_length)
     rng = np.random.default_rng(options.seed)
     inputs = rng.integers(LAST_SPECIAL_TOKEN + 1, size.vocab_size, shape)
-    loaded: dict[str, dict] = {}
-    workers: dict[str, Worker] = {}
     rows: list[dict[str, Any]] = [{**case._asdict(), "engines": {}} for case in cases]
     differences: list[str] = []
+    running = Engines({"folder": str(folder), "threads": options.threads}, folder)
     try:
         for engine in engines:
             say(f"{name}: loading {engine}")
-            settings = {"engine": engine, "folder": str(folder), "threads": options.threads}
-            workers[engine] = Worker(engine, settings, folder / f"{engine}.log")
-            loaded[engine] = workers[engine].answer()
+            running.start(engine, cases, lambda worker, case: run(worker, inputs, case)["seconds"])
         for case, row in zip(cases, rows, strict=True):
             say(f"{name}: first runs, {case}")
+            workers = {engine: running.worker(engine, case) for engine in engines}
             ids = first_runs(workers, inputs, case, row["engines"])
             differences += [f"{name}, {case}: {text}" for text in compare_engines(ids)]
         for case, row in zip(cases, rows, strict=True):
             say(f"{name}: timing {case}")
             for turn in range(options.repeat):
                 # Each time another engine goes first.
-                order = list(workers)
-                for engine in order[turn % len(order) :] + order[: turn % len(order)]:
-                    answer = workers[engine].run(inputs, case)
+                for engine in engines[turn % len(engines) :] + engines[: turn % len(engines)]:
+                    answer = run(running.worker(engine, case), inputs, case)
                     timed = row["engines"][engine]
                     timed["seconds"].append(answer["seconds"])
                     timed["before"].append(answer["before"])
                     timed["peaks"].append(answer["peak"])
             for timed in row["engines"].values():
                 timed["median"] = statistics.median(timed["seconds"])
+        facts = running.facts()
     finally:
-        for worker in workers.values():
-            worker.close()
+        running.close()
     return {
         "size": name,
         **dataclasses.asdict(size),
         "weight_bytes": weight_bytes,
         "weights_per_token": size.weights_per_token(),
         "bandwidth": max(bandwidth, read_bandwidth(options.threads)),
-        "engines": loaded,
+        "engines": running.loaded,
         "cases": rows,
+        "tuned": [{**one, "case": f"{name}, {one['case']}"} for one in running.tuned],
+        "facts": facts,
         "differences": differences,
     }
+
+
+def run(worker: Worker, ids: np.ndarray, case: Case) -> dict[str, Any]:
+    return worker.ask(
+        {
+            "input_ids": ids[: case.batch].tolist(),
+            "num_beams": case.beams,
+            "max_new_tokens": case.new_tokens,
+        }
+    )
 
 
 def first_runs(
@@ -285,7 +266,7 @@ def first_runs(
     """Runs each engine once, so that it compiles if it does; returns the ids of each."""
     ids: dict[str, list[list[int]]] = {}
     for engine, worker in workers.items():
-        answer = worker.run(inputs, case)
+        answer = run(worker, inputs, case)
         ids[engine] = answer["ids"]
         results[engine] = {
             "first_seconds": answer["seconds"],
@@ -336,20 +317,6 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def check_libraries(engines: Iterable[str]) -> None:
-    for engine in engines:
-        missing = [name for name in LIBRARIES.get(engine, ()) if not importlib.util.find_spec(name)]
-        if missing:
-            raise BenchmarkError(
-                f"the engine {engine} needs {' and '.join(missing)}: "
-                'pip install "bertgen_tf[benchmark]", or leave it out with --engines'
-            )
-
-
 def list_of(kind: Callable[[str], Any], known: Iterable[Any] = ()) -> Callable[[str], list]:
     """For argparse: comma-separated values, each once."""
 
@@ -377,6 +344,29 @@ def positive(text: str) -> int:
     return value
 
 
+def run_sentences(options: argparse.Namespace) -> int:
+    """The second table."""
+    facts = machine(options.threads)
+    engines = options.engines or [*OURS[:2], "serve", *ENGINES[2:]]
+    with tempfile.TemporaryDirectory(prefix="bertgen_benchmark_") as temporary:
+        folder = options.work_folder or Path(temporary)
+        try:
+            check_libraries(engines)
+            texts = benchmark_sentences.read_texts(options.sentences, options.limit)
+            result = benchmark_sentences.measure(
+                options.model, texts, engines, options.beams, options.threads, folder / "sentences"
+            )
+        except (BenchmarkError, OSError) as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
+    if options.json:
+        content = {"machine": facts, **result}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    known = [f"{name} {value}" for name, value in facts.items() if value is not None]
+    print(f"{', '.join(known)}\n\n{benchmark_sentences.report(result)}")
+    return 1 if benchmark_sentences.differences(result) else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -389,18 +379,22 @@ def main(argv: list[str] | None = None) -> int:
     add("--sizes", list_of(str, SIZES), list(SIZES), f"of {', '.join(SIZES)} (default: all)")
     add("--batch", list_of(positive), [1, 8], "batch sizes (default: 1,8; large only 1)")
     add("--beams", list_of(positive), [1, 4], "numbers of beams (default: 1,4)")
-    add(
-        "--engines",
-        list_of(str, ENGINES),
-        list(ENGINES),
-        "default: all; the first of ours is the base",
-    )
+    names = list_of(str, (*ENGINES, "serve"))
+    add("--engines", names, None, f"of {', '.join(ENGINES)}, with --sentences serve (default: all)")
     add("--repeat", positive, 5, "timed runs of each (default: 5)")
     add("--threads", positive, cores, f"of each engine (default: {cores}, the cores)")
     add("--seed", int, 0, "of weights and inputs (default: 0)")
     add("--work-folder", Path, None, "keeps the weights for the next run (default: a new one)")
     add("--json", Path, None, "writes everything measured to this file")
+    add("--sentences", Path, None, "a file with a sentence a line: the table of a trained model")
+    add("--model", Path, SPLITTER, "with --sentences, NAME/VERSION (default: the shipped splitter)")
+    add("--limit", positive, 200, "with --sentences, how many (default: 200)")
     options = parser.parse_args(argv)
+    if options.sentences:
+        return run_sentences(options)
+    options.engines = options.engines or list(ENGINES)
+    if "serve" in options.engines:
+        parser.error("--engines serve needs --sentences")
     cases = {
         name: cases_of(SIZES[name], options.batch, options.beams)
         for name in options.sizes
@@ -417,9 +411,8 @@ def main(argv: list[str] | None = None) -> int:
             check_libraries(options.engines)
             for name in cases:
                 size = SIZES[name]
-                results.append(
-                    run_size(name, size, cases[name], options.engines, folder / name, options)
-                )
+                engines = [e for e in options.engines if e not in size.left_out]
+                results.append(run_size(name, size, cases[name], engines, folder / name, options))
                 if options.json:
                     content = {"machine": facts, "repeat": options.repeat, "results": results}
                     options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

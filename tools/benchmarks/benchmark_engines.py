@@ -1,177 +1,266 @@
-"""The engines that `benchmark.py` compares, each in a process of its own.
+"""The engines that are compared, each in a process of its own, and how to speak with them.
 
     python benchmark_engines.py SETTINGS
 
-SETTINGS is JSON: `{"engine": name, "folder": ..., "threads": n}` serves one engine, and
-`{"build": size, "folder": ..., "seed": n, "int8": bool, "ctranslate2": bool}` writes the weights.
-Requests come as lines of JSON on standard input, answers go to standard output.
+SETTINGS is JSON. `{"engine": name, "folder": ..., "threads": n, "compute_type": ...}` serves one
+engine; `{"build": size, "folder": ..., "seed": n, "int8": bool, "ctranslate2": bool}` and
+`{"onnx": true, "folder": ...}` write what engines read, see `benchmark_weights.py`. Requests come
+as lines of JSON on standard input, answers go to standard output.
 """
 
+import contextlib
 import ctypes
 import gc
+import importlib.util
 import json
 import os
+import platform
 import re
+import statistics
+import subprocess
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import benchmark_weights
 import numpy as np
+from benchmark_weights import EOS, PAD
 
-# A call `(input_ids [B, S], num_beams, max_new_tokens)` gives ids int [B, max_new_tokens].
-Generate = Callable[[np.ndarray, int, int], np.ndarray]
+# A call `(input_ids [B, S], num_beams, max_new_tokens)`, padded with PAD, gives a row of ids each.
+Generate = Callable[[np.ndarray, int, int], Iterable[Sequence[int]]]
 
 OURS = ("xla", "plain", "int8")
-ENGINES = (*OURS, "huggingface", "ctranslate2", "ctranslate2-int8")
-PAD, EOS, BOS = 0, 1, 2
-# For random matrices, by a part of the name; the others keep the variance.
-GAINS = {
-    "attention.output.dense": 0.3,
-    "output.dense": 0.5,
+OTHERS = ("huggingface", "ctranslate2", "ctranslate2-int8", "onnx", "onnx-int8")
+ENGINES = (*OURS, *OTHERS)
+LIBRARIES = {
+    "huggingface": ("torch", "transformers"),
+    "ctranslate2": ("ctranslate2",),
+    "ctranslate2-int8": ("ctranslate2",),
 }
+# optimum needs a transformers that is older than what the rest runs with.
+ONNX_PYTHON = Path(__file__).parents[2] / ".venv-onnx/bin/python"
+# Intel's OpenMP, which CTranslate2 uses, lets its threads spin for 0.2 seconds after their work.
+PAUSE = 0.3
+AVX512 = {"avx512f", "avx512cd", "avx512vl", "avx512bw", "avx512dq"}
 
 
-def build(
-    folder: str, size: dict[str, Any], seed: int, for_int8: bool, for_ctranslate2: bool
-) -> dict[str, Any]:
-    """Writes a model with random weights; returns their bytes, shared ones counted once."""
-    import bertgen_tf as bg
-    from bertgen_tf.checkpoints.huggingface import files as huggingface_files
-
-    config = bg.BertGenerationConfig(
-        vocab_size=size["vocab_size"],
-        hidden_size=size["hidden_size"],
-        num_hidden_layers=size["num_hidden_layers"],
-        num_attention_heads=size["num_attention_heads"],
-        intermediate_size=size["intermediate_size"],
-        max_position_embeddings=size["max_position_embeddings"],
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=BOS,
-    )
-    encoder = bg.BertGenerationEncoder(config)
-    sharing = size["sharing"]
-    decoder = bg.BertGenerationDecoder(
-        config.replace(add_cross_attention=True), encoder if sharing != "none" else None, sharing
-    )
-    model = bg.EncoderDecoderModel(encoder, decoder)
-    weight_bytes = sum(4 * int(np.prod(variable.shape)) for variable in model.weights)
-    checkpoint = Path(folder) / "huggingface"
-    model.save_to_huggingface(str(checkpoint))
-    for file in checkpoint.glob("*.safetensors"):
-        write_random_weights(file, seed, sharing)
-    if for_int8:
-        model = bg.EncoderDecoderModel.from_huggingface(str(checkpoint))
-        model.quantize("int8")
-        model.save_to_preset(os.path.join(folder, "int8"))
-    if for_ctranslate2:
-        tensors = huggingface_files.read_tensors(checkpoint)
-        write_ctranslate2(os.path.join(folder, "ctranslate2"), tensors, config)
-    return {"weight_bytes": weight_bytes}
+class BenchmarkError(Exception):
+    """It cannot be run; the message says why."""
 
 
-def write_random_weights(file: Path, seed: int, sharing: str) -> None:
-    """Replaces the tensors in a file; those that the stacks share stay equal."""
-    from safetensors.numpy import load_file, save_file
+class Setting(NamedTuple):
+    """One way to run an engine.
 
-    tensors = load_file(file)
-    for name, tensor in tensors.items():
-        shared = sharing == "all" or sharing in name  # of these, "word_embeddings"
-        stacks = r"(encoder|decoder\.bert)\."
-        seed_name = re.sub(f"^{stacks}", "", name) if shared else name
-        tensors[name] = random_weights(seed_name, tensor.shape, seed)
-    save_file(tensors, file, metadata={"format": "pt"})
+    `environment` is read once, when a library is loaded.
+    """
+
+    name: str = ""
+    environment: dict[str, str] = {}  # noqa: RUF012
+    compute_type: str = "float32"
 
 
-def random_weights(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Weights that make a model generate something else at every step, with clear choices.
+class Worker:
+    """An engine in a process of its own."""
 
-    Logits have a standard deviation of 3, so that the best tokens are far apart. What would make a
-    model repeat one token is kept down: tied embeddings, by layer norms that flip the sign of half
-    of the units; the mean of gelu, which the matrices after it cancel; uniform attention, and
-    biases, by their size. EOS has practically no probability, as engines differ in whether a
-    suppressed token counts in the softmax.
+    def __init__(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        script: str = __file__,
+    ):
+        self.name = name
+        self.log = log
+        common = {"TF_CPP_MIN_LOG_LEVEL": "2", "CT2_VERBOSE": "1", **os.environ}
+        with open(log, "w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                [ONNX_PYTHON if "onnx" in name else sys.executable, script, json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+                env={**common, **(environment or {}), "CUDA_VISIBLE_DEVICES": "-1"},
+            )
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if line:
+            return json.loads(line)
+        status = self.process.wait()
+        lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise BenchmarkError(
+            f"{self.name} ended with status {status}: {lines[-1] if lines else 'it said nothing'}"
+        )
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; reading shows why
+        answer = self.answer()
+        time.sleep(PAUSE)
+        return answer
+
+    def facts(self) -> str:
+        """What CTranslate2 says that it computes with."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return ", ".join(
+            re.findall(r"- ((?:Selected ISA|SGEMM backend|GEMM_S8 backend): .*)", text)
+        )
+
+    def close(self, seconds: float = 0) -> None:
+        """Ends it, after the seconds that it is given to end by itself."""
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+class Engines:
+    """Engines that are running, each with the setting that is best in a case.
+
+    A case is anything that has a hash.
 
     Args:
-        name: Hugging Face's.
-        shape: for matrices [outputs, inputs].
-        seed: for all of them.
+        settings: what all of their processes are told.
+        folder: for what they print.
+        script: what they run.
+
+    Attributes:
+        loaded: the first answer of each.
+        tuned: of the engines with several settings, `dict(engine, case, seconds)`, with the seconds
+            of each setting by its name.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    if name.endswith("LayerNorm.weight"):
-        return rng.choice(np.array([-1, 1], np.float32), shape)
-    values = rng.standard_normal(shape, np.float32)
-    if name.endswith("embeddings.weight"):
-        return values * np.float32(3 / shape[1] ** 0.5)
-    if name.endswith("weight"):
-        if name.endswith("output.dense.weight"):
-            values -= values.mean(axis=1, keepdims=True)
-        gain = next((gain for part, gain in GAINS.items() if part in name), 1)
-        return values * np.float32(gain / shape[1] ** 0.5)
-    values *= np.float32(0.01)
-    if name.endswith("lm_head.bias"):
-        values[EOS] = -100
-    return values
+
+    def __init__(self, settings: dict[str, Any], folder: Path, script: str = __file__):
+        self.loaded: dict[str, dict[str, Any]] = {}
+        self.tuned: list[dict[str, Any]] = []
+        self._settings, self._folder, self._script = settings, folder, script
+        self._workers: dict[tuple[str, str], Worker] = {}
+        self._best: dict[tuple[str, Any], str] = {}
+
+    def start(self, engine: str, cases: Iterable[Any], run: Callable[[Worker, Any], float]) -> None:
+        """Starts an engine with all settings and keeps the best ones; `run` gives seconds."""
+        workers: dict[str, Worker] = {}
+        for setting in settings_of(engine):
+            worker, answer = self._open(engine, setting)
+            workers[setting.name] = self._workers[engine, setting.name] = worker
+            self.loaded.setdefault(engine, answer)
+        for case in cases:
+            self._best[engine, case] = next(iter(workers))
+            if len(workers) == 1:
+                continue
+            turns = [[run(worker, case) for worker in workers.values()] for _ in range(3)]
+            medians = map(statistics.median, zip(*turns, strict=True))
+            seconds = dict(zip(workers, medians, strict=True))
+            self.tuned.append({"engine": engine, "case": str(case), "seconds": seconds})
+            self._best[engine, case] = min(seconds, key=seconds.__getitem__)
+        for name in set(workers) - {self._best[engine, case] for case in cases}:
+            self._workers.pop((engine, name)).close()
+
+    def setting(self, engine: str, case: Any) -> str:
+        return self._best[engine, case]
+
+    def worker(self, engine: str, case: Any) -> Worker:
+        return self._workers[engine, self._best[engine, case]]
+
+    def facts(self) -> dict[str, str]:
+        """What they say about themselves."""
+        facts = {f"{e}, {name}": worker.facts() for (e, name), worker in self._workers.items()}
+        return {name: text for name, text in facts.items() if text}
+
+    def close(self) -> None:
+        for (engine, _), worker in self._workers.items():
+            # `serve` has servers to end.
+            worker.close(60 if engine == "serve" else 0)
+
+    def _open(self, engine: str, setting: Setting) -> tuple[Worker, dict[str, Any]]:
+        settings = {**self._settings, "engine": engine, "compute_type": setting.compute_type}
+        log = self._folder / f"{engine} {setting.name}.log"
+        worker = Worker(engine, settings, log, setting.environment, self._script)
+        try:
+            return worker, worker.answer()
+        except BenchmarkError:
+            worker.close()
+            raise
 
 
-def write_ctranslate2(folder: str, tensors: dict[str, np.ndarray], config: Any) -> None:
-    """Writes a checkpoint, by Hugging Face's names, as CTranslate2's transformer."""
-    from ctranslate2.specs import TransformerSpec, common_spec
+def settings_of(engine: str) -> list[Setting]:
+    """The ways to run an engine, of which the best counts."""
+    if not engine.startswith("ctranslate2"):
+        return [Setting()]
+    environments: dict[str, dict[str, str]] = {"": {}}
+    if platform.machine() == "x86_64":  # what is chosen by itself depends on the vendor
+        environments = {"MKL": {"CT2_USE_MKL": "1"}, "oneDNN": {"CT2_USE_MKL": "0"}}
+        if cpu_flags() >= AVX512:
+            environments |= {
+                f"{name}, AVX-512": {**variables, "CT2_FORCE_CPU_ISA": "AVX512"}
+                for name, variables in environments.items()
+            }
+    settings = []
+    for name, environment in environments.items():
+        types = ["float32"]
+        if engine.endswith("int8"):
+            types = [kind for kind in ctranslate2_types(environment) if kind.startswith("int8_")]
+        for kind in types:
+            words = [kind] if len(types) > 1 else []
+            settings.append(Setting(", ".join([name, *words]), environment, kind))
+    return settings
 
-    def norm(spec: Any, name: str) -> None:
-        spec.gamma, spec.beta = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
 
-    def linear(spec: Any, *names: str) -> None:
-        # Several layers, one below the other.
-        spec.weight = np.concatenate([tensors[f"{name}.weight"] for name in names])
-        spec.bias = np.concatenate([tensors[f"{name}.bias"] for name in names])
-
-    def attention(spec: Any, name: str, *, cross: bool) -> None:
-        parts = [f"{name}.self.{part}" for part in ("query", "key", "value")]
-        groups = [parts[:1], parts[1:]] if cross else [parts]
-        for target, group in zip(spec.linear[:-1], groups, strict=True):
-            linear(target, *group)
-        linear(spec.linear[-1], f"{name}.output.dense")
-        norm(spec.layer_norm, f"{name}.output.LayerNorm")
-
-    spec = TransformerSpec.from_config(
-        config.num_hidden_layers,
-        config.num_attention_heads,
-        pre_norm=False,
-        activation=common_spec.Activation.GELU,
-        layernorm_embedding=True,
+def ctranslate2_types(environment: dict[str, str]) -> list[str]:
+    """What CTranslate2 can compute in; its int8 is int8_float32, as that is what is converted."""
+    code = "import ctranslate2; print(*sorted(ctranslate2.get_supported_compute_types('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+        check=True,
     )
-    for side, stack in (("encoder", spec.encoder), ("decoder.bert", spec.decoder)):
-        words = stack.embeddings[0] if side == "encoder" else stack.embeddings
-        words.weight = tensors[f"{side}.embeddings.word_embeddings.weight"]
-        positions = tensors[f"{side}.embeddings.position_embeddings.weight"]
-        stack.position_encodings.encodings = positions
-        stack.scale_embeddings = 1.0
-        norm(stack.layernorm_embedding, f"{side}.embeddings.LayerNorm")
-        for i, layer in enumerate(stack.layer):
-            name = f"{side}.encoder.layer.{i}"
-            attention(layer.self_attention, f"{name}.attention", cross=False)
-            if side != "encoder":
-                attention(layer.attention, f"{name}.crossattention", cross=True)
-            linear(layer.ffn.linear_0, f"{name}.intermediate.dense")
-            linear(layer.ffn.linear_1, f"{name}.output.dense")
-            norm(layer.ffn.layer_norm, f"{name}.output.LayerNorm")
-    spec.decoder.projection.weight = spec.decoder.embeddings.weight
-    spec.decoder.projection.bias = tensors["decoder.lm_head.bias"]
-    tokens = [str(token) for token in range(config.vocab_size)]
-    spec.register_source_vocabulary(tokens)
-    spec.register_target_vocabulary(tokens)
-    spec.config.bos_token = spec.config.decoder_start_token = str(BOS)
-    spec.config.eos_token = str(EOS)
-    spec.config.unk_token = str(PAD)
-    spec.config.layer_norm_epsilon = config.layer_norm_eps
-    spec.validate()
-    spec.optimize()
-    os.makedirs(folder, exist_ok=True)
-    spec.save(folder)
+    return done.stdout.split()
+
+
+def write_onnx(folder: Path) -> None:
+    """Converts the checkpoint in a folder."""
+    worker = Worker("onnx", {"onnx": True, "folder": str(folder)}, folder / "onnx.log")
+    try:
+        worker.answer()
+    finally:
+        worker.close()
+
+
+def cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    return set((re.findall(r"^flags\s*: (.*)$", text, re.MULTILINE) or [""])[0].split())
+
+
+def check_libraries(engines: Iterable[str]) -> None:
+    for engine in engines:
+        if engine.startswith("onnx") and not ONNX_PYTHON.exists():
+            raise BenchmarkError(
+                f"the engine {engine} needs .venv-onnx: EXTRAS=dev,serving,benchmark "
+                "./tools/benchmark makes it, or leave it out with --engines"
+            )
+        missing = [name for name in LIBRARIES.get(engine, ()) if not importlib.util.find_spec(name)]
+        if missing:
+            raise BenchmarkError(
+                f"the engine {engine} needs {' and '.join(missing)}: "
+                'pip install "bertgen_tf[benchmark]", or leave it out with --engines'
+            )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def load_ours(folder: str, engine: str) -> Generate:
@@ -195,33 +284,46 @@ def load_ours(folder: str, engine: str) -> Generate:
     return generate
 
 
-def load_huggingface(folder: str) -> Generate:
+def load_transformers(folder: str, engine: str, threads: int, suppress: list[int]) -> Generate:
+    """PyTorch, or ONNX Runtime, whose models optimum lets transformers' search run."""
     import torch
     import transformers
 
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    model = transformers.EncoderDecoderModel.from_pretrained(
-        os.path.join(folder, "huggingface"), dtype="float32"
-    ).eval()
+    if engine == "huggingface":
+        model = transformers.EncoderDecoderModel.from_pretrained(
+            os.path.join(folder, "huggingface"), dtype="float32"
+        ).eval()
+    else:
+        import onnxruntime
+        from optimum.onnxruntime import ORTModelForSeq2SeqLM
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        model = ORTModelForSeq2SeqLM.from_pretrained(
+            os.path.join(folder, engine), session_options=options, use_merged=True
+        )
 
     def generate(ids: np.ndarray, num_beams: int, max_new_tokens: int) -> np.ndarray:
         tensor = torch.from_numpy(ids.astype(np.int64))
         with torch.inference_mode():
             output = model.generate(
                 input_ids=tensor,
-                attention_mask=torch.ones_like(tensor),
+                attention_mask=(tensor != PAD).long(),
                 num_beams=num_beams,
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                suppress_tokens=[EOS],
+                suppress_tokens=suppress or None,
             )
         return output[:, 1:].numpy()
 
     return generate
 
 
-def load_ctranslate2(folder: str, compute_type: str, threads: int) -> Generate:
+def load_ctranslate2(folder: str, compute_type: str, threads: int, suppress: list[int]) -> Generate:
     import ctranslate2
 
     translator = ctranslate2.Translator(
@@ -231,16 +333,28 @@ def load_ctranslate2(folder: str, compute_type: str, threads: int) -> Generate:
         intra_threads=threads,
     )
 
-    def generate(ids: np.ndarray, num_beams: int, max_new_tokens: int) -> np.ndarray:
+    def generate(ids: np.ndarray, num_beams: int, max_new_tokens: int) -> list[list[int]]:
         results = translator.translate_batch(
-            [[str(token) for token in row] for row in ids],
+            [[str(token) for token in row if token != PAD] for row in ids],
             beam_size=num_beams,
             max_decoding_length=max_new_tokens,
-            suppress_sequences=[[str(EOS)]],
+            suppress_sequences=[[str(token)] for token in suppress] or None,
         )
-        return np.array([[int(token) for token in result.hypotheses[0]] for result in results])
+        return [[int(token) for token in result.hypotheses[0]] for result in results]
 
     return generate
+
+
+def load_other(engine: str, folder: str, threads: int, kind: str, suppress: list[int]) -> Generate:
+    if engine.startswith("ctranslate2"):
+        return load_ctranslate2(folder, kind, threads, suppress)
+    return load_transformers(folder, engine, threads, suppress)
+
+
+def load_engine(engine: str, folder: str, threads: int, kind: str = "float32") -> Generate:
+    if engine in OURS:
+        return load_ours(folder, engine)
+    return load_other(engine, folder, threads, kind, [EOS])
 
 
 def import_engine(engine: str, threads: int) -> None:
@@ -256,23 +370,18 @@ def import_engine(engine: str, threads: int) -> None:
         # Starts TensorFlow and its compiler, which belong to the libraries' memory.
         square = tf.ones([64, 64])
         tf.function(tf.matmul, jit_compile=True)(square, square)
+    elif engine.startswith("ctranslate2"):
+        import ctranslate2  # noqa: F401
+    elif engine.startswith("onnx"):
+        import optimum.onnxruntime
+        import torch  # noqa: F401
+
+        optimum.onnxruntime.ORTModelForSeq2SeqLM  # noqa: B018
     elif engine == "huggingface":
-        import torch
+        import torch  # noqa: F401
         import transformers
 
-        torch.set_num_threads(threads)
         transformers.EncoderDecoderModel  # noqa: B018, it is imported when it is named
-    else:
-        import ctranslate2  # noqa: F401
-
-
-def load_engine(engine: str, folder: str, threads: int) -> Generate:
-    if engine == "huggingface":
-        return load_huggingface(folder)
-    if engine.startswith("ctranslate2"):
-        kind = "int8" if engine.endswith("int8") else "float32"
-        return load_ctranslate2(folder, kind, threads)
-    return load_ours(folder, engine)
 
 
 def memory(field: str) -> int | None:
@@ -307,7 +416,8 @@ def serve(settings: dict[str, Any], requests: Iterator[str]) -> Iterator[dict[st
     settle_memory()
     imported = memory("VmRSS")
     start = time.perf_counter()
-    generate = load_engine(engine, settings["folder"], threads)
+    kind = settings.get("compute_type", "float32")
+    generate = load_engine(engine, settings["folder"], threads, kind)
     seconds = time.perf_counter() - start
     settle_memory()
     yield {"imported": imported, "loaded": memory("VmRSS"), "seconds": seconds}
@@ -320,32 +430,33 @@ def serve(settings: dict[str, Any], requests: Iterator[str]) -> Iterator[dict[st
         output = generate(ids, request["num_beams"], request["max_new_tokens"])
         seconds = time.perf_counter() - start
         yield {
-            "ids": np.asarray(output).tolist(),
+            "ids": [[int(token) for token in row] for row in output],
             "seconds": seconds,
             "before": before,
             "peak": memory("VmHWM"),
         }
 
 
-def main(settings: dict[str, Any]) -> None:
+def answer_all(settings: dict[str, Any], results: Callable[[dict], Iterable[Any]]) -> None:
+    """Writes results to what standard output was."""
     # Libraries print to standard output, which is for the answers alone.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    if "build" in settings:
-        built = build(
-            settings["folder"],
-            settings["build"],
-            settings["seed"],
-            settings["int8"],
-            settings["ctranslate2"],
-        )
-        results: Any = [built]
-    else:
-        results = serve(settings, sys.stdin)
-    for answer in results:
+    for answer in results(settings):
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
+def results_of(settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "build" in settings:
+        names = ("folder", "build", "seed", "int8", "ctranslate2")
+        yield benchmark_weights.build(*(settings[name] for name in names))
+    elif "onnx" in settings:
+        benchmark_weights.write_onnx(settings["folder"])
+        yield {}
+    else:
+        yield from serve(settings, sys.stdin)
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    answer_all(json.loads(sys.argv[1]), results_of)

@@ -59,6 +59,28 @@ def equal_table(results: list[dict[str, Any]], engines: list[str]) -> str:
     return table(["size", "batch", "beams", *engines], rows)
 
 
+def tuned_parts(tuned: list[dict[str, Any]], facts: dict[str, str]) -> list[str]:
+    """The seconds of each setting of CTranslate2, and what it says about those that were best.
+
+    Args:
+        tuned: `dict(engine, case, seconds)`, the last by setting.
+        facts: texts by engine.
+    """
+    names = list(dict.fromkeys(name for one in tuned for name in one["seconds"]))
+    rows = []
+    for one in tuned:
+        times = [one["seconds"].get(name) for name in names]
+        best = min(one["seconds"].values())
+        cells = ["-" if x is None else f"**{x:.3f}**" if x == best else f"{x:.3f}" for x in times]
+        rows.append([one["engine"], one["case"], *cells])
+    return [
+        "Seconds, medians of 3 runs, of the settings of CTranslate2, of which the best took part "
+        "above:",
+        table(["engine", "case", *names], rows),
+        "\n".join(f"- {name}: {text}" for name, text in facts.items()),
+    ]
+
+
 def memory_table(results: list[dict[str, Any]]) -> str:
     rows = []
     for result in results:
@@ -157,6 +179,10 @@ def report(results: list[dict[str, Any]], repeat: int) -> str:
             "nothing about quality:",
             equal_table(results, rounded),
         ]
+    tuned = [one for result in results for one in result.get("tuned", ())]
+    if tuned:
+        facts = {name: text for result in results for name, text in result["facts"].items()}
+        parts += tuned_parts(tuned, facts)
     differences = [text for result in results for text in result["differences"]]
     parts.append(
         "\n".join(["The float32 engines DIFFER:", "", *(f"- {text}" for text in differences)])
