@@ -19,7 +19,7 @@ I0000 00:00:1796051859.143668    5320 port.cc:153] oneDNN custom operations are 
 W0000 00:00:1796051881.734828    5416 op_kernel.cc:1858] OP_REQUIRES failed at whole_file_read_ops
 E0000 00:00:1796052854.679821   12038 util.cc:131] oneDNN supports DT_INT64 only on platforms with
 E0000 00:00:1796052854.679821   12038 slow_operation_alarm.cc:73] ********************************
-E0000 00:00:1.0 89 text_format.cc:378] Error parsing text-format tensorflow.XlaSerializedCacheEntry: 2
+E0000 00:00:1.0 89 text_format.cc:378] Error parsing tensorflow.XlaSerializedCacheEntry: 2
 E0000 00:00:1.0 89 cpu_aot_loader.cc:220] Target machine feature +prefer-no-scatter is not
 [Compiling module a_inference_step] Very slow compile? If you want to file a bug, run with envvar
 ********************************
