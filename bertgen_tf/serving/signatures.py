@@ -215,8 +215,9 @@ def prepare(
 ) -> None:
     """Makes a version ready to answer: all warm-up requests are run, or some of them later.
 
-    With compiled programs, the default signature is warmed up at once and all else in their thread:
-    the other signatures, then a program for each request to the default one or to a compiled one.
+    With compiled programs, the first request to the default signature is run at once and all else in
+    their thread: requests to the other plain signatures, and a program for each request to the
+    default one or to a compiled one.
 
     Args:
         signatures: of the version.
@@ -234,12 +235,12 @@ def prepare(
         warm_up(signatures, requests)
         return
     first = [request for request in requests if request[0] == DEFAULT_SIGNATURE]
-    warm_up(signatures, first)
+    warm_up(signatures, first[:1])
     for name, inputs in requests:
         twin = signatures.get(_twin(name) if name == DEFAULT_SIGNATURE else name)
         if twin and twin.name.endswith(COMPILED):
             programs.want(twin.run_graph, twin.name, inputs, uses=0)
-        elif name != DEFAULT_SIGNATURE:
+        else:
             programs.add_task(functools.partial(warm_up, signatures, [(name, inputs)]))
 
 
