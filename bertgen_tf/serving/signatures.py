@@ -215,8 +215,8 @@ def prepare(
 ) -> None:
     """Makes a version ready to answer: all warm-up requests are run, or some of them later.
 
-    With compiled programs, the first request to the default signature is run at once and all else in
-    their thread: requests to the other plain signatures, and a program for each request to the
+    With compiled programs, the first request to the default signature is run at once and all else
+    in their thread: requests to the other plain signatures, and a program for each request to the
     default one or to a compiled one.
 
     Args:
