@@ -23,13 +23,12 @@ from collections.abc import Callable
 import numpy as np
 
 LENGTH, VOCABULARY, FIRST_TOKEN = 48, 30522, 3
-LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 1e-4, 0.01, 1.0
-EPSILON = 1e-12  # PyTorch adds it elsewhere
+LEARNING_RATE, WEIGHT_DECAY, EPSILON, CLIP_NORM = 1e-4, 0.01, 1e-7, 1.0
 ENGINES = ("ours", "steps", "xla", "bfloat16", "pytorch")
 STEPS_PER_EXECUTION = 4
 # PyTorch's threads spin for a while after their work.
 PAUSE = 0.3
-TOLERANCE = 1e-4  # of losses of about 10.4
+TOLERANCE = 2e-3  # of losses; that of the first step is about 10.3
 
 # Trains on ids [3, B, T] (sources, targets' inputs, labels), and returns the loss.
 Run = Callable[[np.ndarray], float]
@@ -71,7 +70,6 @@ def load_ours(folder: str, engine: str) -> tuple[Run, int]:
     optimizer = bg.default_optimizer(
         LEARNING_RATE, weight_decay=WEIGHT_DECAY, global_clipnorm=CLIP_NORM
     )
-    optimizer.epsilon = EPSILON
     model.compile(optimizer, steps_per_execution=steps, jit_compile=engine == "xla")
     model.make_train_function()
 
