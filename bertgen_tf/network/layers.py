@@ -48,7 +48,7 @@ class Dropout(keras.layers.Dropout):
 
 
 @tf.custom_gradient
-def exact_gelu(inputs: Any) -> tuple[Any, Any]:
+def _exact_gelu(inputs: Any) -> tuple[Any, Any]:
     """As `keras.activations.gelu`, with a gradient of fewer operations."""
     inputs = tf.convert_to_tensor(inputs)
     cumulative = 0.5 * tf.math.erfc(inputs * -(0.5**0.5))
@@ -382,7 +382,7 @@ class FeedForward(keras.layers.Layer):
         inputs = before_sublayer(self, hidden)
         activated = self.activation
         if training and self.config.hidden_act == "gelu":
-            activated = exact_gelu
+            activated = _exact_gelu
         output = self.output_dense(activated(self.intermediate(inputs)))
         return after_sublayer(self, hidden, output, training)
 

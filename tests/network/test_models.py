@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 import bertgen_tf as bg
-from bertgen_tf.network.layers import Dropout, exact_gelu, write_cache
+from bertgen_tf.network.layers import write_cache
 from bertgen_tf.network.projections import Dense
 from bertgen_tf.network.weights import named_variables
 from tests.helpers import PIECES, eagerly, make_deep_model, make_small_model
@@ -219,35 +219,6 @@ def test_dense_is_that_of_keras(tmp_path):
             variable.assign(np.zeros(variable.shape))
         target.load_weights(tmp_path / "file.weights.h5")
         np.testing.assert_allclose(target(inputs), source(inputs), atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dropout_is_that_of_keras(dtype):
-    ours, keras_own = (kind(0.3, seed=5, dtype=dtype) for kind in (Dropout, keras.layers.Dropout))
-    inputs = tf.cast(tf.random.normal((5, 7, 11)), dtype)
-    for _ in range(2):  # the seed moves on
-        outputs, gradients = [], []
-        for layer in (ours, keras_own):
-            with tf.GradientTape() as tape:
-                tape.watch(inputs)
-                outputs.append(layer(inputs, training=True))
-            gradients.append(tape.gradient(outputs[-1], inputs))
-        assert tf.reduce_all(outputs[0] == outputs[1]) and tf.reduce_all(
-            gradients[0] == gradients[1]
-        )
-    assert tf.reduce_all(ours(inputs) == inputs)  # not in training
-
-
-def test_gelu_in_training_is_that_of_keras():
-    inputs = tf.constant(np.linspace(-9, 9, 61), tf.float32)
-    results = []
-    for function in (exact_gelu, lambda x: keras.activations.gelu(x, approximate=False)):
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            outputs = function(inputs)
-        results.append((outputs.numpy(), tape.gradient(outputs, inputs).numpy()))
-    np.testing.assert_array_equal(results[0][0], results[1][0])
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
 
 
 def test_parts_of_a_dense_are_projections():
