@@ -8,7 +8,6 @@ of a head (H = A * D), V vocabulary.
 Softmax and layer normalisation compute in float32 under every dtype policy.
 """
 
-import math
 from typing import Any
 
 import keras
@@ -31,33 +30,6 @@ def activation(name: str) -> Any:
         "gelu_new": lambda x: keras.activations.gelu(x, approximate=True),
         "relu": keras.activations.relu,
     }[name]
-
-
-class Dropout(keras.layers.Dropout):
-    """Keras's, with the same choices, but by a product: selecting takes longer, both ways."""
-
-    def call(self, inputs: Any, training: bool | None = False) -> Any:
-        if not training or not 0 < self.rate < 1:
-            return super().call(inputs, training)
-        seed = self.seed_generator.next()
-        # As Keras does, for XLA.
-        seed = tf.cast(tf.math.floormod(seed, tf.int32.max - 1), tf.int32)
-        drawn = tf.random.stateless_uniform(tf.shape(inputs), seed, dtype=inputs.dtype)
-        kept = tf.cast(drawn >= self.rate, inputs.dtype)
-        return inputs * (kept * (1 / (1 - self.rate)))
-
-
-@tf.custom_gradient
-def _exact_gelu(inputs: Any) -> tuple[Any, Any]:
-    """As `keras.activations.gelu`, with a gradient of fewer operations."""
-    inputs = tf.convert_to_tensor(inputs)
-    cumulative = 0.5 * tf.math.erfc(inputs * -(0.5**0.5))
-
-    def gradient(upstream: Any) -> Any:
-        density = tf.exp(-0.5 * tf.square(inputs)) * (1 / (2 * math.pi) ** 0.5)
-        return upstream * (cumulative + inputs * density)
-
-    return inputs * cumulative, gradient
 
 
 def before_sublayer(layer: Any, hidden: Any) -> Any:
@@ -126,7 +98,7 @@ class Embeddings(keras.layers.Layer):
             self.layer_norm = LayerNormalization(
                 epsilon=config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
             )
-        self.dropout = Dropout(config.hidden_dropout_prob, dtype=self.dtype_policy)
+        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any = None) -> None:
         if not self.word_embeddings.built:
@@ -157,9 +129,11 @@ class Attention(keras.layers.Layer):
         self.num_heads = config.num_attention_heads
         self.head_size = config.hidden_size // config.num_attention_heads
         policy = self.dtype_policy
-        self.attention_dropout = Dropout(config.attention_probs_dropout_prob, dtype=policy)
+        self.attention_dropout = keras.layers.Dropout(
+            config.attention_probs_dropout_prob, dtype=policy
+        )
         self.output_dense = dense(config.hidden_size, config, "output_dense", policy)
-        self.dropout = Dropout(config.hidden_dropout_prob, dtype=policy)
+        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=policy)
         self.layer_norm = LayerNormalization(
             epsilon=config.layer_norm_eps, name="layer_norm", dtype=policy
         )
@@ -368,7 +342,7 @@ class FeedForward(keras.layers.Layer):
         self.intermediate = dense(config.intermediate_size, config, "intermediate", policy)
         self.activation = activation(config.hidden_act)
         self.output_dense = dense(config.hidden_size, config, "output_dense", policy)
-        self.dropout = Dropout(config.hidden_dropout_prob, dtype=policy)
+        self.dropout = keras.layers.Dropout(config.hidden_dropout_prob, dtype=policy)
         self.layer_norm = LayerNormalization(
             epsilon=config.layer_norm_eps, name="layer_norm", dtype=policy
         )
@@ -380,10 +354,7 @@ class FeedForward(keras.layers.Layer):
 
     def call(self, hidden: Any, training: bool | None = None) -> Any:
         inputs = before_sublayer(self, hidden)
-        activated = self.activation
-        if training and self.config.hidden_act == "gelu":
-            activated = _exact_gelu
-        output = self.output_dense(activated(self.intermediate(inputs)))
+        output = self.output_dense(self.activation(self.intermediate(inputs)))
         return after_sublayer(self, hidden, output, training)
 
 

@@ -13,12 +13,14 @@ PyTorch's step needs torch and transformers: pip install -e '.[benchmark]'
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +117,7 @@ def load_pytorch(folder: str, threads: int) -> Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
-        return float(loss.detach())
+        return float(loss)
 
     return run
 
