@@ -194,50 +194,23 @@ class BertAdamW(keras.optimizers.AdamW):
             lambda: each(lambda v, grad: self._accumulator(v).assign_add(grad), variables, grads),
         )
 
-    def _clip_gradients(self, grads: Sequence[Any]) -> Sequence[Any]:
-        # Keras does the same, but with a squared copy of every gradient.
-        if self.global_clipnorm and not self.clipnorm:
-            return tf.clip_by_global_norm(grads, self.global_clipnorm)[0]
-        return super()._clip_gradients(grads)
-
     def _update(self, variable: Any, grad: Any, learning_rate: Any, count: Any, index: int) -> None:
         rate = tf.cast(learning_rate * self._factors[index], variable.dtype)
         if self._decays[index]:
-            variable.assign_sub(variable * (self.weight_decay * rate))
-        # TensorFlow's kernel passes once over what takes ten operations. Below float32, it would
-        # round beta_2 to 1.
-        fused = variable.dtype.size >= 4 and not self.amsgrad
-        # In float32, the first differences from 1 would have only four digits. The kernel's beta
-        # is rounded, and so is what corrects for it.
-        betas = (self.beta_1, self.beta_2)
-        if fused:
-            betas = tuple(float(variable.dtype.as_numpy_dtype(beta)) for beta in betas)
+            variable.assign_sub(variable * self.weight_decay * rate)
+        # In float32, the first differences from 1 would have only four digits.
         corrections = [
             tf.cast(1 - tf.constant(beta, tf.float64) ** tf.cast(count, tf.float64), variable.dtype)
-            for beta in betas
+            for beta in (self.beta_1, self.beta_2)
         ]
-        rate *= tf.sqrt(corrections[1]) / corrections[0]
         momentum, velocity = (list_[index].value for list_ in (self._momentums, self._velocities))
-        if fused:
-            tf.raw_ops.ResourceApplyAdam(
-                var=variable.handle,
-                m=momentum.handle,
-                v=velocity.handle,
-                beta1_power=tf.zeros((), variable.dtype),  # the rate is corrected already
-                beta2_power=tf.zeros((), variable.dtype),
-                lr=rate,
-                beta1=tf.constant(betas[0], variable.dtype),
-                beta2=tf.constant(betas[1], variable.dtype),
-                epsilon=tf.constant(self.epsilon, variable.dtype),
-                grad=grad,
-            )
-            return
         momentum.assign_add((grad - momentum) * (1 - self.beta_1))
         velocity.assign_add((tf.square(grad) - velocity) * (1 - self.beta_2))
         if self.amsgrad:
             largest = self._velocity_hats[index].value
             largest.assign(tf.maximum(largest, velocity))
             velocity = largest
+        rate *= tf.sqrt(corrections[1]) / corrections[0]
         variable.assign_sub(momentum * rate / (tf.sqrt(velocity) + self.epsilon))
 
     def _average(self, each: Any) -> None:

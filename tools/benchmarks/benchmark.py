@@ -3,7 +3,6 @@
     ./tools/benchmark
     ./tools/benchmark --sizes minilm --batch 1 --beams 1,4 --engines xla,huggingface
     ./tools/benchmark --sentences validation.tsv --limit 50
-    ./tools/benchmark --training --help     # a training step, in PyTorch and here
 
 Engines: `xla` (our compiled loop), `plain` (our plain graph), `int8` (our compiled loop after
 `quantize("int8")`), `huggingface` (transformers on PyTorch), `ctranslate2` (float32),
@@ -54,7 +53,6 @@ from benchmark_engines import (
     write_onnx,
 )
 from benchmark_report import FEW_TOKENS, NEW_TOKENS, report
-from benchmark_training import main as benchmark_training
 
 LAST_SPECIAL_TOKEN = 2
 SPLITTER = Path(__file__).parents[2] / "saved_models/sentence_splitting/1"
@@ -370,9 +368,6 @@ def run_sentences(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["--training"]:
-        return benchmark_training(argv[1:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
