@@ -171,7 +171,8 @@ def check(model, results, empty, names):
     if "attention" in names:
         check_attention(model, results["attention"])
     if "tokens" in names:
-        counts = [len(model.tokenizer(text)) + 1 for text in [*TEXTS, ODD]]  # with the end
+        special = model.preprocessor.add_bos + model.preprocessor.add_eos
+        counts = [len(model.tokenizer(text)) + special for text in [*TEXTS, ODD]]
         assert results["tokens"] == {"num_tokens": counts}
         assert empty["tokens"] == {"num_tokens": []}
 

@@ -97,8 +97,9 @@ def expected(model, name, texts):
         return expected_scores(model, **inputs_of(model, name, texts))
     if name == "attention":
         return expected_attention(model, texts)
-    if name == "tokens":  # with the end token
-        counts = [len(model.tokenizer(text)) + 1 for text in texts]
+    if name == "tokens":
+        special = model.preprocessor.add_bos + model.preprocessor.add_eos
+        counts = [len(model.tokenizer(text)) + special for text in texts]
         return {"num_tokens": np.array(counts, np.int32)}
     known = ("serving_default", "generate", "beams", "ids", *FURTHER)
     assert name in known, f"{name} must be told here what it gives"
