@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,12 +64,19 @@ def make_model(path: Path) -> Path:
 class Server:
     """A process of `bertgen-tf serve`; its log is in a file."""
 
-    def __init__(self, model: Path, folder: Path, port: int = 0, **environment: str):
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        port: int = 0,
+        flags: Sequence[str] = (),
+        **environment: str,
+    ):
         self.log = Path(tempfile.mkstemp(suffix=".log", dir=folder)[1])
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", CLI, "serve", str(model), "--port", str(port)]
-                + ["--request-timeout", str(SECONDS)],
+                + ["--request-timeout", str(SECONDS), *flags],
                 stderr=log,
                 env={**os.environ, **environment},
             )

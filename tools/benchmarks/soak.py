@@ -141,7 +141,8 @@ class Soak(Promises):
     def run(self) -> bool:
         """Whether all promises were kept."""
         self.add_version()
-        self.server = Server(self.models, self.folder)
+        # Compiled beside the requests, programs come for an hour: bounded, but memory is not flat.
+        self.server = Server(self.models, self.folder, flags=["--no-xla"])
         try:
             return self.soak()
         finally:
@@ -248,7 +249,9 @@ class Soak(Promises):
             predictions = answer["predictions"]
         if len(predictions) != len(indices):
             raise RuntimeError(f"{signature}: {len(predictions)} answers to {len(indices)} texts")
-        return [{name: np.array(x) for name, x in row.items()} for row in predictions]
+        # Of a single output, rows are its values.
+        rows = [row if isinstance(row, dict) else {"output": row} for row in predictions]
+        return [{name: np.array(x) for name, x in row.items()} for row in rows]
 
     # -------------------------------------------------------------------------------------- clients
 
