@@ -243,13 +243,14 @@ class Soak(Promises):
             raise RuntimeError(f"{signature}: status {response.status}: {content[:300]!r}")
         answer = json.loads(content)
         if not rows:
-            names, columns = answer["outputs"].keys(), answer["outputs"].values()
+            outputs = answer["outputs"]  # a single one is its values
+            outputs = outputs if isinstance(outputs, dict) else {"output": outputs}
+            names, columns = outputs.keys(), outputs.values()
             predictions = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         else:
             predictions = answer["predictions"]
         if len(predictions) != len(indices):
             raise RuntimeError(f"{signature}: {len(predictions)} answers to {len(indices)} texts")
-        # Of a single output, rows are its values.
         rows = [row if isinstance(row, dict) else {"output": row} for row in predictions]
         return [{name: np.array(x) for name, x in row.items()} for row in rows]
 
