@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from bertgen_tf.serving.pricing import RowSizes, Size, row_sizes
+from bertgen_tf.serving.pricing import Arrays, RowSizes, Size, row_sizes
 from bertgen_tf.serving.signatures import Signature
 
 _log = logging.getLogger(__name__)
 
-Arrays = dict[str, np.ndarray]
 # Rows share a batch if their lengths in tokens are between the same powers of two, from this up.
 _SHORTEST = 64
 # The part of the time for a request that it may take alone: others get as much of it.

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import itertools
 import json
 import logging
 import os
@@ -34,7 +35,7 @@ from bertgen_tf.checkpoints.exports import LOADED, METADATA_FILE, read_metadata,
 from bertgen_tf.checkpoints.presets import EXTRA_FOLDER, GRAPH_FILE
 from bertgen_tf.checks import Damaged
 from bertgen_tf.export.files import read_warmup
-from bertgen_tf.serving.programs import Programs
+from bertgen_tf.serving.programs import Programs, has_programs
 from bertgen_tf.serving.signatures import Signature, connect_programs, load_signatures, prepare
 
 _LAYOUT = "NAME/VERSION/saved_model.pb, as bertgen-tf export writes it, VERSION an integer"
@@ -65,6 +66,7 @@ class Version:
         verify: whether `load` compares the files with the checksums in metadata.json.
         xla: whether compiled programs answer, as soon as they are ready.
         on_compiled: called after each compilation.
+        hurry: whether some warm-up requests may run later, see `prepare`.
         state: LOADING, AVAILABLE, UNLOADING or END, as in TensorFlow Serving.
         error: its code and message; "OK" and "" if there is none.
         signatures: by name, while it is loaded.
@@ -79,6 +81,7 @@ class Version:
     verify: bool = True
     xla: bool = False
     on_compiled: Callable[[], None] = lambda: None
+    hurry: bool = False
     state: str = "LOADING"
     error: tuple[str, str] = ("OK", "")
     signatures: dict[str, Signature] = dataclasses.field(default_factory=dict)
@@ -107,14 +110,15 @@ class Version:
             )
             for name, definition in sorted(graph.meta_graphs[0].signature_def.items())
         }
-        self.signatures = load_signatures(self.path, graph, self.metadata, self.xla)
-        if self.xla:
+        twins = self.xla and has_programs(graph.meta_graphs[0].signature_def, self.metadata)
+        self.signatures = load_signatures(self.path, graph, self.metadata, optimize=not twins)
+        if twins:
             self._programs = connect_programs(self.signatures, self.metadata, self.on_compiled)
-        prepare(self.signatures, [*read_warmup(self.path)], self._programs)
+        prepare(self.signatures, [*read_warmup(self.path)], self._programs, self.hurry)
         if self.state != "LOADING":  # it took too long
-            self._end_programs()
+            self.close()
         elif self._programs:
-            self._programs.start(f"{COMPILING}{self.model}/{self.number}")
+            self._programs.start(f"{COMPILING}{self.model}/{self.number}", _free_memory)
 
     @property
     def to_load(self) -> bool:
@@ -174,11 +178,16 @@ class Version:
 
     def _end(self) -> None:
         self.state = "END"
-        self._end_programs()
+        self.close()
 
-    def _end_programs(self) -> None:
+    def compile_no_more(self) -> None:
+        """Ends the thread that compiles; what it compiles now is completed."""
         if self._programs:
             self._programs.close()
+
+    def close(self) -> None:
+        """Lets go of what it loaded."""
+        self.compile_no_more()
         for signature in self.signatures.values():
             signature.route = None  # it knows the signature, which would not be freed at once
         self._programs, self.signatures = None, {}
@@ -194,7 +203,10 @@ class Models:
         verify: whether files are compared with the checksums in metadata.json before they are
             loaded; a version with a damaged file is not.
         xla: whether compiled programs answer, see `bertgen_tf.serving.programs`.
+
+    Attributes:
         on_compiled: called after each compilation.
+        stopping: whether the server ends.
 
     Raises:
         FileNotFoundError: there is no model.
@@ -206,11 +218,11 @@ class Models:
         load_timeout: float = 600.0,
         verify: bool = True,
         xla: bool = True,
-        on_compiled: Callable[[], None] = lambda: None,
     ):
         self._folder = on_disk.VersionFolder(folder)
         self._load_timeout = load_timeout
-        self._options = {"verify": verify, "xla": xla, "on_compiled": on_compiled}
+        self._options = {"verify": verify, "xla": xla}
+        self.on_compiled: Callable[[], None] = lambda: None
         found, problems = self._folder.scan()
         self._versions = {name: [_newest(name, paths)] for name, paths in found.items()}
         # What is being done, by model.
@@ -297,6 +309,8 @@ class Models:
         finally:
             for task in self._tasks.values():
                 task.cancel()
+            for version in itertools.chain(*self._versions.values()):
+                version.compile_no_more()
 
     async def look(self, patience: float | None = None) -> None:
         """Loads what is new, one model after the other.
@@ -350,7 +364,8 @@ class Models:
                 if stamp and stamp not in broken:
                     if current and current.stamp == stamp:
                         return None
-                    version = Version(name, number, paths[number], stamp, **self._options)
+                    options = {**self._options, "on_compiled": self.on_compiled}
+                    version = Version(name, number, paths[number], stamp, **options)
                     version.metadata = _read_metadata(version.path)
                     return version
             return None
@@ -371,6 +386,7 @@ class Models:
     async def _load(self, version: Version) -> None:
         fields = {"model": version.model, "version": version.number, "path": str(version.path)}
         old = self.current(version.model)
+        version.hurry = old is None  # what replaces another is tried as a whole
         _log.info("loading", extra=fields)
         start = time.monotonic()
         try:

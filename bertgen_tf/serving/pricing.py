@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+Arrays = dict[str, np.ndarray]
+
 # A token of English is 4 to 5 bytes long, one of Chinese 3.
 _BYTES_PER_TOKEN = 4
 # What a row costs however short it is, in tokens.
@@ -60,7 +62,7 @@ class RowSizes(NamedTuple):
         return Size(float((self.tokens + _TOKENS_PER_ROW).sum()), float(self.bytes.sum()))
 
 
-def row_sizes(inputs: dict[str, np.ndarray], rows: int | None, max_length: int | None) -> RowSizes:
+def row_sizes(inputs: Arrays, rows: int | None, max_length: int | None) -> RowSizes:
     """The sizes of a request's rows.
 
     Args:

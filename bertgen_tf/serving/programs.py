@@ -1,12 +1,12 @@
 """Compiled programs: a version's plain graphs answer until XLA has compiled their twins.
 
 The twin of a signature, `generate_xla` for `serving_default` and NAME`_xla` for NAME, gives the
-same results in a third to a half of the time, but is compiled for each batch size and length of
-sources, which takes seconds. So what is asked for runs as a plain graph until a thread has compiled
-the program for its shape; shapes that were asked for most come first.
+same results faster, but is compiled for each batch size and length of sources, which takes seconds.
+So what is asked for runs as a plain graph until a thread has compiled the program for its shape;
+shapes that were asked for most come first.
 
 XLA keeps what it compiled in the user's cache, see `keep_programs`: a server that starts again
-reads a program in a third of the time that it takes to compile it.
+reads a program faster than it compiles one.
 """
 
 import contextlib
@@ -18,24 +18,24 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.core.protobuf import meta_graph_pb2
 
 from bertgen_tf.checks import sha256
 from bertgen_tf.data.folders import users_cache
 from bertgen_tf.export.signatures import COMPILED
-
-Arrays = dict[str, np.ndarray]
+from bertgen_tf.serving.pricing import Arrays
 
 # Of a version, each of some tens of megabytes.
 _MAX_PROGRAMS = 64
-# What the cache may keep, of all models together.
+# What the cache may keep, of all models, TensorFlows and processors together.
 _MAX_CACHE_BYTES = 2 * 2**30
-# Requests go first wherever the system can tell threads apart.
+# Of the thread that compiles: requests go first, where the system can tell threads apart.
 _NICENESS = 5
 # One thread of the process compiles at a time.
 _COMPILING = threading.Lock()
@@ -58,7 +58,7 @@ class Program:
     """A program, or the wish for one.
 
     Attributes:
-        run: runs the compiled signature.
+        run: runs the compiled signature, in the thread that calls it.
         name: of that signature.
         shape: what it is compiled for.
         inputs: of this shape, until it is compiled.
@@ -112,6 +112,7 @@ class Programs:
         self._tasks: list[Callable[[], None]] = []
         self._changed = threading.Condition()
         self._closed = False
+        self._told = False
 
     def add_task(self, task: Callable[[], None]) -> None:
         """Lets the thread do something before it compiles what nobody has asked for."""
@@ -119,9 +120,14 @@ class Programs:
             self._tasks.append(task)
             self._changed.notify()
 
-    def start(self, name: str) -> None:
-        """Starts the thread, which gets this name."""
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+    def start(self, name: str, at_end: Callable[[], None] = lambda: None) -> None:
+        """Starts the thread.
+
+        Args:
+            name: of the thread.
+            at_end: called when it ends, and holds no signature any more.
+        """
+        threading.Thread(target=self._work, args=(at_end,), name=name, daemon=True).start()
 
     def close(self) -> None:
         """Compiles no more; what is being compiled is completed."""
@@ -129,6 +135,8 @@ class Programs:
             self._closed = True
             self._programs.clear()
             self._tasks.clear()
+            # It holds a signature, and a batch may still ask.
+            self._count_tokens = lambda inputs: {"num_tokens": np.zeros(0, np.int32)}
             self._changed.notify()
 
     def want(
@@ -146,14 +154,25 @@ class Programs:
             program = self._programs.get((name, shape))
             if program is None:
                 program = Program(run, name, shape, inputs)
-                if self._closed or len(self._programs) >= _MAX_PROGRAMS:
+                if self._closed or not self._has_room():
                     return program
                 self._programs[name, shape] = program
                 self._changed.notify()
-                if len(self._programs) == _MAX_PROGRAMS:
-                    _log.warning("compiles no more: there are %d programs", _MAX_PROGRAMS)
             program.uses += uses
         return program
+
+    def _has_room(self) -> bool:
+        """Whether there may be another program, in place of one that nobody asked for perhaps."""
+        if len(self._programs) < _MAX_PROGRAMS:
+            return True
+        unasked = (key for key, p in self._programs.items() if p.state == "waiting" and not p.uses)
+        if (key := next(unasked, None)) is not None:
+            del self._programs[key]
+            return True
+        if not self._told:
+            self._told = True
+            _log.warning("compiles no more: there are %d programs", _MAX_PROGRAMS)
+        return False
 
     def shape(self, texts: np.ndarray) -> Shape:
         """The shape of the program that reads these texts."""
@@ -162,44 +181,55 @@ class Programs:
         tokens = next((n for n in self._lengths if n >= longest), self._lengths[-1])
         return Shape(1 << max(texts.size - 1, 0).bit_length(), tokens)
 
-    def _work(self) -> None:
+    def _work(self, at_end: Callable[[], None]) -> None:
         with contextlib.suppress(AttributeError, OSError):  # of Linux only, threads have their own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
-        while (work := self._next()) is not None:
+        while self._wait():
             with _COMPILING:
                 try:
-                    work()
-                except Exception:
+                    self._do_next()
+                except Exception:  # a bug must not stop all others
                     _log.exception("cannot prepare a signature")
-            del work  # a version that waits for work must not be kept by what was done
+        at_end()
 
-    def _next(self) -> Callable[[], None] | None:
-        """What to do next; None if nothing more is to be done."""
-
-        def waiting() -> list[Program]:
-            return [p for p in self._programs.values() if p.state == "waiting"]
-
+    def _wait(self) -> bool:
+        """Waits for something to do; False if nothing more will be done."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._tasks or waiting())
-            if self._closed:
-                return None
-            program = max(waiting(), key=lambda p: p.uses, default=None)
+            self._changed.wait_for(lambda: self._closed or self._tasks or self._waiting())
+            return not self._closed
+
+    def _waiting(self) -> list[Program]:
+        return [p for p in self._programs.values() if p.state == "waiting"]
+
+    def _do_next(self) -> None:
+        """Does what is most wanted now; nothing if it was closed meanwhile."""
+        task = None
+        with self._changed:
+            program = max(self._waiting(), key=lambda p: p.uses, default=None)
             if self._tasks and not (program and program.uses):
-                return self._tasks.pop(0)
-        return lambda: (program.compile(), self._on_compiled())
+                program, task = None, self._tasks.pop(0)
+        if task:
+            task()
+        elif program:
+            program.compile()
+            self._on_compiled()
 
 
-def has_programs(names: Sequence[str], metadata: dict[str, Any]) -> bool:
+def has_programs(
+    definitions: Mapping[str, meta_graph_pb2.SignatureDef], metadata: dict[str, Any]
+) -> bool:
     """Whether signatures have twins whose programs can be told apart.
 
     Args:
-        names: of all signatures.
+        definitions: of the signatures.
         metadata: of the export.
     """
     lengths = metadata.get("source_lengths")
     return (
-        "tokens" in names
-        and any(name.endswith(COMPILED) for name in names)
+        # In older exports, a variant may have this name.
+        "tokens" in definitions
+        and "num_tokens" in definitions["tokens"].outputs
+        and any(name.endswith(COMPILED) for name in definitions)
         and isinstance(lengths, list)
         and bool(lengths)
         and all(type(n) is int and n > 0 for n in lengths)
@@ -210,30 +240,37 @@ def keep_programs() -> Callable[[], None]:
     """Lets XLA keep the programs of this process in the user's cache, and read what is there.
 
     That is the folder `bertgen_tf/programs-...` in `XDG_CACHE_HOME`, or `~/.cache`, writable by the
-    user alone; it is for this TensorFlow on this kind of processor. Programs whose checksum is
-    missing or wrong are removed, as are the oldest beyond 2 GiB. Where there can be no such folder,
-    the log says so, and programs are compiled anew. TensorFlow reads this when it first runs a
+    user alone; it is for this TensorFlow and these `XLA_FLAGS` on this kind of processor. Programs
+    whose checksum is missing or wrong are removed, as are the oldest of all such folders beyond 2
+    GiB. Where there can be no such folder, the log says so, and programs are compiled anew. A cache
+    that `TF_XLA_FLAGS` names already stays in use. TensorFlow reads this when it first runs a
     graph: call it before.
 
     Returns:
-        to be called when something was compiled: writes its checksum.
+        to be called when something was compiled: writes checksums and removes what is too much.
     """
-    kind = hashlib.sha256(f"{tf.__version__} {_processor()}".encode()).hexdigest()[:16]
+    flags = os.environ.get("TF_XLA_FLAGS", "")
+    if "tf_xla_persistent_cache_directory" in flags:
+        return lambda: None
+    kind = f"{tf.__version__} {os.environ.get('XLA_FLAGS', '')} {_processor()}"
     try:
-        folder = Path(users_cache(f"programs-{kind}"))
+        folder = Path(users_cache(f"programs-{hashlib.sha256(kind.encode()).hexdigest()[:16]}"))
         if re.search(r"[\s'\"]", str(folder)):
             raise ValueError(f"{folder} has blanks or quotes, which XLA cannot read")
-        _sweep(folder)
+        _remove_damaged(folder)
+        _remove_oldest(folder.parent)
         if shutil.disk_usage(folder).free < _MIN_FREE_BYTES:
             raise ValueError(f"{folder} has less than {_MIN_FREE_BYTES >> 20} MiB left")
     except (OSError, ValueError) as error:
         _log.warning("compiled programs are not kept: %s", error)
         return lambda: None
-    flags = os.environ.get("TF_XLA_FLAGS", "")
-    if "tf_xla_persistent_cache_directory" in flags:  # the user's own
-        return lambda: None
     os.environ["TF_XLA_FLAGS"] = f"{flags} --tf_xla_persistent_cache_directory={folder}".strip()
-    return lambda: _write_checksums(folder)
+
+    def on_compiled() -> None:
+        _write_checksums(folder)
+        _remove_oldest(folder.parent)
+
+    return on_compiled
 
 
 def _processor() -> str:
@@ -245,33 +282,44 @@ def _processor() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what is not whole, and the oldest of what is too much."""
+# Other servers compile and remove at the same time: what is gone is none of ours.
+
+
+def _remove_damaged(folder: Path) -> None:
     for path in folder.glob(_UNFINISHED):
-        with contextlib.suppress(FileNotFoundError):  # another server sweeps, too
+        with contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
                 path.unlink()
-    whole = []
     for path in folder.glob(_CACHED):
-        with contextlib.suppress(FileNotFoundError):
-            checksum = _checksum_file(path)
-            if checksum.exists() and checksum.read_text() == sha256(path):
-                status = path.stat()
-                whole.append((max(status.st_atime, status.st_mtime), status.st_size, path))
-            else:
-                _remove(path)
+        try:
+            whole = _checksum_file(path).read_bytes() == sha256(path).encode()
+        except (OSError, ValueError):
+            whole = False
+        if not whole:
+            _remove(path)
+
+
+def _remove_oldest(folder: Path) -> None:
+    found = []
+    for path in folder.glob(f"programs-*/{_CACHED}"):
+        with contextlib.suppress(OSError):
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = 0
-    for _, size, path in sorted(whole, reverse=True):
+    for _, size, path in sorted(found, reverse=True):
         total += size
         if total > _MAX_CACHE_BYTES:
             _remove(path)
 
 
 def _write_checksums(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # without, they are compiled once more
-        for path in folder.glob(_CACHED):
-            if not _checksum_file(path).exists():
-                _checksum_file(path).write_text(sha256(path))
+    for path in folder.glob(_CACHED):
+        # Without one, it is compiled once more.
+        with contextlib.suppress(OSError):
+            checksum = _checksum_file(path)
+            if not checksum.exists() or checksum.stat().st_mtime < path.stat().st_mtime:
+                temporary = checksum.with_suffix(f".{os.getpid()}.tmp")
+                temporary.write_text(sha256(path))
+                temporary.replace(checksum)
 
 
 def _checksum_file(path: Path) -> Path:
@@ -279,5 +327,6 @@ def _checksum_file(path: Path) -> Path:
 
 
 def _remove(path: Path) -> None:
-    for part in (_checksum_file(path), path):
-        part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for part in (_checksum_file(path), path):
+            part.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The signatures of an export: functions that run batches, and what these cost."""
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,10 +13,9 @@ import tensorflow as tf
 from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 
 from bertgen_tf.export.signatures import COMPILED
-from bertgen_tf.serving.pricing import Cost, row_sizes
-from bertgen_tf.serving.programs import Programs, has_programs
+from bertgen_tf.serving.pricing import Arrays, Cost, row_sizes
+from bertgen_tf.serving.programs import Programs
 
-Arrays = dict[str, np.ndarray]
 # The name of a signature, "" for the default, and inputs.
 Request = tuple[str, Arrays]
 
@@ -28,6 +28,8 @@ _MAX_SPECIFIED_BATCH_SIZE = 4096
 _MEASURING_SECONDS = 2.0
 _MEASURED_ROWS = 4
 _INITIALIZE = "__saved_model_init_op"
+# The nodes of a graph run one after the other in the thread that asked, not in those for requests.
+_IN_THIS_THREAD = tf.compat.v1.RunOptions(inter_op_thread_pool=-1)
 
 _log = logging.getLogger(__name__)
 
@@ -69,11 +71,13 @@ class Signature:
         self.route: Callable[[Arrays], Signature] | None = None
         self.runs = 0
         self._outputs = list(outputs)
-        # Holds the session, which lives as long as its signatures.
-        self._function = session.make_callable(
+        tensors = (
             [definition.outputs[key].name for key in outputs],
             [definition.inputs[key].name for key in self.inputs],
         )
+        # They hold the session, which lives as long as its signatures.
+        self._function = session.make_callable(*tensors)
+        self._function_aside = session.make_callable(*tensors, accept_options=True)
 
     def run(self, inputs: Arrays) -> Arrays:
         """Answers a request by the graph that `route` chooses, see `run_graph`."""
@@ -91,13 +95,25 @@ class Signature:
         Returns:
             the outputs by name, strings as objects of bytes.
         """
-        arrays = [np.asarray(inputs[key], x.dtype.as_numpy_dtype) for key, x in self.inputs.items()]
-        outputs = self._function(*arrays)
+        return self._named(self._function(*self._arrays(inputs)))
+
+    def run_aside(self, inputs: Arrays) -> Arrays:
+        """The same, in the thread that calls it, so that requests need not wait for it.
+
+        In one of TensorFlow's threads a compilation would keep it from all others, and have their
+        priority.
+        """
+        return self._named(self._function_aside(*self._arrays(inputs), options=_IN_THIS_THREAD))
+
+    def _arrays(self, inputs: Arrays) -> list[np.ndarray]:
+        return [np.asarray(inputs[key], x.dtype.as_numpy_dtype) for key, x in self.inputs.items()]
+
+    def _named(self, outputs: Sequence[Any]) -> Arrays:
         return {key: np.asarray(x) for key, x in zip(self._outputs, outputs, strict=True)}
 
 
 def load_signatures(
-    path: Path, graph: saved_model_pb2.SavedModel, metadata: dict[str, Any], xla: bool = False
+    path: Path, graph: saved_model_pb2.SavedModel, metadata: dict[str, Any], optimize: bool = True
 ) -> dict[str, Signature]:
     """Loads an export as TensorFlow Serving does, into a session.
 
@@ -108,7 +124,8 @@ def load_signatures(
         path: of the export.
         graph: its saved_model.pb.
         metadata: its metadata.json.
-        xla: whether signatures with compiled twins will be answered by those.
+        optimize: whether TensorFlow rewrites graphs. That takes longer than all the rest of a load,
+            and makes them little faster; False is for exports of this version of the package.
     """
     meta_graph = graph.meta_graphs[0]
     definitions = {
@@ -116,8 +133,12 @@ def load_signatures(
         for name, definition in meta_graph.signature_def.items()
         if definition.method_name == tf.saved_model.PREDICT_METHOD_NAME
     }
-    plain = not (xla and has_programs(definitions, metadata))
-    session = _start_session(path, meta_graph, optimize=plain)
+    if optimize:
+        with tf.Graph().as_default() as nodes:
+            session = tf.compat.v1.Session(graph=nodes)
+            tf.compat.v1.saved_model.load(session, meta_graph.meta_info_def.tags, str(path))
+    else:
+        session = _start_unoptimized(path, meta_graph)
     size, length = _largest_batch(metadata), _longest_text(metadata)
     signatures: dict[str, Signature] = {}
     # What each is compared with before it has run is made first.
@@ -132,67 +153,45 @@ def _spec(name: str, tensor: meta_graph_pb2.TensorInfo) -> tf.TensorSpec:
     return tf.TensorSpec(tf.TensorShape(tensor.tensor_shape), tf.as_dtype(tensor.dtype), name)
 
 
-def _start_session(
-    path: Path, meta_graph: meta_graph_pb2.MetaGraphDef, optimize: bool
-) -> tf.compat.v1.Session:
-    """A session with the graph and the variables of an export.
+def _start_unoptimized(path: Path, meta_graph: meta_graph_pb2.MetaGraphDef) -> tf.compat.v1.Session:
+    """A session with graph and variables, as TensorFlow's loader makes it, but for its settings.
 
     Args:
-        optimize: whether TensorFlow rewrites graphs. It takes longer than all the rest of a load,
-            and makes them a tenth faster.
+        meta_graph: is changed: calls of functions have settings of their own.
     """
     config = tf.compat.v1.ConfigProto()
-    if not optimize:
-        config.graph_options.rewrite_options.disable_meta_optimizer = True
-        meta_graph = _with_config(meta_graph, config.SerializeToString())
+    config.graph_options.rewrite_options.disable_meta_optimizer = True
+    graph = meta_graph.graph_def
+    for node in itertools.chain(graph.node, *(f.node_def for f in graph.library.function)):
+        if "config_proto" in node.attr:
+            node.attr["config_proto"].s = config.SerializeToString()
     with tf.Graph().as_default() as nodes:
         session = tf.compat.v1.Session(graph=nodes, config=config)
         saver = tf.compat.v1.train.import_meta_graph(meta_graph)
-        if saver:
-            saver.restore(session, str(path / "variables/variables"))
+        saver.restore(session, str(path / "variables/variables"))
         assets = {
             asset.tensor_info.name: str(path / "assets" / asset.filename)
             for asset in meta_graph.asset_file_def
         }
-        initialize = meta_graph.signature_def.get(_INITIALIZE)
-        if initialize:
-            session.run(initialize.outputs[_INITIALIZE].name, assets)
-        for operation in tf.compat.v1.get_collection("saved_model_main_op"):  # of TensorFlow 1
-            session.run(operation, assets)
+        session.run(meta_graph.signature_def[_INITIALIZE].outputs[_INITIALIZE].name, assets)
     return session
-
-
-def _with_config(
-    meta_graph: meta_graph_pb2.MetaGraphDef, config: bytes
-) -> meta_graph_pb2.MetaGraphDef:
-    """The same, with another configuration of the session in all calls of functions."""
-    copy = meta_graph_pb2.MetaGraphDef()
-    copy.CopyFrom(meta_graph)
-    bodies = [copy.graph_def.node, *(f.node_def for f in copy.graph_def.library.function)]
-    for body in bodies:
-        for node in body:
-            if "config_proto" in node.attr:
-                node.attr["config_proto"].s = config
-    return copy
 
 
 def connect_programs(
     signatures: dict[str, Signature],
     metadata: dict[str, Any],
     on_compiled: Callable[[], None] = lambda: None,
-) -> Programs | None:
+) -> Programs:
     """Lets signatures and their compiled twins answer by whichever graph is ready.
 
     Args:
-        signatures: of a version.
+        signatures: of a version for which `has_programs` is true.
         metadata: of the export.
         on_compiled: called after each compilation.
 
     Returns:
-        what compiles, not started yet; None if the export has no such twins.
+        what compiles, not started yet.
     """
-    if not has_programs(signatures, metadata):
-        return None
     programs = Programs(signatures["tokens"].run_graph, metadata["source_lengths"], on_compiled)
     for name, plain in signatures.items():
         compiled = signatures.get(_twin(name))
@@ -202,7 +201,7 @@ def connect_programs(
 
 
 def _choose(programs: Programs, plain: Signature, compiled: Signature, inputs: Arrays) -> Signature:
-    program = programs.want(compiled.run_graph, compiled.name, inputs)
+    program = programs.want(compiled.run_aside, compiled.name, inputs)
     return compiled if program.state == "ready" else plain
 
 
@@ -211,20 +210,23 @@ def _twin(name: str) -> str:
 
 
 def prepare(
-    signatures: dict[str, Signature], requests: Sequence[Request], programs: Programs | None
+    signatures: dict[str, Signature],
+    requests: Sequence[Request],
+    programs: Programs | None = None,
+    hurry: bool = False,
 ) -> None:
-    """Makes a version ready to answer: all warm-up requests are run, or some of them later.
-
-    With compiled programs, the first request to the default signature is run at once and all else
-    in their thread: requests to the other plain signatures, and a program for each request to the
-    default one or to a compiled one.
+    """Makes a version ready to answer, by its warm-up requests.
 
     Args:
         signatures: of the version.
         requests: in the order in which they are run.
-        programs: see `connect_programs`; not started yet, which is up to the caller.
+        programs: see `connect_programs`; not started yet, which is up to the caller. What compiled
+            signatures are asked for, and the default one, is compiled in their thread.
+        hurry: whether of the plain signatures only the default one is run at once, and the others
+            in that thread: one that fails is then only told of.
 
     Raises:
+        Exception: a request failed.
         ValueError: a request is to an unknown signature.
     """
     requests = [(name or DEFAULT_SIGNATURE, inputs) for name, inputs in requests]
@@ -234,14 +236,27 @@ def prepare(
     if programs is None:
         warm_up(signatures, requests)
         return
-    first = [request for request in requests if request[0] == DEFAULT_SIGNATURE]
-    warm_up(signatures, first[:1])
+    at_once: dict[str, Arrays] = {}
     for name, inputs in requests:
-        twin = signatures.get(_twin(name) if name == DEFAULT_SIGNATURE else name)
-        if twin and twin.name.endswith(COMPILED):
-            programs.want(twin.run_graph, twin.name, inputs, uses=0)
+        signature = signatures[name]
+        compiled = signatures.get(_twin(name), signature)
+        if compiled.route and (name == DEFAULT_SIGNATURE or compiled is signature):
+            programs.want(compiled.run_aside, compiled.name, inputs, uses=0)
+        if compiled.route and compiled is signature:
+            continue
+        if name == DEFAULT_SIGNATURE or not hurry:
+            # The graph of a signature is prepared by its first run, whatever the lengths are.
+            at_once.setdefault(name, inputs)
         else:
-            programs.add_task(functools.partial(warm_up, signatures, [(name, inputs)]))
+            programs.add_task(functools.partial(_warm_up_aside, signature, inputs))
+    warm_up(signatures, at_once.items())
+
+
+def _warm_up_aside(signature: Signature, inputs: Arrays) -> None:
+    try:
+        signature.run_aside(inputs)
+    except Exception:
+        _log.exception("a warm-up request failed", extra={"signature": signature.name})
 
 
 def warm_up(signatures: dict[str, Signature], requests: Iterable[Request]) -> None:

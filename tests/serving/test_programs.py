@@ -5,16 +5,20 @@ import os
 import stat
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf.meta_graph_pb2 import SignatureDef
 
 from bertgen_tf.checks import sha256
 from bertgen_tf.serving import exports
 from bertgen_tf.serving import programs as served
 from bertgen_tf.serving.exports import Models
 from bertgen_tf.serving.programs import Programs, Shape, keep_programs
+from bertgen_tf.serving.signatures import Signature, connect_programs, prepare
 from tests.helpers.serving_exports import write_export
 
 
@@ -115,13 +119,16 @@ def test_what_cannot_be_compiled_is_not_tried_again(programs, compiler, caplog):
 
 
 def test_programs_are_bounded(programs, compiler, monkeypatch, caplog):
+    """What nobody asked for gives way to what is asked for."""
     monkeypatch.setattr(served, "_MAX_PROGRAMS", 2)
     compiler.turns.release(10)
-    programs.start("test")
+    programs.want(compiler, "x", texts("unasked" * 3), uses=0)
     first = [programs.want(compiler, "x", texts(*["a"] * rows)) for rows in (1, 2)]
-    third = programs.want(compiler, "x", texts(*"abc"))
+    for text in "bc":
+        assert programs.want(compiler, "x", texts(text, *"bcd")).state == "waiting"
+    programs.start("test")
     wait_for(lambda: all(program.state == "ready" for program in first))
-    assert third.state == "waiting" and len(compiler.order) == 2
+    assert len(compiler.order) == 2
     assert caplog.text.count("compiles no more: there are 2 programs") == 1
 
 
@@ -132,6 +139,26 @@ def test_closed_compiles_no_more(compiler):
     programs.start("closed programs")
     wait_for(lambda: "closed programs" not in {t.name for t in threading.enumerate()})
     assert program.state == "waiting" and compiler.order == []
+    assert programs.want(compiler, "x", texts("a")).state == "waiting"  # for a last batch
+
+
+def test_closed_while_another_compiles(compiler):
+    """What waited for its turn is not done, and what was held is let go."""
+
+    class Held:
+        def count(self, inputs):
+            return count_tokens(inputs)
+
+    held = Held()
+    gone = weakref.ref(held)
+    programs, ended = Programs(held.count, [16]), threading.Event()
+    del held
+    with served._COMPILING:
+        programs.want(compiler, "x", texts("a"))
+        programs.start("test", ended.set)
+        programs.close()
+    assert ended.wait(20) and compiler.order == []
+    assert gone() is None
 
 
 @pytest.mark.parametrize(
@@ -144,10 +171,14 @@ def test_closed_compiles_no_more(compiler):
         ({"source_lengths": 16}, False),
     ],
 )
-def test_what_metadata_must_say(metadata, known):
-    assert served.has_programs(["tokens", "generate_xla"], metadata) == known
-    assert not served.has_programs(["tokens"], metadata)
-    assert not served.has_programs(["generate_xla"], metadata)
+def test_what_an_export_must_have(metadata, known):
+    text, tokens = SignatureDef(), SignatureDef()
+    text.outputs["text"].name, tokens.outputs["num_tokens"].name = "a", "b"
+    assert served.has_programs({"tokens": tokens, "generate_xla": text}, metadata) == known
+    assert not served.has_programs({"tokens": tokens}, metadata)
+    assert not served.has_programs({"generate_xla": text}, metadata)
+    # A signature that somebody once gave this name.
+    assert not served.has_programs({"tokens": text, "generate_xla": text}, metadata)
 
 
 # ------------------------------------------------------------------------------------- the cache
@@ -184,7 +215,7 @@ def test_programs_are_kept_in_a_folder_of_the_users_own(cache, monkeypatch):
     assert (folder / names[1]).read_text() == sha256(folder / names[0])
 
 
-def test_what_is_not_whole_is_removed(cache):
+def test_what_is_not_whole_is_removed(cache, monkeypatch):
     write_checksums = keep_programs()
     (folder,) = (cache / "bertgen_tf").iterdir()
     kept(folder, "abc")
@@ -194,22 +225,45 @@ def test_what_is_not_whole_is_removed(cache):
     (folder / "xla_compile_cache_e.pb.tmp").write_bytes(b"being written")
     (folder / "xla_compile_cache_f.pb.tmp").write_bytes(b"never finished")
     os.utime(folder / "xla_compile_cache_f.pb.tmp", (1000, 1000))
+    monkeypatch.delenv("TF_XLA_FLAGS")
     keep_programs()
     left = {path.name.removeprefix("xla_compile_cache_") for path in folder.iterdir()}
     assert left == {"a.pb", "a.sha256", "c.pb", "c.sha256", "e.pb.tmp"}
 
 
-def test_the_oldest_of_too_much_is_removed(cache, monkeypatch):
+@pytest.mark.parametrize("later", [False, True])
+def test_the_oldest_of_too_much_is_removed(cache, monkeypatch, later):
+    """At the start, and when there is more; those of another TensorFlow or processor, too."""
+    on_compiled = keep_programs()
+    (folder,) = (cache / "bertgen_tf").iterdir()
+    (cache / "bertgen_tf/programs-other").mkdir()
+    kept(folder, "dab")
+    on_compiled()
+    newest = kept(folder.parent / "programs-other", "c") / "xla_compile_cache_c.pb"
+    os.utime(newest, (2000, 2000))
+    monkeypatch.setattr(served, "_MAX_CACHE_BYTES", 40)  # of 7, 14, 21 and 7
+    monkeypatch.delenv("TF_XLA_FLAGS")
+    (on_compiled if later else keep_programs)()
+    names = {path.stem[-1] for path in (cache / "bertgen_tf").rglob("xla_*")}
+    assert names == {"b", "c"}
+
+
+def test_checksums_follow_programs(cache, monkeypatch):
+    """Another server may write the same program; a checksum may be damaged like any file."""
     write_checksums = keep_programs()
     (folder,) = (cache / "bertgen_tf").iterdir()
-    monkeypatch.setattr(served, "_MAX_CACHE_BYTES", 40)  # of 7, 14 and 21
     kept(folder, "abc")
     write_checksums()
-    for number, name in enumerate("abc"):  # reading the files was a use
-        os.utime(folder / f"xla_compile_cache_{name}.pb", (1000 + number,) * 2)
-    monkeypatch.setattr(served, "sha256", lambda path: path.with_suffix(".sha256").read_text())
+    (folder / "xla_compile_cache_a.pb").write_bytes(b"compiled elsewhere")
+    os.utime(folder / "xla_compile_cache_a.pb", (time.time() + 10,) * 2)
+    write_checksums()
+    (folder / "xla_compile_cache_b.sha256").write_bytes(b"\xff\xfe")
+    monkeypatch.delenv("TF_XLA_FLAGS")
     keep_programs()
-    assert {path.stem[-1] for path in folder.iterdir()} == {"b", "c"}
+    assert sorted(path.name[18:] for path in folder.iterdir()) == [
+        "a.pb", "a.sha256", "c.pb", "c.sha256"
+    ]  # fmt: skip
+    assert "tf_xla_persistent" in os.environ["TF_XLA_FLAGS"]
 
 
 def test_the_users_own_cache_stays(cache, monkeypatch):
@@ -255,7 +309,8 @@ def test_the_compiled_graph_takes_over(shared_export, monkeypatch):
     """The answers stay the same; a request to a twin never waits for a compilation."""
     _, path = shared_export
     compiled = []
-    models = Models(path, on_compiled=lambda: compiled.append(1))
+    models = Models(path)
+    models.on_compiled = lambda: compiled.append(1)
     version = look(models)
     default, twin = (version.signatures[name] for name in ("serving_default", "generate_xla"))
     inputs = texts("the man saw a bird, who sang.", "old house")
@@ -278,9 +333,84 @@ def test_the_compiled_graph_takes_over(shared_export, monkeypatch):
 @pytest.mark.parametrize("xla", [True, False])
 def test_without_xla_nothing_is_connected(tmp_path, monkeypatch, xla):
     calls = []
-    monkeypatch.setattr(exports, "connect_programs", lambda *args: calls.append(args))
+    monkeypatch.setattr(exports, "has_programs", lambda *args: bool(calls.append(args)))
     look(Models(write_export(tmp_path / "1"), xla=xla))
     assert len(calls) == xla
+
+
+class Plain:
+    """A signature, as far as a version is prepared."""
+
+    inputs, has_rows, route = {"text": None}, False, None
+
+    def __init__(self, name, ran):
+        self.name, self.ran = name, ran
+
+    def run_graph(self, inputs):
+        self.ran.append(self.name)
+        if inputs["text"][0] == b"broken":
+            raise ValueError("cannot")
+        return {"num_tokens": np.array([3], np.int32)}
+
+    run_aside = run_graph
+
+
+@pytest.mark.parametrize("hurry", [False, True])
+def test_warm_up_requests(hurry, caplog):
+    """The first version is ready at once; what replaces another has run as a whole."""
+    ran = []
+    names = ["serving_default", "beams", "tokens", "generate_xla", "beams_xla"]
+    signatures = {name: Plain(name, ran) for name in names}
+    programs = connect_programs(signatures, {"source_lengths": [16]})
+    requests = [
+        ("", texts("a")),
+        ("", texts("b")),
+        ("beams", texts("c")),
+        ("beams_xla", texts("d")),
+    ]
+    prepare(signatures, requests, programs, hurry)
+    assert [name for name in ran if name != "tokens"] == ["serving_default", "beams"][: 2 - hurry]
+    programs.start("test")
+    wait_for(lambda: ran[-2:] == ["generate_xla", "beams_xla"])
+    assert ran.count("beams") == 1
+    programs.close()
+    with pytest.raises(ValueError, match="to 'other', which is no signature"):
+        prepare(signatures, [("other", {})], programs, hurry)
+    programs, broken = connect_programs(signatures, {"source_lengths": [16]}), [
+        ("", texts("a")), ("beams", texts("broken"))
+    ]  # fmt: skip
+    if not hurry:
+        with pytest.raises(ValueError, match="cannot"):
+            prepare(signatures, broken, programs, hurry)
+        return
+    prepare(signatures, broken, programs, hurry)
+    programs.start("test")
+    wait_for(lambda: "a warm-up request failed" in caplog.text)
+    assert caplog.records[-1].signature == "beams"
+    programs.close()
+
+
+def test_a_compilation_keeps_no_thread_of_tensorflow():
+    """It runs in the thread that asks for it, which may have a lower priority."""
+    threads = []
+
+    def note(text):
+        threads.append(threading.get_native_id())
+        return text
+
+    with tf.Graph().as_default() as graph:
+        text = tf.compat.v1.placeholder(tf.string, [None])
+        copy = tf.numpy_function(note, [text], tf.string)
+        copy.set_shape([None])
+        build = tf.compat.v1.saved_model.build_signature_def
+        info = tf.compat.v1.saved_model.build_tensor_info
+        definition = build({"text": info(text)}, {"copy": info(copy)})
+        signature = Signature("x", definition, tf.compat.v1.Session(graph=graph))
+    own = threading.get_native_id()
+    assert signature.run_aside(texts("a"))["copy"].tolist() == [b"a"]
+    assert threads == [own]
+    assert signature.run_graph(texts("b"))["copy"].tolist() == [b"b"]
+    assert threads[1] != own
 
 
 def test_the_processor_is_known():

@@ -78,8 +78,8 @@ def serve(
 
     A SavedModel is a program, which can read and write files: serve those that you trust.
 
-    When a load or a batch has still not ended at the end, this ends the process, as Python would
-    wait for it.
+    When a load, a batch or a compilation has still not ended at the end, this ends the process, as
+    Python would wait for it.
 
     Args:
         folder: see `bertgen_tf.serving.exports`.
@@ -114,9 +114,10 @@ def serve(
         ValueError: `cors_origins` has what is no site.
     """
     _log_as_json()
-    on_compiled = keep_programs() if xla else lambda: None
-    models = Models(folder, load_timeout, verify, xla, on_compiled)
+    models = Models(folder, load_timeout, verify, xla)
     listener = _listen(host, port)
+    if xla:
+        models.on_compiled = keep_programs()
     app = ServingApp(
         models,
         max_body_bytes=max_body_bytes,
@@ -163,12 +164,13 @@ def serve(
         for number, handler in handlers.items():
             signal.signal(number, handler)
         listener.close()
-        hanging, compiling = _hanging_threads(), _threads(COMPILING)
+        hanging = _hanging_threads()
         server.finish()
-    if hanging:
-        _log.warning("does not end: %s", ", ".join(hanging))
+    # A compilation takes seconds, and may be stopped anywhere.
+    if wrong := [name for name in hanging if not name.startswith(COMPILING)]:
+        _log.warning("does not end: %s", ", ".join(wrong))
     _log.info("stopped")
-    if hanging or compiling:
+    if hanging:
         os._exit(0)  # `sys.exit` would wait for them
 
 
@@ -220,16 +222,12 @@ class _Server(uvicorn.Server):
 
 
 def _hanging_threads() -> list[str]:
-    """The names of those, for loads and batches, that do not end."""
+    """The names of those, for loads, batches and programs, that do not end."""
     end = time.monotonic() + _THREADS_GRACE
-    for thread in _threads(THREADS):
-        if not thread.name.startswith(COMPILING):  # takes longer, and may be stopped anywhere
-            thread.join(max(0.0, end - time.monotonic()))
-    return [t.name for t in _threads(THREADS) if not t.name.startswith(COMPILING)]
-
-
-def _threads(prefix: str) -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(prefix)]
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith(THREADS)]
+    for thread in sorted(threads, key=lambda t: t.name.startswith(COMPILING)):
+        thread.join(max(0.0, end - time.monotonic()))
+    return [thread.name for thread in threads if thread.is_alive()]
 
 
 class _Protocol(H11Protocol):
